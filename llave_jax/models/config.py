@@ -1,0 +1,190 @@
+"""What a LLaVE model is: sizes of the two towers and how its inputs are laid out.
+
+Everything here comes from a checkpoint's `config.json` (see `llave_jax.convert`) or from a preset;
+nothing is derived from a model's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
+POOL_MODES = ("bilinear", "average", "max")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP tower. `num_layers` counts the layers that run: LLaVE drops the last one."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def patches_per_side(self) -> int:
+        """The patch convolution is "valid": remaining pixels at the right and bottom are dropped."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.patches_per_side**2
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch_size**2 * 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Qwen2 language model."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    vocab_size: int
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class InputConfig:
+    """How items become token sequences (FACTS: LLaVE paper section 3, LLaVA-OneVision anyres_max).
+
+    `pinpoints` are the candidate canvases as (height, width) in pixels, in the order of the
+    checkpoint's `image_grid_pinpoints`: it decides ties. `anyres_max` is the 9 of `anyres_max_9`
+    (None: no limit, as in plain `anyres`).
+    `max_text_length` cuts the token ids before the visual tokens are inserted
+    (the tokenizer's `model_max_length`), `max_length` cuts the sequence afterwards.
+    """
+
+    pinpoints: tuple[tuple[int, int], ...]
+    anyres_max: int | None = 9
+    newline_position: str = "one_token"
+    pool_mode: str = "bilinear"
+    pool_stride: int = 2
+    max_text_length: int = 32768
+    max_length: int = 4096
+    max_frames: int = 32
+    frames_per_second: int = 3
+
+    def __post_init__(self):
+        if self.newline_position not in NEWLINE_POSITIONS:
+            raise ValueError(
+                f"newline_position is {self.newline_position!r}; expected one of {NEWLINE_POSITIONS}"
+            )
+        if self.pool_mode not in POOL_MODES:
+            raise ValueError(f"pool_mode is {self.pool_mode!r}; expected one of {POOL_MODES}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlaveConfig:
+    vision: VisionConfig
+    text: TextConfig
+    inputs: InputConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LlaveConfig:
+        inputs = dict(values["inputs"])
+        inputs["pinpoints"] = tuple(tuple(p) for p in inputs["pinpoints"])
+        return cls(
+            vision=VisionConfig(**values["vision"]),
+            text=TextConfig(**values["text"]),
+            inputs=InputConfig(**inputs),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def grid_pinpoints(tile: int, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
+    """All canvases of 1..rows by 1..columns tiles, as (height, width), in the authors' order."""
+    return tuple((r * tile, c * tile) for r in range(1, rows + 1) for c in range(1, columns + 1))
+
+
+SIGLIP_SO400M = VisionConfig(
+    hidden_size=1152,
+    num_layers=26,
+    num_heads=16,
+    intermediate_size=4304,
+    image_size=384,
+    patch_size=14,
+)
+
+
+def _released(text: TextConfig) -> LlaveConfig:
+    inputs = InputConfig(pinpoints=grid_pinpoints(384, 2, 2))
+    return LlaveConfig(vision=SIGLIP_SO400M, text=text, inputs=inputs)
+
+
+PRESETS: dict[str, LlaveConfig] = {
+    "llave-0.5b": _released(
+        TextConfig(
+            hidden_size=896,
+            num_layers=24,
+            num_heads=14,
+            num_kv_heads=2,
+            intermediate_size=4864,
+            vocab_size=151_936,
+        )
+    ),
+    "llave-2b": _released(
+        TextConfig(
+            hidden_size=1536,
+            num_layers=28,
+            num_heads=12,
+            num_kv_heads=2,
+            intermediate_size=8960,
+            vocab_size=151_936,
+        )
+    ),
+    "llave-7b": _released(
+        TextConfig(
+            hidden_size=3584,
+            num_layers=28,
+            num_heads=28,
+            num_kv_heads=4,
+            intermediate_size=18_944,
+            vocab_size=152_064,
+            tie_word_embeddings=False,
+        )
+    ),
+    # Small enough to train from scratch on a laptop: the model of configs/quickstart.py.
+    "tiny": LlaveConfig(
+        vision=VisionConfig(
+            hidden_size=128,
+            num_layers=4,
+            num_heads=4,
+            intermediate_size=384,
+            image_size=48,
+            patch_size=8,
+        ),
+        text=TextConfig(
+            hidden_size=192,
+            num_layers=4,
+            num_heads=6,
+            num_kv_heads=2,
+            intermediate_size=512,
+            vocab_size=1024,
+            rope_theta=10_000.0,
+        ),
+        inputs=InputConfig(
+            pinpoints=grid_pinpoints(48, 2, 2), max_text_length=256, max_length=512
+        ),
+    ),
+}
