@@ -113,8 +113,11 @@ class LlaveConfig:
 
 
 def grid_pinpoints(tile: int, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
-    """All canvases of 1..rows by 1..columns tiles, as (height, width), in the authors' order."""
-    return tuple((r * tile, c * tile) for r in range(1, rows + 1) for c in range(1, columns + 1))
+    """All canvases of 1..rows by 1..columns tiles, as (height, width), in the authors' order.
+
+    They list (width, height) with the height running fastest.
+    """
+    return tuple((r * tile, c * tile) for c in range(1, columns + 1) for r in range(1, rows + 1))
 
 
 SIGLIP_SO400M = VisionConfig(

@@ -1,0 +1,73 @@
+"""Chat text and its token ids: what is said around an item's images.
+
+Owns the prompt format and the image markers; where visual tokens go in detail is `sequence.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+IMAGE_MARKER = "<image>"
+# Stands for one image or video in token ids, as in the authors' code.
+IMAGE_TOKEN = -200
+
+_NUMBERED_MARKER = re.compile(r"<\|image_\d+\|>")
+
+# The assistant's turn is a single newline: the embedding is read at the newline after its end.
+_BEFORE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+)
+_AFTER = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
+
+
+def place_markers(text: str, num_images: int, name: str = "") -> str:
+    """User content with exactly one `<image>` for each image (a video counts as one image).
+
+    MMEB's `<|image_1|>` becomes `<image>`. A single marker that is not at the start is moved there
+    (`<image>` and a newline, then the stripped rest), as the authors' preprocessing does; several
+    markers stay where they are. Images of a text without markers go in front, one a line.
+
+    Raises:
+      ValueError: the text has markers, but not one for each image.
+    """
+    text = _NUMBERED_MARKER.sub(IMAGE_MARKER, text)
+    markers = text.count(IMAGE_MARKER)
+    if markers == 0:
+        return (f"{IMAGE_MARKER}\n" * num_images + text).strip() if num_images else text
+    if markers != num_images:
+        raise ValueError(
+            f"{name or 'item'}: the text has {markers} image marker(s) for {num_images} image(s); "
+            f"write one <image> or <|image_1|> for each image, or none to put the images in front"
+            f" (text: {text[:80]!r})"
+        )
+    if markers == 1 and not text.startswith(IMAGE_MARKER):
+        rest = text.replace(IMAGE_MARKER, "").strip()
+        return f"{IMAGE_MARKER}\n{rest}".strip()
+    return text
+
+
+def chat_text(content: str) -> str:
+    """The whole prompt for user content, as the model was trained on it."""
+    return _BEFORE + content + _AFTER
+
+
+def chat_ids(tokenizer: Any, content: str, max_text_length: int | None = None) -> np.ndarray:
+    """Token ids of the prompt: int32 [T], one IMAGE_TOKEN for each `<image>`.
+
+    Cut to `max_text_length` first; then a literal padding token in the text is dropped, since the
+    model takes padding out by its id (the authors' image path does the same).
+
+    Args:
+      tokenizer: a Hugging Face fast tokenizer of the model.
+      content: user content from `place_markers`.
+    """
+    ids: list[int] = []
+    for i, piece in enumerate(chat_text(content).split(IMAGE_MARKER)):
+        if i:
+            ids.append(IMAGE_TOKEN)
+        ids.extend(tokenizer.encode(piece, add_special_tokens=False))
+    array = np.asarray(ids[:max_text_length], dtype=np.int32)
+    return array[array != tokenizer.pad_token_id]

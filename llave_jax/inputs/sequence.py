@@ -1,0 +1,129 @@
+"""From an item to the sequence the model reads: token ids, uint8 crops, visual taps.
+
+Puts chat text, images and video together and cuts the result to the model's length. All layout is
+decided here, on the host, in NumPy; how sequences share a batch is `packing.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+
+from llave_jax.inputs import anyres, chat, images, video
+from llave_jax.inputs import taps as T
+from llave_jax.inputs.item import Item
+from llave_jax.models.config import LlaveConfig
+
+# Stands in `Sequence.tokens` where a visual token goes.
+VISUAL_SLOT = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """One item, ready to pack.
+
+    Attributes:
+      tokens: int32 [T], token ids, VISUAL_SLOT where a visual token goes.
+      crops: uint8 [C, S, S, 3].
+      taps: of the V visual slots, in order: [V] tokens over the C crops' patches.
+      name: where the item comes from, for messages.
+    """
+
+    tokens: np.ndarray
+    crops: np.ndarray
+    taps: T.Taps
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class SequenceBuilder:
+    """`builder(item) -> Sequence` for one model: its tokenizer, sizes and input settings.
+
+    Picklable (data workers hold one each) and without state that changes.
+    """
+
+    def __init__(self, tokenizer: Any, config: LlaveConfig):
+        self.tokenizer = tokenizer
+        self.config = config
+
+    def __call__(self, item: Item) -> Sequence:
+        """Raises ValueError, naming the item, for unreadable images and misplaced markers."""
+        inputs, vision = self.config.inputs, self.config.vision
+        visuals = self._visuals(item)
+        content = chat.place_markers(item.text, len(visuals), item.name)
+        ids = chat.chat_ids(self.tokenizer, content, inputs.max_text_length)
+
+        tokens: list[np.ndarray] = []
+        taps: list[T.Taps] = []
+        crops: list[np.ndarray] = []
+        num_crops = 0
+        remaining = iter(visuals)
+        for piece, follows_marker in _split_at_markers(ids):
+            if follows_marker:
+                visual_crops, visual_taps = next(remaining)
+                tokens.append(np.full(visual_taps.shape, VISUAL_SLOT, np.int32))
+                taps.append(_shift(visual_taps, num_crops * vision.num_patches))
+                crops.append(visual_crops)
+                num_crops += len(visual_crops)
+            tokens.append(piece)
+        size = vision.image_size
+        sequence = Sequence(
+            tokens=np.concatenate(tokens),
+            crops=np.concatenate(crops) if crops else np.zeros((0, size, size, 3), np.uint8),
+            taps=T.concatenate(taps) if taps else T.newlines(0),
+            name=item.name,
+        )
+        if len(sequence) > inputs.max_length:
+            logging.getLogger(__name__).warning(
+                "%s: %d tokens cut to %d; the embedding is read at the last one that remains",
+                item.name or "item",
+                len(sequence),
+                inputs.max_length,
+            )
+            sequence = _truncate(sequence, inputs.max_length, vision.num_patches)
+        return sequence
+
+    def _visuals(self, item: Item) -> list[tuple[np.ndarray, T.Taps]]:
+        """Crops and taps of the item's images, or of its video."""
+        inputs, vision = self.config.inputs, self.config.vision
+        size, side = vision.image_size, vision.patches_per_side
+        if item.video is not None:
+            if item.images:
+                raise ValueError(f"{item.name or 'item'}: has both images and a video; give one")
+            frames = video.load_frames(item.video, inputs, item.name)
+            crops = np.stack([anyres.squash(frame, size) for frame in frames])
+            return [(crops, video.video_taps(len(frames), inputs, side))]
+        visuals = []
+        for source in item.images:
+            image = images.load_image(source, item.name)
+            taps = anyres.image_taps(*image.size, inputs, size, side)
+            visuals.append((anyres.image_crops(image, inputs, size), taps))
+        return visuals
+
+
+def _split_at_markers(ids: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+    """Pieces of text between the image tokens, each with whether an image stands before it."""
+    places = np.flatnonzero(ids == chat.IMAGE_TOKEN)
+    pieces = [(ids[: places[0]] if len(places) else ids, False)]
+    ends = [*places[1:], len(ids)]
+    pieces += [(ids[p + 1 : end], True) for p, end in zip(places, ends, strict=False)]
+    return pieces
+
+
+def _shift(taps: T.Taps, offset: int) -> T.Taps:
+    return T.Taps(np.where(taps.index == T.NEWLINE, T.NEWLINE, taps.index + offset), taps.weight)
+
+
+def _truncate(sequence: Sequence, length: int, num_patches: int) -> Sequence:
+    """Cut the tail, and the crops that no remaining token looks at."""
+    tokens = sequence.tokens[:length]
+    taps = sequence.taps[: np.count_nonzero(tokens == VISUAL_SLOT)]
+    num_crops = int(taps.index.max(initial=T.NEWLINE) // num_patches) + 1
+    return dataclasses.replace(
+        sequence, tokens=tokens, taps=taps, crops=sequence.crops[:num_crops]
+    )

@@ -1,0 +1,119 @@
+"""Visual tokens as weighted patch features ("taps"): index arithmetic on maps of patches.
+
+A map is a grid of taps; tiling, cropping, resizing and newlines are operations on such grids.
+Owns no pixels and no model: `anyres.py` and `video.py` say which operations an image or a video
+goes through, the device computes `sum_k weight[k] * feature[index[k]]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+# Index of the learned newline vector, until packing gives it its place in the table of features.
+NEWLINE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """`index` int32 [..., K] into patches (crop * patches_per_crop + patch) or NEWLINE;
+    `weight` float32 [..., K].
+
+    Weights sum to 1, but for one case: where all K > 1 of them are 1, the token is the maximum of
+    its taps (pool mode `max`).
+    """
+
+    index: np.ndarray
+    weight: np.ndarray
+
+    def reshape(self, *shape: int) -> Taps:
+        k = self.index.shape[-1]
+        return Taps(self.index.reshape(*shape, k), self.weight.reshape(*shape, k))
+
+    def __getitem__(self, key) -> Taps:
+        return Taps(self.index[key], self.weight[key])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.index.shape[:-1]
+
+    @property
+    def width(self) -> int:
+        """Number of taps of each token."""
+        return self.index.shape[-1]
+
+
+def crop_map(first_crop: int, rows: int, columns: int, side: int) -> Taps:
+    """Map [rows * side, columns * side] over crops laid row by row from `first_crop` on."""
+    y, x = np.meshgrid(np.arange(rows * side), np.arange(columns * side), indexing="ij")
+    crop = first_crop + (y // side) * columns + x // side
+    index = crop * side**2 + (y % side) * side + x % side
+    return plain(index)
+
+
+def plain(index: np.ndarray) -> Taps:
+    """One tap of weight 1 for each token."""
+    return Taps(
+        np.asarray(index, np.int32)[..., None], np.ones((*np.shape(index), 1), np.float32)
+    )
+
+
+def newlines(*shape: int) -> Taps:
+    return plain(np.full(shape, NEWLINE))
+
+
+def widen(taps: Taps, width: int) -> Taps:
+    """The same tokens with `width` taps each: further taps have weight 0."""
+    extra = width - taps.width
+    if extra == 0:
+        return taps
+    if extra < 0:
+        raise ValueError(f"cannot narrow {taps.width} taps to {width}")
+    pad = [(0, 0)] * len(taps.shape) + [(0, extra)]
+    return Taps(np.pad(taps.index, pad, mode="edge"), np.pad(taps.weight, pad))
+
+
+def concatenate(parts: list[Taps], axis: int = 0) -> Taps:
+    """Join token maps; all get the widest one's number of taps (see `widen`)."""
+    width = max(part.width for part in parts)
+    parts = [widen(part, width) for part in parts]
+    return Taps(
+        np.concatenate([p.index for p in parts], axis),
+        np.concatenate([p.weight for p in parts], axis),
+    )
+
+
+def resize_bilinear(taps: Taps, height: int, width: int) -> Taps:
+    """Resize a map [H, W] of single taps: bilinear, half-pixel centres, no antialiasing.
+
+    This is `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
+    """
+    (y0, y1, fy), (x0, x1, fx) = (
+        _interpolate(n, m) for n, m in zip(taps.shape, (height, width), strict=True)
+    )
+    source = taps.index[..., 0]
+    index = np.stack(
+        [source[np.ix_(ys, xs)] for ys, xs in ((y0, x0), (y0, x1), (y1, x0), (y1, x1))], -1
+    )
+    weight = np.stack(
+        [np.outer(wy, wx) for wy, wx in ((1 - fy, 1 - fx), (1 - fy, fx), (fy, 1 - fx), (fy, fx))],
+        -1,
+    )
+    return Taps(index, weight.astype(np.float32))
+
+
+def _interpolate(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    centre = np.maximum((np.arange(new_size) + 0.5) * (size / new_size) - 0.5, 0.0)
+    low = np.minimum(centre.astype(np.int64), size - 1)
+    return low, np.minimum(low + 1, size - 1), centre - low
+
+
+def pool_windows(taps: Taps, stride: int, take_max: bool) -> Taps:
+    """Average or maximum over stride x stride windows; rows and columns left over are dropped."""
+    rows, columns = (n // stride for n in taps.shape)
+    source = taps.index[: rows * stride, : columns * stride, 0]
+    index = source.reshape(rows, stride, columns, stride).transpose(0, 2, 1, 3)
+    index = index.reshape(rows, columns, stride**2)
+    weight = np.full(index.shape, 1.0 if take_max else 1.0 / stride**2, np.float32)
+    return Taps(index, weight)

@@ -1,0 +1,98 @@
+"""The layers both towers are made of: projections, normalisation, scans of blocks.
+
+Parameters are kept in `param_dtype` (float32 masters when training) and used in `dtype`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = Any
+
+# What a rematerialised block keeps of its forward pass.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    # Only its input: least memory, one more forward pass.
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Also the results of matrix products with weights: most memory, hardly any recomputation.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Projection(nn.Module):
+    """Linear map over the trailing `in_axes` axes of its input to axes `features`.
+
+    Kernel [*in, *features], bias [*features].
+    """
+
+    features: tuple[int, ...]
+    in_axes: int = 1
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs = x.shape[x.ndim - self.in_axes :]
+        fan_in = math.prod(inputs)
+
+        def initial(key, shape, dtype):
+            return jax.random.normal(key, shape, dtype) / math.sqrt(fan_in)
+
+        kernel = self.param("kernel", initial, (*inputs, *self.features), self.param_dtype)
+        axes = tuple(range(x.ndim - self.in_axes, x.ndim))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            ((axes, tuple(range(self.in_axes))), ((), ())),
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype)
+            y += bias.astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation in float32, scaled: Qwen2's."""
+
+    epsilon: float
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+def scan_blocks(
+    block: nn.Module, length: int, x: jax.Array, *inputs: Any, remat: str | None = None
+) -> jax.Array:
+    """Apply `length` blocks like `block` one after another: parameters stacked on their first axis.
+
+    Args:
+      block: module with `__call__(x, *inputs) -> x`; all blocks get the same `inputs`.
+      remat: None (keep all activations) or a key of REMAT_POLICIES.
+    """
+
+    def body(block: nn.Module, x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
+        return block(x, *inputs), None
+
+    if remat is not None:
+        # Inside a scan there is no other computation to merge the recomputation with.
+        body = nn.remat(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    scanned = nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=length,
+    )
+    return scanned(block, x, inputs)[0]

@@ -1,0 +1,140 @@
+"""LLaVE: packed batches to L2-normalised embeddings.
+
+Puts SigLIP, projector and Qwen2 together. Which patch goes where was decided on the host
+(`llave_jax.inputs`); here are only gathers and products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from llave_jax.inputs.packing import Budget, PackedBatch, empty_batch
+from llave_jax.models.config import LlaveConfig
+from llave_jax.models.layers import Dtype
+from llave_jax.models.projector import Projector
+from llave_jax.models.qwen2 import Qwen2
+from llave_jax.models.siglip import SiglipTower
+
+# Names of intermediate results a rematerialisation policy can choose to keep.
+VISION_FEATURES = "vision_features"
+
+
+class Llave(nn.Module):
+    """The embedding model.
+
+    Attributes:
+      dtype: of activations and products; norms, softmax and the embedding are float32 throughout.
+      param_dtype: of the parameters.
+      attention: implementation of the language model's attention (`llave_jax.ops.attention`).
+      vision_attention: of the vision tower's.
+      remat: rematerialisation of each block: None or a key of `layers.REMAT_POLICIES`.
+      freeze_vision: no gradient flows into the vision tower.
+    """
+
+    config: LlaveConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    attention: str = "xla"
+    vision_attention: str = "xla"
+    remat: str | None = None
+    freeze_vision: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.vision_tower = SiglipTower(
+            config.vision,
+            attention=self.vision_attention,
+            remat=None if self.freeze_vision else self.remat,
+            **kinds,
+        )
+        self.projector = Projector(config.text.hidden_size, **kinds)
+        self.image_newline = self.param(
+            "image_newline",
+            nn.initializers.normal(config.text.hidden_size**-0.5),
+            (config.text.hidden_size,),
+            self.param_dtype,
+        )
+        self.language_model = Qwen2(
+            config.text, attention=self.attention, remat=self.remat, **kinds
+        )
+
+    def __call__(self, batch: PackedBatch) -> jax.Array:
+        """Embeddings of all sequences of a batch.
+
+        Returns:
+          float32 [S, Z, G, D], L2-normalised; slots that are not valid hold no meaning.
+        """
+        return self.pool(self.hidden_states(batch), batch)
+
+    def hidden_states(self, batch: PackedBatch) -> jax.Array:
+        """Final hidden states [S, R, L, D]."""
+        x = self.inputs_embeds(batch)
+        shards, rows, length, width = x.shape
+        x = self.language_model(
+            x.reshape(shards * rows, length, width),
+            batch.positions.reshape(shards * rows, length),
+            batch.segment_ids.reshape(shards * rows, length),
+        )
+        return x.reshape(shards, rows, length, width)
+
+    def inputs_embeds(self, batch: PackedBatch) -> jax.Array:
+        """What the language model reads: [S, R, L, D]."""
+        tokens = jnp.asarray(batch.tokens)
+        is_visual = tokens < 0
+        text = self.language_model.embed(jnp.where(is_visual, 0, tokens))
+        if batch.patches.shape[1] == 0 and not self.is_initializing():
+            return text
+        return jnp.where(is_visual[..., None], self.visual_tokens(batch), text)
+
+    def visual_tokens(self, batch: PackedBatch) -> jax.Array:
+        """The weighted features of every slot's taps: [S, R, L, D]; text slots hold no meaning."""
+        features = self.projector(self.vision_features(batch.patches))
+        shards, crops, patches, width = features.shape
+        newline = jnp.broadcast_to(self.image_newline.astype(self.dtype), (shards, 1, width))
+        table = jnp.concatenate([features.reshape(shards, crops * patches, width), newline], axis=1)
+        tapped = jax.vmap(lambda rows, index: rows[index])(table, batch.tap_index)
+        if batch.tap_weight is None:
+            return tapped[..., 0, :]
+        weight = batch.tap_weight[..., None]
+        combined = jnp.sum(tapped * weight, axis=-2)
+        if self.config.inputs.pool_mode == "max":
+            takes_max = jnp.all(weight == 1, axis=-2)
+            combined = jnp.where(takes_max, jnp.max(tapped, axis=-2), combined)
+        return combined.astype(self.dtype)
+
+    def vision_features(self, patches: jax.Array) -> jax.Array:
+        """uint8 [S, C, P, patch_dim] -> [S, C, P, vision hidden]."""
+        shards, crops = patches.shape[:2]
+        features = self.vision_tower(patches.reshape(shards * crops, *patches.shape[2:]))
+        if self.freeze_vision:
+            features = jax.lax.stop_gradient(features)
+        features = checkpoint_name(features, VISION_FEATURES)
+        return features.reshape(shards, crops, *features.shape[1:])
+
+    def pool(self, hidden: jax.Array, batch: PackedBatch) -> jax.Array:
+        """Hidden states [S, R, L, D] of the last tokens, L2-normalised: float32 [S, Z, G, D]."""
+        shards, rows, length, width = hidden.shape
+        hidden = hidden.reshape(shards, rows * length, width)
+        pooled = jax.vmap(lambda states, index: states[index])(hidden, batch.pooled)
+        pooled = pooled.astype(jnp.float32)
+        norm = jnp.sqrt(jnp.sum(jnp.square(pooled), axis=-1, keepdims=True))
+        # As torch.nn.functional.normalize; slots left empty read some token, never 0 / 0.
+        return pooled / jnp.maximum(norm, 1e-12)
+
+
+def example_batch(config: LlaveConfig) -> PackedBatch:
+    """The smallest batch that touches every parameter: for initialising and for shapes."""
+    budget = Budget(rows=1, row_length=8, crops=1, groups=1, sides=1)
+    return empty_batch(budget, 1, config.vision.num_patches, config.vision.patch_dim)
+
+
+def abstract_params(model: Llave) -> dict:
+    """Shapes and dtypes of the parameter tree, computed without any memory."""
+    batch = example_batch(model.config)
+    return jax.eval_shape(lambda key: model.init(key, batch), jax.random.key(0))["params"]

@@ -1,0 +1,78 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts done units of work and says how fast and how long still.
+
+    Use as a context manager. On a terminal this is a tqdm bar; otherwise one line to stderr at the
+    end and every `interval` seconds. `enabled=False` is silent (processes other than the first).
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        label: str,
+        *,
+        unit: str = "items",
+        enabled: bool = True,
+        initial: int = 0,
+        interval: float = 30.0,
+    ):
+        self._total, self._label, self._unit = total, label, unit
+        self._initial = self._done = initial
+        self._interval = interval
+        self._start = self._last = time.monotonic()
+        self._plain = enabled and not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            desc=label,
+            unit=f" {unit}",
+            disable=not enabled or self._plain,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._bar.close()
+        if self._plain:
+            self._line()
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """`count` more units are done; `note` is shown behind the rate."""
+        self._done += count
+        self._bar.update(count)
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        now = time.monotonic()
+        if self._plain and now - self._last >= self._interval:
+            self._last = now
+            self._line(note)
+
+    def _line(self, note: str = "") -> None:
+        seconds = time.monotonic() - self._start
+        rate = (self._done - self._initial) / seconds if seconds > 0 else 0.0
+        text = f"{self._label}: {self._done}"
+        if self._total is not None:
+            text += f" of {self._total}"
+        text += f" {self._unit}, {rate:.3g}/s"
+        if self._total is not None and rate > 0 and self._done < self._total:
+            text += f", {_clock((self._total - self._done) / rate)} left"
+        else:
+            text += f", {_clock(seconds)} in all"
+        print(f"{text}  {note}".rstrip(), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
