@@ -1,0 +1,160 @@
+"""Image files to RGB pixels, and what happens to files that are not what they should be.
+
+Owns reading and decoding only. Pixels are what the authors' code sees: Pillow, first frame, no EXIF
+rotation, alpha dropped. Cutting into crops is `anyres.py`; who skips a bad row is `data/pipeline.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+
+import numpy as np
+import PIL.Image
+
+from llave_jax.inputs.item import ImageLike
+
+# Pillow refuses images beyond twice its MAX_IMAGE_PIXELS; the number is repeated here so that a
+# program which switches Pillow's check off does not change what this package accepts.
+MAX_PIXELS = 178_956_970
+MAX_FILE_BYTES = 512 * 1024**2
+
+# Decoders for pictures only. Pillow's full list would also hand a file called .jpg to Ghostscript
+# (EPS), or open video containers and icon collections. Some builds of Pillow lack the last three.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "PPM", "WEBP", "JPEG2000", "AVIF")
+PIL.Image.init()
+FORMATS = tuple(name for name in FORMATS if name in PIL.Image.OPEN)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. `name` says which (file, row), `reason` why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name or 'image'}: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self):
+        # Worker processes send their exceptions back pickled, which replays `args`.
+        return ImageError, (self.name, self.reason)
+
+
+def read_image_file(path: str | os.PathLike, name: str = "") -> bytes:
+    """Returns the encoded bytes of an image file.
+
+    Args:
+      path: a regular file of at most `MAX_FILE_BYTES`.
+      name: where the image comes from, for errors; the path is added.
+
+    Raises:
+      ImageError: missing, unreadable, empty, too large, or not a regular file.
+    """
+    try:
+        path = os.fspath(path)
+        status = os.stat(path)
+        # Opening a pipe or a device would wait for ever.
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(_join(name, path), "is not a regular file")
+        if status.st_size == 0:
+            raise ImageError(_join(name, path), "the file is empty (0 bytes)")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ImageError(
+                _join(name, path),
+                f"the file has {status.st_size} bytes; the limit is {MAX_FILE_BYTES}",
+            )
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise ImageError(_join(name, path), "the file does not exist") from error
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise ImageError(_join(name, path), f"cannot be read: {error}") from error
+
+
+def load_image(image: ImageLike, name: str = "") -> PIL.Image.Image:
+    """Decodes an image to 8-bit RGB, the way the authors' code does.
+
+    The file's content decides its format, whatever its name says. An animation gives its first
+    frame, a stored EXIF rotation is not applied, alpha is dropped without blending. 16-bit
+    greyscale keeps its upper 8 bits (Pillow alone would clip it to white).
+
+    Args:
+      image: a path, the bytes of an image file, or a Pillow image.
+      name: where the image comes from (file, row), for errors.
+
+    Returns:
+      A decoded Pillow image of mode "RGB"; a Pillow image that already is one comes back itself.
+
+    Raises:
+      ImageError: missing, unreadable, not an image, truncated, corrupt, more than `MAX_PIXELS`,
+        without pixels, or of a pixel type that has no defined range (float, 32-bit integer).
+    """
+    if isinstance(image, (str, os.PathLike)):
+        encoded = read_image_file(image, name)
+        return _decode(encoded, _join(name, os.fspath(image)))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _decode(bytes(image), name)
+    if isinstance(image, PIL.Image.Image):
+        return _to_rgb(image, name)
+    raise TypeError(
+        f"{name or 'image'}: expected a path, encoded bytes or a PIL image, "
+        f"found {type(image).__name__}"
+    )
+
+
+def _decode(encoded: bytes, name: str) -> PIL.Image.Image:
+    if not encoded:
+        raise ImageError(name, "the file is empty (0 bytes)")
+    try:
+        image = PIL.Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except PIL.UnidentifiedImageError as error:
+        raise ImageError(name, f"not an image of a known format ({_describe(encoded)})") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError(name, f"too many pixels: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken header leads them to
+        raise ImageError(name, f"broken image header: {error}") from error
+    return _to_rgb(image, name)
+
+
+def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise ImageError(name, f"the image has no pixels ({width} x {height})")
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            name, f"too many pixels: {width} x {height}; the limit is {MAX_PIXELS} in all"
+        )
+    try:
+        image.load()
+        if image.mode == "RGB":
+            return image
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+            return _from_16_bits(image)
+        if image.mode in ("I", "F"):
+            raise ImageError(
+                name, f"pixels of mode {image.mode!r} have no defined range; store 8 or 16 bits"
+            )
+        return image.convert("RGB")
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise whatever broken data leads them to
+        raise ImageError(name, f"corrupt or truncated: {error}") from error
+
+
+def _from_16_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Greyscale of 16 bits a pixel to RGB by its upper 8 bits, as Pillow reads 16-bit colour."""
+    values = np.asarray(image).astype(np.uint16)
+    return PIL.Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _describe(encoded: bytes) -> str:
+    head = bytes(encoded[:16])
+    return f"{len(encoded)} bytes starting with {head!r}"
+
+
+def _join(name: str, path: str) -> str:
+    return f"{name} ({path})" if name and path not in name else name or path
