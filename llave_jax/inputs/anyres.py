@@ -15,9 +15,7 @@ from llave_jax.inputs import taps as T
 from llave_jax.models.config import InputConfig
 
 
-def best_canvas(
-    width: int, height: int, pinpoints: tuple[tuple[int, int], ...]
-) -> tuple[int, int]:
+def best_canvas(width: int, height: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """The canvas (height, width) that keeps most of the image's resolution.
 
     Effective resolution is the area of the image fitted inside, at most its own; ties go to the

@@ -17,9 +17,7 @@ IMAGE_TOKEN = -200
 _NUMBERED_MARKER = re.compile(r"<\|image_\d+\|>")
 
 # The assistant's turn is a single newline: the embedding is read at the newline after its end.
-_BEFORE = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-)
+_BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 

@@ -98,8 +98,9 @@ class Packer:
     def _start(self) -> None:
         rows = self.budget.rows
         self._shards = [_Shard([0] * rows, [0] * rows) for _ in range(self.num_shards)]
-        self._batch = empty_batch(self.budget, self.num_shards, self._vision.num_patches,
-                                  self._vision.patch_dim)
+        self._batch = empty_batch(
+            self.budget, self.num_shards, self._vision.num_patches, self._vision.patch_dim
+        )
         self._ids: list[list[str]] = [[""] * self.budget.groups for _ in range(self.num_shards)]
 
     @property
@@ -197,7 +198,9 @@ class Packer:
         budget = self.budget
         where = group_id or next((s.name for s in group if s.name), "group")
         if len(group) != budget.sides:
-            raise ValueError(f"{where}: {len(group)} sequences; the budget has {budget.sides} sides")
+            raise ValueError(
+                f"{where}: {len(group)} sequences; the budget has {budget.sides} sides"
+            )
         needs = {
             "row_length": max(len(sequence) for sequence in group),
             "crops": sum(len(sequence.crops) for sequence in group),

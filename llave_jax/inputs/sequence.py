@@ -124,6 +124,4 @@ def _truncate(sequence: Sequence, length: int, num_patches: int) -> Sequence:
     tokens = sequence.tokens[:length]
     taps = sequence.taps[: np.count_nonzero(tokens == VISUAL_SLOT)]
     num_crops = int(taps.index.max(initial=T.NEWLINE) // num_patches) + 1
-    return dataclasses.replace(
-        sequence, tokens=tokens, taps=taps, crops=sequence.crops[:num_crops]
-    )
+    return dataclasses.replace(sequence, tokens=tokens, taps=taps, crops=sequence.crops[:num_crops])

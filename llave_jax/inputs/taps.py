@@ -54,9 +54,7 @@ def crop_map(first_crop: int, rows: int, columns: int, side: int) -> Taps:
 
 def plain(index: np.ndarray) -> Taps:
     """One tap of weight 1 for each token."""
-    return Taps(
-        np.asarray(index, np.int32)[..., None], np.ones((*np.shape(index), 1), np.float32)
-    )
+    return Taps(np.asarray(index, np.int32)[..., None], np.ones((*np.shape(index), 1), np.float32))
 
 
 def newlines(*shape: int) -> Taps:

@@ -6,7 +6,6 @@ Decoding video files is `video_decode.py`.
 from __future__ import annotations
 
 import math
-
 import os
 
 import numpy as np

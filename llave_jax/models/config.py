@@ -186,8 +186,6 @@ PRESETS: dict[str, LlaveConfig] = {
             vocab_size=1024,
             rope_theta=10_000.0,
         ),
-        inputs=InputConfig(
-            pinpoints=grid_pinpoints(48, 2, 2), max_text_length=256, max_length=512
-        ),
+        inputs=InputConfig(pinpoints=grid_pinpoints(48, 2, 2), max_text_length=256, max_length=512),
     ),
 }

@@ -54,9 +54,7 @@ class Mlp(nn.Module):
         features = (self.config.intermediate_size,)
         gate = Projection(features, name="gate_proj", **kinds)(x)
         up = Projection(features, name="up_proj", **kinds)(x)
-        return Projection((self.config.hidden_size,), name="down_proj", **kinds)(
-            nn.silu(gate) * up
-        )
+        return Projection((self.config.hidden_size,), name="down_proj", **kinds)(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -108,7 +106,5 @@ class Qwen2(nn.Module):
         [B, T, D] after the final norm; tokens see earlier ones of their own segment."""
         config = self.config
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
-        x = scan_blocks(
-            self.layers, config.num_layers, x, cos, sin, segment_ids, remat=self.remat
-        )
+        x = scan_blocks(self.layers, config.num_layers, x, cos, sin, segment_ids, remat=self.remat)
         return self.norm(x)

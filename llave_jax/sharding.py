@@ -1,0 +1,169 @@
+"""Where arrays live: the device mesh, and the placement of parameters and batches on it.
+
+Parameters are placed by an ordered list of rules over their paths. Batches are split over the
+data-like axes, one shard a device.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+# A batch is split over both; the loss gathers over both, or negatives would be lost.
+BATCH_AXES = ("data", "fsdp")
+
+# (path regex, axes of the array's trailing dimensions). First full match wins. Stacked layers have
+# one more leading dimension, which is never split. None leaves a dimension whole.
+Rules = Sequence[tuple[str, tuple[Any, ...]]]
+PARAM_RULES: Rules = (
+    (r"language_model/embed_tokens/embedding", ("tensor", "fsdp")),
+    (r"language_model/layers/self_attn/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
+    (r"language_model/layers/self_attn/[qkv]_proj/bias", ("tensor", None)),
+    (r"language_model/layers/self_attn/o_proj/kernel", ("tensor", None, "fsdp")),
+    (r"language_model/layers/mlp/(gate|up)_proj/kernel", ("fsdp", "tensor")),
+    (r"language_model/layers/mlp/down_proj/kernel", ("tensor", "fsdp")),
+    (r"vision_tower/layers/self_attn/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
+    (r"vision_tower/layers/self_attn/[qkv]_proj/bias", ("tensor", None)),
+    (r"vision_tower/layers/self_attn/out_proj/kernel", ("tensor", None, "fsdp")),
+    (r"vision_tower/layers/mlp/fc1/kernel", ("fsdp", "tensor")),
+    (r"vision_tower/layers/mlp/fc1/bias", ("tensor",)),
+    (r"vision_tower/layers/mlp/fc2/kernel", ("tensor", "fsdp")),
+    (r"vision_tower/patch_embedding/kernel", (None, "fsdp")),
+    (r"projector/linear_1/kernel", ("fsdp", "tensor")),
+    (r"projector/linear_1/bias", ("tensor",)),
+    (r"projector/linear_2/kernel", ("tensor", "fsdp")),
+    # Vectors of the models' widths and position embeddings: small, kept whole.
+    (r".*/(scale|bias)|image_newline|vision_tower/position_embedding", ()),
+)
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with axes `data`, `fsdp`, `tensor`; one of them may be -1: all remaining devices."""
+    count = len(devices) if devices is not None else jax.device_count()
+    if set(axes) != set(MESH_AXES):
+        raise ValueError(f"mesh: axes are {sorted(axes)}; expected {list(MESH_AXES)}")
+    sizes = [axes[name] for name in MESH_AXES]
+    if sizes.count(-1) == 1:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count or min(sizes) < 1:
+        raise ValueError(
+            f"mesh: {dict(axes)} does not use {count} devices; the sizes' product must be {count} "
+            "(one axis may be -1: the rest)"
+        )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+
+
+def num_shards(mesh: Mesh) -> int:
+    """Shards of a batch: devices along the data-like axes."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def path_string(path: Sequence[Any]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dict -> {"a/b/c": leaf}, in order."""
+    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b/c": leaf} -> nested dict."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def param_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """Placement of one parameter by the first rule that matches its whole path.
+
+    An axis that does not divide its dimension (2 key heads over 4 devices) leaves it whole.
+
+    Raises:
+      ValueError: no rule matches, or a rule names one axis twice.
+    """
+    for pattern, axes in rules:
+        if re.fullmatch(pattern, path):
+            break
+    else:
+        raise ValueError(f"no sharding rule matches parameter {path!r}; add one")
+    named = [axis for axis in axes if axis is not None]
+    if len(set(named)) != len(named):
+        raise ValueError(f"sharding rule {pattern!r} splits two dimensions over one axis: {axes}")
+    if len(axes) > len(shape):
+        raise ValueError(f"sharding rule {pattern!r} has {len(axes)} axes for {path!r} {shape}")
+    full = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    return PartitionSpec(
+        *(
+            axis if axis is not None and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(full, shape, strict=True)
+        )
+    )
+
+
+def param_shardings(params: Any, mesh: Mesh, rules: Rules = PARAM_RULES) -> Any:
+    """NamedSharding for each leaf of a parameter tree (arrays or shapes)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, param_spec(path_string(path), x.shape, mesh, rules)),
+        params,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, leading_axes: int = 0) -> NamedSharding:
+    """Sharding of arrays [..., S, ...] whose shard axis comes after `leading_axes` others."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading_axes, BATCH_AXES))
+
+
+def local_shards(mesh: Mesh) -> range:
+    """The batch shards that this process loads.
+
+    Raises:
+      ValueError: they are not a run of their own (the tensor axis crosses processes).
+    """
+    total = num_shards(mesh)
+    indices = batch_sharding(mesh).addressable_devices_indices_map((total,)).values()
+    starts = sorted({index[0].start or 0 for index in indices})
+    if (
+        starts != list(range(starts[0], starts[-1] + 1))
+        or len(starts) * jax.process_count() != total
+    ):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: {jax.process_count()} processes do not each have a run of "
+            f"the {total} batch shards; the tensor axis must lie within a process"
+        )
+    return range(starts[0], starts[-1] + 1)
+
+
+def device_put_batch(batch: Any, mesh: Mesh, leading_axes: int = 0) -> Any:
+    """Host arrays of this process's shards -> global arrays, split over the batch axes."""
+    sharding = batch_sharding(mesh, leading_axes)
+    total = num_shards(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        shape = (*x.shape[:leading_axes], total, *x.shape[leading_axes + 1 :])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(put, batch)
+
+
+def init_sharded(init: Callable[..., Any], shardings: Any, *args: Any) -> Any:
+    """Run an initialiser so that every result is made directly in its shards."""
+    return jax.jit(init, out_shardings=shardings)(*args)
