@@ -1,0 +1,218 @@
+"""Pictures of handwritten digits, and what can truly be said about them.
+
+Owns the scans (scikit-learn's, 8 x 8 pixels), the scenes drawn from them and the language of the
+bundled benchmark: questions with answers, captions, labels. Rows and files are `digits.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+import sklearn.datasets
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# A scene is a grid of 2 x 2 cells, counted row by row.
+CELLS = ("top left", "top right", "bottom left", "bottom right")
+LINES = {"top row": (0, 1), "bottom row": (2, 3), "left column": (0, 2), "right column": (1, 3)}
+NEIGHBOURS = {
+    "to the left of": ((0, 1), (2, 3)),
+    "to the right of": ((1, 0), (3, 2)),
+    "above": ((0, 2), (1, 3)),
+    "below": ((2, 0), (3, 1)),
+}
+CELL_PIXELS = 24
+SCENE_PIXELS = 2 * CELL_PIXELS
+TEST_SHARE = 0.22
+
+# How far drawing and cropping stray from the exact place: about what handwriting does by itself.
+_ROTATION_DEGREES = 10.0
+_SCALE = 0.1
+_SHIFT_PIXELS = 1.5
+_CROP_PIXELS = 2
+
+
+class Scans(NamedTuple):
+    """All scans: pixels uint8 [1797, 8, 8], bright strokes on black; labels int [1797], 0 to 9."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+def load_scans() -> Scans:
+    bunch = sklearn.datasets.load_digits()
+    return Scans(np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target)
+
+
+def split_scans(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Disjoint train and test scans, every digit in its share: two int arrays of indices."""
+    rng = np.random.default_rng([seed, 0])
+    train, test = [], []
+    for digit in range(10):
+        members = rng.permutation(np.flatnonzero(labels == digit))
+        count = round(TEST_SHARE * len(members))
+        test.append(members[:count])
+        train.append(members[count:])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
+
+
+def draw_scan(scan: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    """A scan uint8 [8, 8] enlarged to a cell uint8 [24, 24], with a margin around it.
+
+    With `rng` it is slightly turned, shifted and scaled, as no two hands write alike.
+    """
+    jitter = rng.uniform(-1, 1, 4) if rng is not None else np.zeros(4)
+    padded = PIL.Image.fromarray(np.pad(scan, 1))
+    angle = np.deg2rad(_ROTATION_DEGREES * jitter[0])
+    # Pillow wants the way back: from a place in the cell to one in the padded scan.
+    scale = padded.width / CELL_PIXELS / (1 + _SCALE * jitter[1])
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    centre = CELL_PIXELS / 2 + _SHIFT_PIXELS * jitter[2:]
+    offset = padded.width / 2 - turn @ centre
+    matrix = np.column_stack([turn, offset]).ravel()
+    size = (CELL_PIXELS, CELL_PIXELS)
+    bicubic = PIL.Image.Resampling.BICUBIC
+    return np.asarray(padded.transform(size, PIL.Image.Transform.AFFINE, tuple(matrix), bicubic))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What stands in the four cells: the digits, and which scans show them."""
+
+    digits: tuple[int, ...]
+    scans: tuple[int, ...]
+
+    def cells_of(self, digit: int) -> list[int]:
+        return [cell for cell, other in enumerate(self.digits) if other == digit]
+
+
+def draw_scene(scene: Scene, scans: Scans, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [48, 48]."""
+    cells = [draw_scan(scans.pixels[index], rng) for index in scene.scans]
+    return np.block([cells[:2], cells[2:]])
+
+
+def crop_cell(picture: np.ndarray, cell: int, rng: np.random.Generator) -> np.ndarray:
+    """A box around one cell of a scene; its edges are not exact: about uint8 [24, 24]."""
+    row, column = divmod(cell, 2)
+    edges = np.array([row, column, row + 1, column + 1]) * CELL_PIXELS
+    edges = edges + rng.integers(-_CROP_PIXELS, _CROP_PIXELS + 1, 4)
+    top, left, bottom, right = np.clip(edges, 0, SCENE_PIXELS)
+    return picture[top:bottom, left:right]
+
+
+def make_family(rng: np.random.Generator, pools: Sequence[np.ndarray], size: int) -> list[Scene]:
+    """`size` (at most 4) scenes of the same four scans in different places: each other's hard negatives.
+
+    Three families of ten have only two different digits, so that there is something to count.
+
+    Args:
+      pools: for each digit, the scans that may be used.
+    """
+    while True:
+        choices = rng.choice(10, 2, replace=False) if rng.random() < 0.3 else np.arange(10)
+        digits = sorted(rng.choice(choices, 4).tolist())
+        arrangements = sorted(set(itertools.permutations(digits)))
+        if len(arrangements) >= size:
+            break
+    scans = [
+        index
+        for digit, group in itertools.groupby(digits)
+        for index in rng.choice(pools[digit], len(list(group)), replace=False).tolist()
+    ]
+    family = []
+    for pick in rng.choice(len(arrangements), size, replace=False):
+        unused = list(zip(digits, scans, strict=True))
+        members = []
+        for digit in arrangements[pick]:
+            members.append(next(member for member in unused if member[0] == digit))
+            unused.remove(members[-1])
+        family.append(Scene(arrangements[pick], tuple(scan for _, scan in members)))
+    return family
+
+
+def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
+    """Every question with its one right answer, by kind; a kind may be empty.
+
+    Answers are digit words, places ("top left"), or what two cells read ("three seven"): a question
+    has no second right answer among them.
+    """
+    word = [DIGITS[digit] for digit in scene.digits]
+    unique = [cell for cell in range(4) if len(scene.cells_of(scene.digits[cell])) == 1]
+    return {
+        "place": [(f"Which digit is at the {CELLS[cell]}?", word[cell]) for cell in range(4)],
+        "neighbour": [
+            (f"Which digit is {relation} the {word[other]}?", word[cell])
+            for relation, pairs in NEIGHBOURS.items()
+            for cell, other in pairs
+            if other in unique
+        ],
+        "count": [
+            (f"How many times does {DIGITS[digit]} appear?", DIGITS[len(scene.cells_of(digit))])
+            for digit in range(10)
+        ],
+        "where": [(f"Where is the {word[cell]}?", CELLS[cell]) for cell in unique],
+        "reading": [
+            (f"What does the {line} read?", f"{word[first]} {word[second]}")
+            for line, (first, second) in LINES.items()
+        ],
+    }
+
+
+def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """One question with its answer: a kind, then an answer, then a question, each by equal chance."""
+    kinds = [pairs for pairs in questions(scene).values() if pairs]
+    pairs = kinds[rng.integers(len(kinds))]
+    answers = sorted({answer for _, answer in pairs})
+    answer = answers[rng.integers(len(answers))]
+    fitting = [question for question, other in pairs if other == answer]
+    return fitting[rng.integers(len(fitting))], answer
+
+
+class Fact(NamedTuple):
+    """That a digit stands in a cell. A caption is a tuple of facts, in the order of the cells."""
+
+    cell: int
+    digit: int
+
+
+def holds(facts: Sequence[Fact], scene: Scene) -> bool:
+    return all(scene.digits[cell] == digit for cell, digit in facts)
+
+
+def describe(scene: Scene, cells: Sequence[int]) -> tuple[Fact, ...]:
+    return tuple(Fact(cell, scene.digits[cell]) for cell in cells)
+
+
+def caption(facts: Sequence[Fact]) -> str:
+    """"a three at the top left and an eight at the bottom right"."""
+    parts = [f"{article(digit)} {DIGITS[digit]} at the {CELLS[cell]}" for cell, digit in facts]
+    return " and ".join(", ".join(parts).rsplit(", ", 1))
+
+
+def article(digit: int) -> str:
+    return "an" if digit == 8 else "a"
+
+
+def choose_facts(
+    scene: Scene, others: Sequence[Scene], rng: np.random.Generator
+) -> tuple[Fact, ...]:
+    """Two to four facts of the scene that, together, hold for none of the others.
+
+    The others must differ from the scene in some cell, so that all four facts always do.
+    """
+    subsets = [cells for n in (2, 3, 4) for cells in itertools.combinations(range(4), n)]
+    captions = [describe(scene, cells) for cells in subsets]
+    telling = [facts for facts in captions if not any(holds(facts, other) for other in others)]
+    return telling[rng.integers(len(telling))]
+
+
+def labels(scene: Scene, cell: int) -> list[str]:
+    """What to call the digit in a cell so that no other cell of the scene is meant."""
+    digit = scene.digits[cell]
+    names = [f"the {DIGITS[digit]} at the {CELLS[cell]}", f"the digit at the {CELLS[cell]}"]
+    return names + ([f"the {DIGITS[digit]}"] if len(scene.cells_of(digit)) == 1 else [])
