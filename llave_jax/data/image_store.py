@@ -1,0 +1,195 @@
+"""Encoded image files by the paths that rows give: in a folder, or in zip archives below it.
+
+Owns finding and reading bytes; decoding is `inputs/images.py`. Archives are read in place: a
+compact index (24 bytes a member) is built once and travels to worker processes with the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from llave_jax.inputs.images import MAX_FILE_BYTES, ImageError, read_image_file
+
+# Where a cloned MMEB-train repository keeps archives, below the image root.
+_ARCHIVE_FOLDERS = (".", "images_zip", "images")
+
+_LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+_MEMBER = np.dtype(
+    [
+        ("key", "<u8"),
+        ("offset", "<u8"),
+        ("packed", "<u4"),
+        ("size", "<u4"),
+        ("archive", "<u2"),
+        ("method", "<u2"),
+    ]
+)
+
+
+def check_relative(path: str, name: str = "") -> None:
+    """Raises ImageError if a row's image path is absolute or climbs out of the image root.
+
+    The check is on the path's text: a symbolic link inside the root may lead anywhere, since only
+    the owner of the folder can have put it there.
+    """
+    parts = PurePosixPath(path).parts
+    if path.startswith("/") or ".." in parts or "\0" in path or not parts:
+        raise ImageError(
+            name, f"image path {path!r} leaves the image root; paths are relative to the root"
+        )
+
+
+class ImageStore:
+    """`store.read(path) -> bytes` below one image root. Picklable; reads are safe in threads.
+
+    A path is looked up as a file first, then in the archives `ROOT/*.zip`, `ROOT/images_zip/*.zip`
+    and `ROOT/images/*.zip`, as if each were unpacked into `ROOT`, `ROOT/images`, or a folder of the
+    archive's name in either.
+    """
+
+    def __init__(self, root: str | os.PathLike):
+        """Raises FileNotFoundError for a missing root, ValueError for an unreadable archive."""
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"image root {self.root} is not a folder")
+        self._archives = [
+            archive
+            for folder in _ARCHIVE_FOLDERS
+            for archive in sorted((self.root / folder).glob("*.zip"))
+        ]
+        self._members = _index_archives(self._archives)
+        self._files: dict[int, int] = {}
+
+    def read(self, path: str, name: str = "") -> bytes:
+        """The encoded bytes of an image.
+
+        Args:
+          path: relative to the root, with forward slashes.
+          name: where the path was found, for errors.
+
+        Raises:
+          ImageError: the path leaves the root, nothing is there, or it cannot be read.
+        """
+        where = f"{name} ({path})" if name else path
+        check_relative(path, where)
+        file = self.root / path
+        if not self._archives or file.exists():
+            return read_image_file(file, name)
+        member = self._find(path)
+        if member is None:
+            raise ImageError(
+                where,
+                f"neither a file below {self.root} nor in its {len(self._archives)} zip archive(s)",
+            )
+        return self._read_member(member, where)
+
+    def _find(self, path: str) -> np.void | None:
+        """The index entry of a path, searching archives whose name is a folder in it first."""
+        parts = PurePosixPath(path).parts
+        numbers = range(len(self._archives))
+        for number in sorted(numbers, key=lambda n: self._archives[n].stem not in parts):
+            for candidate in _names_inside(parts, self._archives[number].stem):
+                key = _key(number, candidate)
+                place = int(np.searchsorted(self._members["key"], key))
+                if place < len(self._members) and self._members["key"][place] == key:
+                    return self._members[place]
+        return None
+
+    def _read_member(self, member: np.void, where: str) -> bytes:
+        archive = self._archives[member["archive"]]
+        where = f"{where} in {archive.name}"
+        size = int(member["size"])
+        if size == 0:
+            raise ImageError(where, "the file is empty (0 bytes)")
+        if max(size, int(member["packed"])) > MAX_FILE_BYTES:
+            raise ImageError(where, f"the file has {size} bytes; the limit is {MAX_FILE_BYTES}")
+        descriptor = self._descriptor(int(member["archive"]))
+        header = os.pread(descriptor, _LOCAL_HEADER.size, int(member["offset"]))
+        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+            raise ImageError(where, "the archive is corrupt: no file header where its index says")
+        fields = _LOCAL_HEADER.unpack(header)
+        start = int(member["offset"]) + _LOCAL_HEADER.size + fields[-2] + fields[-1]
+        packed = os.pread(descriptor, int(member["packed"]), start)
+        if member["method"] == zipfile.ZIP_STORED:
+            data = packed
+        else:
+            try:
+                # The limit keeps a forged size from inflating without end.
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, size + 1)
+            except zlib.error as error:
+                raise ImageError(where, f"corrupt in the archive: {error}") from error
+        if len(data) != size:
+            raise ImageError(where, f"truncated in the archive: {len(data)} of {size} bytes")
+        return data
+
+    def _descriptor(self, number: int) -> int:
+        if number not in self._files:
+            descriptor = os.open(self._archives[number], os.O_RDONLY)
+            if self._files.setdefault(number, descriptor) != descriptor:
+                os.close(descriptor)  # another thread was quicker
+        return self._files[number]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_files": {}}
+
+    def __del__(self):
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+
+
+def _names_inside(parts: tuple[str, ...], stem: str) -> list[str]:
+    """What a row's path can be called inside an archive."""
+    names = ["/".join(parts)]
+    if parts[0] == "images":
+        parts = parts[1:]
+        names.append("/".join(parts))
+    if parts and parts[0] == stem:
+        names.append("/".join(parts[1:]))
+    return [name for name in names if name]
+
+
+def _key(archive: int, member: str) -> int:
+    """64-bit hash: among a million names two meet with probability 3e-8."""
+    digest = hashlib.blake2b(f"{archive}/{member}".encode(errors="surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _index_archives(archives: list[Path]) -> np.ndarray:
+    """Entries of all members of all archives, sorted by key."""
+    entries = []
+    for number, archive in enumerate(archives):
+        try:
+            with zipfile.ZipFile(archive) as file:
+                members = file.infolist()
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"{archive}: not a readable zip archive: {error}") from error
+        for info in members:
+            if info.is_dir():
+                continue
+            if info.flag_bits & 1 or info.compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):
+                raise ValueError(
+                    f"{archive}: {info.filename} is encrypted or compressed in an unusual way; "
+                    "unpack the archive into the image root instead"
+                )
+            limit = np.iinfo(np.uint32).max
+            sizes = min(info.compress_size, limit), min(info.file_size, limit)
+            entries.append(
+                (
+                    _key(number, info.filename),
+                    info.header_offset,
+                    *sizes,
+                    number,
+                    info.compress_type,
+                )
+            )
+    return np.sort(np.array(entries, dtype=_MEMBER), order="key")

@@ -1,0 +1,173 @@
+"""Rows of MMEB training data: their fields, and reading them from parquet, JSON and JSON lines.
+
+Owns text only. A row's images are read by `image_store.py`; rows become pairs in `sources.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+
+REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+OPTIONAL = ("neg_text", "neg_image_path")
+FIELDS = REQUIRED + OPTIONAL
+# `problem` says why a row cannot be used, where that is seen while reading; null otherwise.
+_SCHEMA = pa.schema([(field, pa.large_string()) for field in (*FIELDS, "problem")])
+
+
+class RowError(ValueError):
+    """A row that cannot be used. `name` says which (file, row), `reason` why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self):
+        return RowError, (self.name, self.reason)
+
+
+class Row(NamedTuple):
+    """One training row as it is stored; image paths are "" where a side has no image."""
+
+    qry: str
+    qry_image_path: str
+    pos_text: str
+    pos_image_path: str
+    neg_text: str
+    neg_image_path: str
+
+    def digest(self) -> int:
+        """64-bit hash of the content, the same wherever the row is stored."""
+        text = "\x1f".join(self).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+class Table:
+    """The rows of one subset, in memory as Arrow columns (their text plus 8 bytes a field)."""
+
+    def __init__(self, batch: pa.RecordBatch, file: str):
+        self.file = file
+        self._columns = [batch.column(field) for field in (*FIELDS, "problem")]
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def __getitem__(self, index: int) -> Row:
+        """Raises RowError naming file and row for missing fields or a row without content."""
+        name = f"{self.file} row {index}"
+        *values, problem = (column[index].as_py() for column in self._columns)
+        if problem is not None:
+            raise RowError(name, problem)
+        missing = [f for f, v in zip(REQUIRED, values, strict=False) if v is None]
+        if missing:
+            raise RowError(name, f"missing fields {missing}; a row has {list(REQUIRED)}")
+        row = Row(*(value or "" for value in values))
+        if not row.qry.strip() and not row.qry_image_path:
+            raise RowError(name, "the query has neither text nor an image")
+        if not row.pos_text.strip() and not row.pos_image_path:
+            raise RowError(name, "the target has neither text nor an image")
+        return row
+
+
+def read_table(files: list[Path], max_rows: int | None = None) -> Table:
+    """Reads one subset, the first `max_rows` rows of it.
+
+    Args:
+      files: the parquet files of a split, in order, or one `.json` or `.jsonl` file.
+      max_rows: rows to keep; None for all.
+
+    Raises:
+      ValueError: a file is not what its name says, or lacks the columns of MMEB-train.
+    """
+    file = files[0]
+    if file.suffix == ".parquet":
+        table = _read_parquet(files, max_rows)
+        label = str(file) if len(files) == 1 else f"{file.parent}/{file.name.split('-')[0]}-*"
+    else:
+        records = _json_records(file)
+        kept = [r for r, _ in zip(records, range(max_rows or 2**62), strict=False)]
+        table = pa.Table.from_pylist([_clean(record) for record in kept], schema=_SCHEMA)
+        label = str(file)
+    batches = table.combine_chunks().to_batches()
+    return Table(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=_SCHEMA), label)
+
+
+def _read_parquet(files: list[Path], max_rows: int | None) -> pa.Table:
+    parts, remaining = [], max_rows
+    for file in files:
+        try:
+            parquet = pyarrow.parquet.ParquetFile(file)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file}: not a readable parquet file: {error}") from error
+        missing = [field for field in REQUIRED if field not in parquet.schema_arrow.names]
+        if missing:
+            raise ValueError(
+                f"{file}: lacks columns {missing}; found {parquet.schema_arrow.names}, expected "
+                f"{list(REQUIRED)} and optionally {list(OPTIONAL)}"
+            )
+        columns = [field for field in FIELDS if field in parquet.schema_arrow.names]
+        try:
+            part = parquet.read(columns=columns)
+            part = part.slice(0, remaining)
+            fields = {name: part[name].cast(pa.large_string()) for name in columns}
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file}: cannot be read as text columns: {error}") from error
+        for field in (*OPTIONAL, "problem"):
+            fields.setdefault(field, pa.nulls(len(part), pa.large_string()))
+        parts.append(pa.table(fields).select(_SCHEMA.names))
+        if remaining is not None:
+            remaining -= len(part)
+            if remaining <= 0:
+                break
+    return pa.concat_tables(parts)
+
+
+def _json_records(file: Path) -> Iterator[Any]:
+    """The records of a JSON list, or of a file with one JSON object a line."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            if file.suffix == ".jsonl":
+                for number, line in enumerate(lines):
+                    if line.strip():
+                        yield _parse(line, f"{file} line {number + 1}")
+                return
+            records = _parse(lines.read(), str(file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text: {error}") from error
+    if not isinstance(records, list):
+        raise ValueError(
+            f"{file}: expected a list of objects with {list(REQUIRED)}, "
+            f"found {type(records).__name__}; one object a line goes into a .jsonl file"
+        )
+    yield from records
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+
+
+def _clean(record: Any) -> dict[str, str | None]:
+    """A record that fits the schema; what does not fit is said in `problem`."""
+    if not isinstance(record, dict):
+        return {"problem": f"expected an object, found {type(record).__name__}"}
+    clean: dict[str, str | None] = {}
+    for field in FIELDS:
+        value = record.get(field)
+        if value is not None and not isinstance(value, str):
+            return {"problem": f"{field} is {type(value).__name__}; expected a string"}
+        try:
+            clean[field] = value if value is None else value.encode().decode()
+        except UnicodeEncodeError:
+            return {"problem": f"{field} is not Unicode text (it has half a surrogate pair)"}
+    return clean

@@ -1,0 +1,286 @@
+"""Training pairs by index: MMEB-train as cloned, JSON files of one's own, prepared array records.
+
+Every source gives the same `Pair`s, with images as their encoded bytes. In what order they are
+read is `pipeline.py`; writing array records is `prepare.py`.
+"""
+
+from __future__ import annotations
+
+import abc
+import bisect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llave_jax.data.image_store import ImageStore
+from llave_jax.data.rows import Row, RowError, Table, read_table
+from llave_jax.inputs.item import Item, Pair
+
+# The training subsets of MMEB (VLM2Vec, arXiv 2410.05160, table 1), in the order of its tables.
+# fmt: off
+MMEB_TRAIN_SUBSETS = (
+    "ImageNet_1K", "HatefulMemes", "SUN397", "N24News", "VOC2007",
+    "OK-VQA", "A-OKVQA", "DocVQA", "InfographicsVQA", "ChartQA", "Visual7W",
+    "VisDial", "CIRR", "NIGHTS", "WebQA", "VisualNews_i2t", "VisualNews_t2i", "MSCOCO_t2i",
+    "MSCOCO_i2t", "MSCOCO",
+)
+# fmt: on
+
+
+class PairSource(abc.ABC):
+    """Random access to pairs; subsets follow one another. Picklable, for worker processes.
+
+    Attributes:
+      subsets: name -> range of indices, in order, covering `range(len(source))`.
+    """
+
+    subsets: dict[str, range]
+
+    def __len__(self) -> int:
+        return sum(len(indices) for indices in self.subsets.values())
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Pair:
+        """Reads a pair and its images' bytes.
+
+        Raises:
+          RowError: the row has missing fields or no content.
+          ImageError: an image path leaves the root or the file cannot be read.
+        """
+
+    @abc.abstractmethod
+    def pair_id(self, index: int) -> str:
+        """ "SUBSET:ROW", also for rows that cannot be read."""
+
+    @abc.abstractmethod
+    def digest(self, index: int) -> int:
+        """64-bit hash of the row's content, equal in every source; cheap."""
+
+    def subset(self, index: int) -> str:
+        """The subset an index belongs to."""
+        starts = [indices.start for indices in self.subsets.values()]
+        return list(self.subsets)[bisect.bisect_right(starts, index) - 1]
+
+
+class MmebSource(PairSource):
+    """Rows held as Arrow columns, images read from folders or zip archives."""
+
+    def __init__(self, tables: Mapping[str, Table], images: ImageStore):
+        self._tables = dict(tables)
+        self._images = images
+        self.subsets = _consecutive({name: len(table) for name, table in tables.items()})
+
+    def row(self, index: int) -> Row:
+        """The row's text and paths. Raises RowError."""
+        subset = self.subset(index)
+        return self._tables[subset][index - self.subsets[subset].start]
+
+    def pair_id(self, index: int) -> str:
+        subset = self.subset(index)
+        return f"{subset}:{index - self.subsets[subset].start}"
+
+    def digest(self, index: int) -> int:
+        try:
+            return self.row(index).digest()
+        except RowError:
+            return 2**64 - 1  # unusable rows stay with the training rows, where a policy meets them
+
+    def read(self, index: int) -> tuple[Row, tuple[bytes, ...]]:
+        """The row with the encoded images of query, target and negative, b"" where it has none."""
+        row, name = self.row(index), self._name(index)
+        paths = (row.qry_image_path, row.pos_image_path, row.neg_image_path)
+        return row, tuple(self._images.read(path, name) if path else b"" for path in paths)
+
+    def __getitem__(self, index: int) -> Pair:
+        return make_pair(self.pair_id(index), self._name(index), *self.read(index))
+
+    def _name(self, index: int) -> str:
+        subset = self.subset(index)
+        return f"{self._tables[subset].file} row {index - self.subsets[subset].start}"
+
+
+class RecordSource(PairSource):
+    """Prepared array records (`tools/prepare_data.py`), read through tensorflow-datasets."""
+
+    def __init__(self, folders: Mapping[str, Path], split: str, keep: Callable[[str, int], bool]):
+        """`keep(subset, row number)` says which rows are part of the source."""
+        # Imported here: it takes seconds, and the other sources do without it.
+        import tensorflow_datasets as tfds
+
+        self._records, self._rows, self._digests, self._names = {}, {}, {}, {}
+        for subset, folder in folders.items():
+            builder = tfds.builder_from_directory(folder)
+            if split not in builder.info.splits:
+                raise FileNotFoundError(
+                    f"{folder} has no split {split!r}; it has {sorted(builder.info.splits)}"
+                )
+            with np.load(folder / f"rows-{split}.npz") as index:
+                chosen = np.array([keep(subset, row) for row in index["row"]], bool)
+                self._rows[subset] = index["row"][chosen]
+                self._digests[subset] = index["digest"][chosen]
+            if not np.all(np.diff(np.flatnonzero(chosen)) == 1):
+                raise ValueError(f"{folder}: rows are not stored in order; prepare it again")
+            self._records[subset] = builder.as_data_source(split=split)
+            self._names[subset] = f"{folder}/{split}"
+        self.subsets = _consecutive({name: len(rows) for name, rows in self._rows.items()})
+
+    def _place(self, index: int) -> tuple[str, int]:
+        subset = self.subset(index)
+        return subset, index - self.subsets[subset].start
+
+    def pair_id(self, index: int) -> str:
+        subset, place = self._place(index)
+        return f"{subset}:{self._rows[subset][place]}"
+
+    def digest(self, index: int) -> int:
+        subset, place = self._place(index)
+        return int(self._digests[subset][place])
+
+    def __getitem__(self, index: int) -> Pair:
+        subset, place = self._place(index)
+        record = self._records[subset][place]
+        row = Row(*(record[field].decode() for field in Row._fields))
+        name = f"{self._names[subset]} row {self._rows[subset][place]}"
+        images = (record["qry_image"], record["pos_image"], record["neg_image"])
+        return make_pair(self.pair_id(index), name, row, images)
+
+
+class SelectedSource(PairSource):
+    """Some rows of another source, in its order."""
+
+    def __init__(self, parent: PairSource, indices: np.ndarray):
+        """`indices`: int64, increasing."""
+        self._parent = parent
+        self._indices = np.asarray(indices, np.int64)
+        self.subsets = _consecutive(
+            {
+                name: int(np.searchsorted(self._indices, place.stop))
+                - int(np.searchsorted(self._indices, place.start))
+                for name, place in parent.subsets.items()
+            }
+        )
+
+    def __getitem__(self, index: int) -> Pair:
+        return self._parent[int(self._indices[index])]
+
+    def pair_id(self, index: int) -> str:
+        return self._parent.pair_id(int(self._indices[index]))
+
+    def digest(self, index: int) -> int:
+        return self._parent.digest(int(self._indices[index]))
+
+
+def make_pair(pair_id: str, name: str, row: Row, images: Sequence[bytes]) -> Pair:
+    """The pair of a row; `images` are the encoded images of query, target and negative or b""."""
+
+    def item(side: str, text: str, path: str, image: bytes) -> Item:
+        where = f"{name}, {side}" + (f" ({path})" if path else "")
+        return Item(text=text, images=(image,) if path else (), name=where)
+
+    negatives = ()
+    if row.neg_text.strip() or row.neg_image_path:
+        negatives = (item("negative", row.neg_text, row.neg_image_path, images[2]),)
+    return Pair(
+        id=pair_id,
+        query=item("query", row.qry, row.qry_image_path, images[0]),
+        target=item("target", row.pos_text, row.pos_image_path, images[1]),
+        negatives=negatives,
+        subset=pair_id.rpartition(":")[0],
+    )
+
+
+def open_source(
+    path: str | os.PathLike,
+    *,
+    subsets: Sequence[str] | None = None,
+    split: str = "original",
+    max_rows: int | Mapping[str, int] | None = None,
+    image_root: str | os.PathLike | None = None,
+) -> PairSource:
+    """Opens training data of any of the forms this package reads, by what lies at `path`.
+
+    - a folder with `SUBSET/SPLIT-*.parquet`: MMEB-train as cloned, images in folders or archives;
+    - a folder with `SUBSET.json` or `SUBSET.jsonl`, or one such file: rows of one's own;
+    - a folder that `tools/prepare_data.py` wrote: array records.
+
+    Args:
+      path: a folder or a file.
+      subsets: names to read, in this order; None for all, MMEB's own first and in MMEB's order.
+      split: of the parquet files and of the array records; JSON files have no splits.
+      max_rows: the first rows to keep of each subset (the paper: 50000), or of those named.
+      image_root: what image paths are relative to; by default the folder itself.
+
+    Raises:
+      FileNotFoundError: nothing to read there, or a subset or split is missing.
+      ValueError: a file is not what its name says, or a source would be empty.
+    """
+    path = Path(path)
+    found = find_subsets(path, split)
+    if not found:
+        raise FileNotFoundError(
+            f"{path}: no training data; expected SUBSET/{split}-*.parquet, SUBSET.json, "
+            "SUBSET.jsonl, a .json or .jsonl file, or the output of tools/prepare_data.py"
+        )
+    names = list(subsets) if subsets else _in_mmeb_order(found)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise FileNotFoundError(f"{path}: no subsets {missing}; it has {_in_mmeb_order(found)}")
+
+    def limit(subset: str) -> int | None:
+        return max_rows.get(subset) if isinstance(max_rows, Mapping) else max_rows
+
+    if all(found[name][0].name == "dataset_info.json" for name in names):
+        folders = {name: found[name][0].parent for name in names}
+        return RecordSource(folders, split, lambda s, row: limit(s) is None or row < limit(s))
+    tables = {name: read_table(found[name], limit(name)) for name in names}
+    empty = [name for name, table in tables.items() if len(table) == 0]
+    if empty:
+        raise ValueError(f"{path}: subsets {empty} have no rows")
+    root = image_root or (path if path.is_dir() else path.parent)
+    return MmebSource(tables, ImageStore(root))
+
+
+def find_subsets(path: Path, split: str) -> dict[str, list[Path]]:
+    """Subset name -> its files: parquet files in order, one JSON file, or a dataset_info.json."""
+    if path.is_file():
+        return {path.stem: [path]}
+    parquet: dict[str, list[Path]] = {}
+    for file in sorted(path.glob(f"*/{split}-*.parquet")):
+        parquet.setdefault(file.parent.name, []).append(file)
+    return (
+        {file.stem: [file] for file in path.glob("*.json") if _is_list(file)}
+        | {file.stem: [file] for file in path.glob("*.jsonl")}
+        | parquet
+        | {file.parent.name: [file] for file in path.glob("*/dataset_info.json")}
+    )
+
+
+def _is_list(file: Path) -> bool:
+    """Other JSON files (metadata, results) may lie beside the rows, which are a list."""
+    with file.open("rb") as start:
+        return start.read(64).lstrip().startswith(b"[")
+
+
+def split_held_out(source: PairSource, share: float) -> tuple[PairSource, PairSource]:
+    """Training rows and held-out rows, by the hash of each row's content.
+
+    Which rows are held out does not depend on their order, their number or the kind of source, and
+    copies of a row are on the same side. About `share` of the rows are held out.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"held-out share is {share}; expected at least 0 and less than 1")
+    digests = np.array([source.digest(i) for i in range(len(source))], np.uint64)
+    held = digests < np.uint64(int(share * 2**64))
+    return tuple(SelectedSource(source, np.flatnonzero(part)) for part in (~held, held))
+
+
+def _consecutive(sizes: Mapping[str, int]) -> dict[str, range]:
+    ends = np.cumsum([0, *sizes.values()]).tolist()
+    return {name: range(a, b) for name, a, b in zip(sizes, ends, ends[1:], strict=False)}
+
+
+def _in_mmeb_order(names: Mapping[str, object]) -> list[str]:
+    known = [name for name in MMEB_TRAIN_SUBSETS if name in names]
+    return known + sorted(set(names) - set(known))
