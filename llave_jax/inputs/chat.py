@@ -66,6 +66,6 @@ def chat_ids(tokenizer: Any, content: str, max_text_length: int | None = None) -
     for i, piece in enumerate(chat_text(content).split(IMAGE_MARKER)):
         if i:
             ids.append(IMAGE_TOKEN)
-        ids.extend(tokenizer.encode(piece, add_special_tokens=False))
+        ids.extend(tokenizer.encode(piece, add_special_tokens=False, verbose=False))
     array = np.asarray(ids[:max_text_length], dtype=np.int32)
     return array[array != tokenizer.pad_token_id]

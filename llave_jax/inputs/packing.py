@@ -70,93 +70,83 @@ class PackedBatch(NamedTuple):
 
 @dataclasses.dataclass
 class _Shard:
-    """Room left in one shard, and what has been put where."""
+    """What is taken in one shard."""
 
     row_used: list[int]
     row_segments: list[int]
     crops_used: int = 0
     groups_used: int = 0
 
-    @property
-    def tokens_used(self) -> int:
-        return sum(self.row_used)
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a group goes: its shard and slot, its first crop there, and for each of its sequences
+    (row, first token, segment id)."""
+
+    shard: int
+    slot: int
+    first_crop: int
+    spans: tuple[tuple[int, int, int], ...]
 
 
-class Packer:
-    """Fills one batch after another: `add` groups until `full` or refused, then `emit`.
+class Planner:
+    """Decides where groups go, from their sizes alone.
 
     Groups go to the least filled shard with room, sequences to the tightest row: deterministic,
     in the order of the calls.
     """
 
-    def __init__(self, budget: Budget, num_shards: int, config: LlaveConfig):
+    def __init__(self, budget: Budget, num_shards: int):
         self.budget = budget
-        self.num_shards = num_shards
-        self._vision = config.vision
-        self._start()
-
-    def _start(self) -> None:
-        rows = self.budget.rows
-        self._shards = [_Shard([0] * rows, [0] * rows) for _ in range(self.num_shards)]
-        self._batch = empty_batch(
-            self.budget, self.num_shards, self._vision.num_patches, self._vision.patch_dim
-        )
-        self._ids: list[list[str]] = [[""] * self.budget.groups for _ in range(self.num_shards)]
+        rows = budget.rows
+        self.shards = [_Shard([0] * rows, [0] * rows) for _ in range(num_shards)]
 
     @property
     def full(self) -> bool:
         """Every group slot is taken."""
-        return all(shard.groups_used == self.budget.groups for shard in self._shards)
+        return all(shard.groups_used == self.budget.groups for shard in self.shards)
 
     @property
     def num_groups(self) -> int:
-        """Groups in the batch so far."""
-        return sum(shard.groups_used for shard in self._shards)
+        return sum(shard.groups_used for shard in self.shards)
 
-    def add(self, group: Seq[Sequence], group_id: str = "") -> bool:
-        """Place a group of `budget.sides` sequences; False if it has no room in this batch.
-
-        Raises:
-          ValueError: the group would not fit in an empty batch either.
-        """
-        self._check(group, group_id)
-        crops = sum(len(sequence.crops) for sequence in group)
-        order = sorted(range(self.num_shards), key=lambda s: (self._fill(s), s))
-        for index in order:
-            shard = self._shards[index]
+    def place(self, lengths: Seq[int], crops: int) -> Placement | None:
+        """A place for sequences of these lengths with `crops` crops in all; None if no room is left."""
+        for index in sorted(range(len(self.shards)), key=lambda index: (self._fill(index), index)):
+            shard = self.shards[index]
             if shard.groups_used == self.budget.groups:
                 continue
             if shard.crops_used + crops > self.budget.crops:
                 continue
-            rows = self._choose_rows(shard, [len(sequence) for sequence in group])
-            if rows is None:
-                continue
-            self._ids[index][shard.groups_used] = group_id
-            for side, (sequence, row) in enumerate(zip(group, rows, strict=True)):
-                self._write(index, side, sequence, row)
-            self._batch.valid[index, shard.groups_used] = True
-            shard.groups_used += 1
-            return True
-        return False
+            rows = self._choose_rows(shard.row_used, lengths)
+            if rows is not None:
+                return self._take(index, rows, lengths, crops)
+        return None
 
-    def emit(self) -> tuple[PackedBatch, list[list[str]]]:
-        """The batch, and the ids of its groups by shard and slot ("" for an empty one); starts anew."""
-        batch, ids = self._batch, self._ids
-        self._start()
-        return batch, ids
+    def _take(self, index: int, rows: Seq[int], lengths: Seq[int], crops: int) -> Placement:
+        shard = self.shards[index]
+        spans = []
+        for row, length in zip(rows, lengths, strict=True):
+            shard.row_segments[row] += 1
+            spans.append((row, shard.row_used[row], shard.row_segments[row]))
+            shard.row_used[row] += length
+        placement = Placement(index, shard.groups_used, shard.crops_used, tuple(spans))
+        shard.crops_used += crops
+        shard.groups_used += 1
+        return placement
 
     def _fill(self, index: int) -> float:
         """Share of the scarcest resource used."""
-        shard, budget = self._shards[index], self.budget
+        shard, budget = self.shards[index], self.budget
         return max(
-            shard.tokens_used / (budget.rows * budget.row_length),
+            sum(shard.row_used) / (budget.rows * budget.row_length),
             shard.crops_used / max(budget.crops, 1),
             shard.groups_used / budget.groups,
         )
 
-    def _choose_rows(self, shard: _Shard, lengths: list[int]) -> list[int] | None:
+    def _choose_rows(self, row_used: Seq[int], lengths: Seq[int]) -> list[int] | None:
         """A row for each sequence, the longest first into the row where it leaves least room."""
-        used = list(shard.row_used)
+        used = list(row_used)
         rows = [0] * len(lengths)
         for side in sorted(range(len(lengths)), key=lambda side: -lengths[side]):
             room = [self.budget.row_length - n - lengths[side] for n in used]
@@ -167,57 +157,110 @@ class Packer:
             used[rows[side]] += lengths[side]
         return rows
 
-    def _write(self, index: int, side: int, sequence: Sequence, row: int) -> None:
-        shard, batch, budget = self._shards[index], self._batch, self.budget
-        start, length = shard.row_used[row], len(sequence)
-        span = slice(start, start + length)
-        first_crop, num_patches = shard.crops_used, self._vision.num_patches
-        shard.row_used[row] += length
-        shard.row_segments[row] += 1
-        shard.crops_used += len(sequence.crops)
+    def check(self, lengths: Seq[int], crops: int, taps: int, name: str) -> None:
+        """Raises ValueError if a group would not fit in an empty batch either."""
+        budget = self.budget
+        if len(lengths) != budget.sides:
+            raise ValueError(
+                f"{name}: {len(lengths)} sequences; the budget has {budget.sides} sides"
+            )
+        for field, need in {"row_length": max(lengths), "crops": crops, "taps": taps}.items():
+            if need > getattr(budget, field):
+                raise ValueError(
+                    f"{name}: needs {field} {need}, the batch budget has {getattr(budget, field)}; "
+                    f"raise {field} or lower the model's max_length"
+                )
+        if self._choose_rows([0] * budget.rows, lengths) is None:
+            raise ValueError(
+                f"{name}: sequences of {list(lengths)} tokens do not fit together into "
+                f"{budget.rows} rows of {budget.row_length}; raise rows"
+            )
 
-        batch.tokens[index, row, span] = sequence.tokens
-        batch.segment_ids[index, row, span] = shard.row_segments[row]
-        batch.positions[index, row, span] = np.arange(length)
-        batch.pooled[index, side, shard.groups_used] = row * budget.row_length + start + length - 1
+
+class Packer:
+    """Fills one batch after another: `add` groups until `full` or refused, then `emit`."""
+
+    def __init__(self, budget: Budget, num_shards: int, config: LlaveConfig):
+        self.budget = budget
+        self.num_shards = num_shards
+        self._vision = config.vision
+        self._start()
+
+    def _start(self) -> None:
+        self.planner = Planner(self.budget, self.num_shards)
+        self._batch = empty_batch(
+            self.budget, self.num_shards, self._vision.num_patches, self._vision.patch_dim
+        )
+        self._ids = [[""] * self.budget.groups for _ in range(self.num_shards)]
+
+    @property
+    def full(self) -> bool:
+        """Every group slot is taken."""
+        return self.planner.full
+
+    @property
+    def num_groups(self) -> int:
+        """Groups in the batch so far."""
+        return self.planner.num_groups
+
+    def add(self, group: Seq[Sequence], group_id: str = "") -> bool:
+        """Place a group of `budget.sides` sequences; False if it has no room in this batch.
+
+        Raises:
+          ValueError: the group would not fit in an empty batch either; it names the group.
+        """
+        lengths = [len(sequence) for sequence in group]
+        crops = sum(len(sequence.crops) for sequence in group)
+        taps = max((sequence.taps.width for sequence in group), default=1)
+        name = group_id or next((s.name for s in group if s.name), "group")
+        self.planner.check(lengths, crops, taps, name)
+        placement = self.planner.place(lengths, crops)
+        if placement is None:
+            return False
+        first_crop = placement.first_crop
+        for side, (sequence, span) in enumerate(zip(group, placement.spans, strict=True)):
+            self._write(sequence, placement, side, span, first_crop)
+            first_crop += len(sequence.crops)
+        self._batch.valid[placement.shard, placement.slot] = True
+        self._ids[placement.shard][placement.slot] = group_id
+        return True
+
+    def emit(self) -> tuple[PackedBatch, list[list[str]]]:
+        """The batch and its groups' ids, by shard and slot ("" where empty); starts the next one."""
+        batch, ids = self._batch, self._ids
+        self._start()
+        return batch, ids
+
+    def _write(
+        self,
+        sequence: Sequence,
+        placement: Placement,
+        side: int,
+        span: tuple[int, int, int],
+        first_crop: int,
+    ) -> None:
+        batch, budget, shard = self._batch, self.budget, placement.shard
+        num_patches = self._vision.num_patches
+        row, start, segment = span
+        end = start + len(sequence)
+        batch.tokens[shard, row, start:end] = sequence.tokens
+        batch.segment_ids[shard, row, start:end] = segment
+        batch.positions[shard, row, start:end] = np.arange(len(sequence))
+        batch.pooled[shard, side, placement.slot] = row * budget.row_length + end - 1
         if not len(sequence.crops):
             return
-        batch.patches[index, first_crop : shard.crops_used] = patchify(
+        batch.patches[shard, first_crop : first_crop + len(sequence.crops)] = patchify(
             sequence.crops, self._vision.patch_size
         )
         taps = T.widen(sequence.taps, budget.taps)
-        newline = budget.crops * num_patches
         slots = start + np.flatnonzero(sequence.tokens == VISUAL_SLOT)
-        batch.tap_index[index, row, slots] = np.where(
-            taps.index == T.NEWLINE, newline, taps.index + first_crop * num_patches
+        batch.tap_index[shard, row, slots] = np.where(
+            taps.index == T.NEWLINE,
+            budget.crops * num_patches,
+            taps.index + first_crop * num_patches,
         )
         if batch.tap_weight is not None:
-            batch.tap_weight[index, row, slots] = taps.weight
-
-    def _check(self, group: Seq[Sequence], group_id: str) -> None:
-        budget = self.budget
-        where = group_id or next((s.name for s in group if s.name), "group")
-        if len(group) != budget.sides:
-            raise ValueError(
-                f"{where}: {len(group)} sequences; the budget has {budget.sides} sides"
-            )
-        needs = {
-            "row_length": max(len(sequence) for sequence in group),
-            "crops": sum(len(sequence.crops) for sequence in group),
-            "taps": max(sequence.taps.width for sequence in group),
-        }
-        for field, need in needs.items():
-            if need > getattr(budget, field):
-                raise ValueError(
-                    f"{where}: needs {field} {need}, the batch budget has {getattr(budget, field)}; "
-                    f"raise {field} or lower the model's max_length"
-                )
-        empty = _Shard([0] * budget.rows, [0] * budget.rows)
-        if self._choose_rows(empty, [len(sequence) for sequence in group]) is None:
-            raise ValueError(
-                f"{where}: sequences of {[len(s) for s in group]} tokens do not fit together into "
-                f"{budget.rows} rows of {budget.row_length}; raise rows"
-            )
+            batch.tap_weight[shard, row, slots] = taps.weight
 
 
 def empty_batch(budget: Budget, num_shards: int, num_patches: int, patch_dim: int) -> PackedBatch:
