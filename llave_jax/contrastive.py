@@ -6,13 +6,28 @@ is `loss.py`.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llave_jax.loss import masked_mean, metrics_from_rows, row_losses, row_statistics
+from llave_jax.blockwise_loss import Negatives, Pool, pool_sums
+from llave_jax.loss import (
+    RowStatistics,
+    check_parameters,
+    masked_mean,
+    metrics_from_rows,
+    row_losses,
+    row_statistics,
+    similarity_matrix,
+)
+
+# Above this many similarities per device (64 MiB in float32, of which value and gradient hold
+# several copies) the matrix is computed in tiles; below, tiles would only cost time.
+LARGEST_MATRIX = 2**24
+BLOCK_SIZE = 2048
 
 
 def contrastive_loss(
@@ -28,6 +43,7 @@ def contrastive_loss(
     extra_valid: jax.Array | None = None,
     target_ids: jax.Array | None = None,
     extra_ids: jax.Array | None = None,
+    block_size: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Hardness-weighted contrastive loss of the global batch, each device computing its own rows.
 
@@ -51,102 +67,179 @@ def contrastive_loss(
       target_ids: int32 [N]; targets of equal id are the same target, so neither is a negative
         for the other's query. None: every other pair is a negative, as in the paper.
       extra_ids: int32 [K]; goes with `extra_targets` if `target_ids` is given.
+      block_size: compute the similarities in square tiles of this side, never holding a device's
+        whole [N / shards, N + K] matrix. None: tiles of BLOCK_SIZE if that matrix has more than
+        LARGEST_MATRIX entries, else the whole matrix.
 
     Returns:
       The loss, a float32 scalar (0 if no pair is valid), and the scalars of
       `loss.similarity_metrics` for the global batch.
 
     Raises:
-      ValueError: a shape, an axis or a combination of arguments does not fit.
+      ValueError: a shape, an axis or a combination of arguments does not fit, or a number is out of
+        range.
+      TypeError: `valid` or `extra_valid` is not bool.
 
     References: LLaVE (arXiv 2503.04812), section 3, cross-device negative sample gathering.
     """
-    batch = {"query": query, "target": target, "valid": valid, "ids": target_ids}
-    extra = {"target": extra_targets, "valid": extra_valid, "ids": extra_ids}
-    _check(batch, extra, mesh, axes)
-
-    def local(batch, extra):
-        return _local_loss(batch, extra, axes=axes, alpha=alpha, temperature=temperature)
-
+    check_parameters(alpha, temperature)
+    batch = {"embedding": target, "valid": valid, "ids": target_ids}
+    extra = {"embedding": extra_targets, "valid": extra_valid, "ids": extra_ids}
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, found {block_size}")
+    shards = _check(query, batch, extra, mesh, axes)
+    size = query.shape[0]
+    candidates = size + (0 if extra_targets is None else extra_targets.shape[0])
+    if block_size is None and size // shards * candidates > LARGEST_MATRIX:
+        block_size = BLOCK_SIZE
+    options = {"axes": axes, "alpha": float(alpha), "temperature": float(temperature)}
+    if block_size is None:
+        local = functools.partial(_loss_of_rows, **options)
+    else:
+        local = functools.partial(_loss_in_blocks, **options, block_size=block_size)
     spec = PartitionSpec(axes)
     sharded = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=PartitionSpec())
-    return sharded(batch, extra)
+    return sharded(query, batch, extra)
 
 
-def _local_loss(batch, extra, *, axes, alpha, temperature):
-    """The body of `contrastive_loss` on one device: n = N/shards rows in both directions."""
-    valid = batch["valid"]
+def _loss_of_rows(query, batch, extra, *, axes, alpha, temperature):
+    """One device's n = N / shards queries, and its n targets, against all candidates.
+
+    `batch` holds the device's targets with their masks, `extra` its hard negatives.
+    """
+    valid, ids = batch["valid"], batch["ids"]
     # An empty slot may hold anything; 0 * nan in the matrix product's gradient would be nan.
-    query = jnp.where(valid[:, None], batch["query"].astype(jnp.float32), 0)
-    target = jnp.where(valid[:, None], batch["target"].astype(jnp.float32), 0)
-    columns = {"query": query, "target": target, "valid": valid, "ids": batch["ids"]}
-    columns = jax.lax.all_gather(columns, axes, tiled=True)
-    candidates = {name: columns[name] for name in ("target", "valid", "ids")}
-    if extra["target"] is not None:
-        gathered = jax.lax.all_gather(extra, axes, tiled=True)
-        masked = jnp.where(gathered["valid"][:, None], gathered["target"].astype(jnp.float32), 0)
-        gathered = {**gathered, "target": masked}
-        candidates = jax.tree.map(lambda *x: jnp.concatenate(x), candidates, gathered)
-
+    query = jnp.where(valid[:, None], query.astype(jnp.float32), 0)
+    targets = _gather_candidates(batch, extra, axes)
+    targets["embedding"] = jnp.where(targets["valid"][:, None], targets["embedding"], 0)
+    queries = jax.lax.all_gather(query, axes, tiled=True)
+    size = queries.shape[0]
     n = valid.shape[0]
     positive = jax.lax.axis_index(axes) * n + jnp.arange(n)
-    to_target = {"columns": candidates["valid"], "negatives": None}
-    to_query = {"columns": columns["valid"], "negatives": None}
-    if batch["ids"] is not None:
-        to_target["negatives"] = batch["ids"][:, None] != candidates["ids"]
-        to_query["negatives"] = batch["ids"][:, None] != columns["ids"]
+    target = jax.lax.dynamic_slice_in_dim(targets["embedding"], positive[0], n)
 
-    query_to_target = _similarity(query, candidates["target"])
-    target_to_query = _similarity(target, columns["query"])
+    to_target = {"columns": targets["valid"], "negatives": None}
+    to_query = {"columns": targets["valid"][:size], "negatives": None}
+    if ids is not None:
+        to_target["negatives"] = ids[:, None] != targets["ids"]
+        to_query["negatives"] = to_target["negatives"][:, :size]
+    query_to_target = similarity_matrix(query, targets["embedding"])
+    target_to_query = similarity_matrix(target, queries)
     options = {"alpha": alpha, "temperature": temperature}
     losses = row_losses(query_to_target, positive, **options, **to_target)
     losses += row_losses(target_to_query, positive, **options, **to_query)
-    queries = row_statistics(query_to_target, positive, **to_target)
-    targets = row_statistics(target_to_query, positive, **to_query)
-    metrics = metrics_from_rows(queries, targets.correct, valid, axes)
+    statistics = row_statistics(query_to_target, positive, **to_target)
+    targets_correct = row_statistics(target_to_query, positive, **to_query).correct
+    metrics = metrics_from_rows(statistics, targets_correct, valid, axes)
     return 0.5 * masked_mean(losses, valid, axes), metrics
 
 
-def _similarity(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """ND,MD->NM in full float32: at temperature 0.02 bfloat16 products would move logits by 0.2."""
-    return jnp.einsum("ND,MD->NM", rows, columns, precision=jax.lax.Precision.HIGHEST)
+def _loss_in_blocks(query, batch, extra, *, axes, alpha, temperature, block_size):
+    """The same from tiles of the device's n queries against all candidates.
+
+    The rows of the target -> query direction are the columns of these tiles: each device holds a
+    part of every target's logsumexp, and the parts are put together. Queries are not gathered.
+    """
+    valid = batch["valid"]
+    n = valid.shape[0]
+    targets = _gather_candidates(batch, extra, axes)
+    first = jax.lax.axis_index(axes) * n
+    pool = Pool(valid, targets["valid"], first, batch["ids"], targets["ids"])
+    query = query.astype(jnp.float32)
+    sums = pool_sums(query, targets["embedding"], pool, alpha, temperature, block_size)
+    of_targets = _merge_columns(sums.columns, n, axes)
+
+    logit = sums.positive / temperature
+    losses = jax.nn.softplus(sums.rows.logsumexp - logit)
+    losses += jax.nn.softplus(of_targets.logsumexp - logit)
+    sums, of_targets = jax.lax.stop_gradient((sums, of_targets))
+    has_negative = jnp.isfinite(sums.rows.hardest)
+    index = first + jnp.arange(n)
+    statistics = RowStatistics(
+        positive=sums.positive,
+        hard_negative=jnp.where(has_negative, sums.rows.hardest, 0),
+        easy_negative=jnp.where(has_negative, sums.rows.easiest, 0),
+        correct=valid & _is_first_maximum(sums.positive, index, sums.rows),
+        has_negative=has_negative,
+    )
+    targets_correct = valid & _is_first_maximum(sums.positive, index, of_targets)
+    metrics = metrics_from_rows(statistics, targets_correct, valid, axes)
+    return 0.5 * masked_mean(losses, valid, axes), metrics
 
 
-def _check(batch, extra, mesh, axes) -> None:
+def _gather_candidates(batch, extra, axes):
+    """All devices' targets, followed by all devices' extra targets, float32 [N + K, D]."""
+    batch = {**batch, "embedding": batch["embedding"].astype(jnp.float32)}
+    candidates = jax.lax.all_gather(batch, axes, tiled=True)
+    if extra["embedding"] is None:
+        return candidates
+    extra = {**extra, "embedding": extra["embedding"].astype(jnp.float32)}
+    gathered = jax.lax.all_gather(extra, axes, tiled=True)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), candidates, gathered)
+
+
+def _merge_columns(columns: Negatives, n: int, axes: tuple[str, ...]) -> Negatives:
+    """Of what each device found in its rows for all M columns, the total for its own n columns."""
+    first = jax.lax.axis_index(axes) * n
+    size = n * jax.lax.axis_size(axes)
+
+    def own(values):
+        return jax.lax.dynamic_slice_in_dim(values, first, n)
+
+    columns = jax.tree.map(lambda x: x[:size], columns)
+    found = jax.lax.stop_gradient(columns)
+    maximum = jax.lax.pmax(found.logsumexp, axes)
+    shares = jnp.exp(columns.logsumexp - maximum)
+    total = jax.lax.psum_scatter(shares, axes, tiled=True)
+    hardest = jax.lax.pmax(found.hardest, axes)
+    nowhere = jnp.iinfo(jnp.int32).max
+    index = jax.lax.pmin(jnp.where(found.hardest == hardest, found.hardest_index, nowhere), axes)
+    return Negatives(
+        logsumexp=own(maximum) + jnp.log(total),
+        hardest=own(hardest),
+        hardest_index=own(index),
+        easiest=own(jax.lax.pmin(found.easiest, axes)),
+    )
+
+
+def _is_first_maximum(positive: jax.Array, index: jax.Array, negatives: Negatives) -> jax.Array:
+    ties = (positive == negatives.hardest) & (index < negatives.hardest_index)
+    return (positive > negatives.hardest) | ties
+
+
+def _check(query, batch, extra, mesh, axes) -> int:
+    """Raises ValueError if the arrays do not fit together; the number of shards if they do."""
     missing = [axis for axis in axes if axis not in mesh.shape]
     if missing:
         raise ValueError(f"mesh has axes {tuple(mesh.shape)}, but the batch is split over {axes}")
     shards = math.prod(mesh.shape[axis] for axis in axes)
-    query = batch["query"]
-    if query.ndim != 2 or query.shape != batch["target"].shape:
+    if query.ndim != 2 or query.shape != batch["embedding"].shape:
         raise ValueError(
-            f"query and target must both be [N, D]; found {query.shape} and {batch['target'].shape}"
+            "query and target must both be [N, D]; "
+            f"found {query.shape} and {batch['embedding'].shape}"
         )
-    if (extra["target"] is None) != (extra["valid"] is None):
+    has_extra = extra["embedding"] is not None
+    if has_extra != (extra["valid"] is not None):
         raise ValueError("extra_targets and extra_valid go together; only one was given")
-    with_ids = batch["ids"] is not None and extra["target"] is not None
-    if with_ids != (extra["ids"] is not None):
+    if (has_extra and batch["ids"] is not None) != (extra["ids"] is not None):
         raise ValueError(
-            "extra_ids is needed if, and only if, extra_targets and target_ids are given"
+            "extra_ids is needed if extra_targets and target_ids are both given, and only then"
         )
-    _check_shapes("pairs", query.shape[0], shards, valid=batch["valid"], target_ids=batch["ids"])
-    if extra["target"] is not None:
-        if extra["target"].ndim != 2 or extra["target"].shape[1] != query.shape[1]:
-            raise ValueError(
-                f"extra_targets must be [K, {query.shape[1]}]; found {extra['target'].shape}"
-            )
-        _check_shapes(
-            "extra targets",
-            extra["target"].shape[0],
-            shards,
-            extra_valid=extra["valid"],
-            extra_ids=extra["ids"],
-        )
+    _check_sizes("pairs", len(query), shards, valid=batch["valid"], target_ids=batch["ids"])
+    if has_extra:
+        shape = extra["embedding"].shape
+        if len(shape) != 2 or shape[1] != query.shape[1]:
+            raise ValueError(f"extra_targets must be [K, {query.shape[1]}]; found {shape}")
+        masks = {"extra_valid": extra["valid"], "extra_ids": extra["ids"]}
+        _check_sizes("extra targets", shape[0], shards, **masks)
+    return shards
 
 
-def _check_shapes(what: str, size: int, shards: int, **arrays: jax.Array | None) -> None:
+def _check_sizes(what: str, size: int, shards: int, **arrays: jax.Array | None) -> None:
     if not size or size % shards:
         raise ValueError(f"{size} {what} do not split evenly over {shards} shards")
     for name, array in arrays.items():
         if array is not None and array.shape != (size,):
             raise ValueError(f"there are {size} {what}, but {name} has shape {array.shape}")
+        if array is not None and name.endswith("valid") and array.dtype != jnp.bool_:
+            raise TypeError(f"{name} must be bool, found {array.dtype}")

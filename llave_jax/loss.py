@@ -1,7 +1,7 @@
 """The hardness-weighted contrastive loss of LLaVE: pure functions of a similarity matrix.
 
-Owns the formula and the diagnostics of the matrix. Knows nothing of embeddings, devices or
-training; the loss of a batch spread over a mesh is `contrastive.py`.
+Owns the formula and the diagnostics of the matrix. Knows nothing of devices or training: the loss
+of a batch spread over a mesh is `contrastive.py`, of a pool without its matrix `blockwise_loss.py`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def hardness_weighted_contrastive_loss(
       LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive
       Learning (arXiv 2503.04812), section 3.
 
-    >>> loss = hardness_weighted_contrastive_loss(jnp.eye(4))
-    >>> grad = jax.grad(hardness_weighted_contrastive_loss)(jnp.eye(4))
+    >>> embeddings = jnp.eye(4)
+    >>> loss = hardness_weighted_contrastive_loss(similarity_matrix(embeddings, embeddings))
     """
     similarity, valid = _check_pairs(similarity, valid)
     positive = jnp.arange(similarity.shape[0])
@@ -86,6 +86,14 @@ def similarity_metrics(
     return metrics_from_rows(queries, targets.correct, valid)
 
 
+def similarity_matrix(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Cosines [n, M] of L2-normalised embeddings [n, D] and [M, D], in full float32 (or float64).
+
+    At temperature 0.02 the bfloat16 products of accelerators' default would move logits by 0.2.
+    """
+    return jnp.einsum("nD,MD->nM", rows, columns, precision=jax.lax.Precision.HIGHEST)
+
+
 def row_losses(
     similarity: ArrayLike,
     positive: ArrayLike,
@@ -110,20 +118,32 @@ def row_losses(
     Returns:
       [n] losses; 0 for rows whose positive is an empty slot, and for rows without negatives.
     """
-    _check_parameters(alpha, temperature)
+    check_parameters(alpha, temperature)
     rows, is_positive, is_negative = _roles(similarity, positive, columns, negatives)
     # Before any arithmetic: a nan in an empty slot would survive a mask applied later, in the
     # gradient if not in the value.
     similarity = jnp.where(is_positive | is_negative, similarity, 0)
     positives = jnp.sum(jnp.where(is_positive, similarity, 0), axis=1, keepdims=True)
-    # log(exp(alpha * s)) is added to the logit as it stands: the exponential would overflow.
-    # The mask lies below every possible logit, and differences of the two are still finite.
-    largest = jnp.finfo(similarity.dtype).max
-    hardness = jnp.clip(alpha * jax.lax.stop_gradient(similarity), -largest / 4, largest / 4)
-    logits = (similarity - positives) / temperature + hardness
-    logits = jnp.where(is_negative, logits, -largest / 2)
+    logits = (similarity - positives) / temperature + hardness(similarity, alpha)
+    logits = jnp.where(is_negative, logits, no_logit(similarity.dtype))
     # log(1 + sum_j exp(logit_j)) with logits relative to the positive's: exact for small losses.
     return jnp.where(rows, jax.nn.softplus(jax.nn.logsumexp(logits, axis=1)), 0)
+
+
+def hardness(similarity: jax.Array, alpha: ArrayLike) -> jax.Array:
+    """log w = alpha * sg(s), what a negative's weight w = exp(alpha * sg(s)) adds to its logit.
+
+    The weight itself is never formed: the exponential would overflow. Saturates at a quarter of the
+    largest number, so that sums and differences of logits stay finite.
+    """
+    limit = float(jnp.finfo(similarity.dtype).max) / 4
+    return jnp.clip(alpha * jax.lax.stop_gradient(similarity), -limit, limit)
+
+
+def no_logit(dtype: jnp.dtype) -> float:
+    """Stands for the logit of what is no negative: below every logit, but finite, since the
+    gradient of a logsumexp over nothing but -inf is nan."""
+    return -float(jnp.finfo(dtype).max) / 2
 
 
 class RowStatistics(NamedTuple):
@@ -235,7 +255,7 @@ def _check_pairs(similarity: ArrayLike, valid: ArrayLike | None) -> tuple[jax.Ar
     return similarity, valid
 
 
-def _check_parameters(alpha: ArrayLike, temperature: ArrayLike) -> None:
+def check_parameters(alpha: ArrayLike, temperature: ArrayLike) -> None:
     """Values that are known while tracing are checked; traced ones are the caller's to check."""
     if not isinstance(alpha, jax.core.Tracer) and not abs(float(alpha)) <= _LARGEST_ALPHA:
         raise ValueError(f"alpha must be a finite float32, found {alpha}")
