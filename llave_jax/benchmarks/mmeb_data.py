@@ -1,0 +1,263 @@
+"""MMEB-eval as users have it on disk: dataset names, rows (parquet or JSON), images (folder or zip).
+
+Owns the file formats only; encoding and scoring are `mmeb.py`, averages and tables `results.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet
+
+from llave_jax.inputs.item import ImageLike, Item
+
+META_TASKS = ("classification", "vqa", "retrieval", "grounding")
+
+COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """`in_distribution` says whether MMEB's training sets include it; None: not a notion here."""
+
+    name: str
+    meta_task: str
+    in_distribution: bool | None = None
+
+
+def _infos(meta_task: str, in_distribution: str, out_of_distribution: str) -> list[DatasetInfo]:
+    return [DatasetInfo(name, meta_task, True) for name in in_distribution.split()] + [
+        DatasetInfo(name, meta_task, False) for name in out_of_distribution.split()
+    ]
+
+
+# The 36 datasets of MMEB (VLM2Vec, arXiv 2410.05160, table 1), in the order of its tables.
+MMEB_DATASETS: tuple[DatasetInfo, ...] = tuple(
+    _infos(
+        "classification",
+        "ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
+        "Place365 ImageNet-A ImageNet-R ObjectNet Country211",
+    )
+    + _infos(
+        "vqa",
+        "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W",
+        "ScienceQA VizWiz GQA TextVQA",
+    )
+    + _infos(
+        "retrieval",
+        "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA",
+        "FashionIQ Wiki-SS-NQ OVEN EDIS",
+    )
+    + _infos("grounding", "MSCOCO", "RefCOCO RefCOCO-Matching Visual7W-Pointing")
+)
+
+
+class Content(NamedTuple):
+    """One side of a row: user text, and an image path relative to the image root ("" for none)."""
+
+    text: str
+    image: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalDataset:
+    """The rows of one dataset over its unique contents.
+
+    Row `i` asks for `contents[query_ids[i]]` among `contents[j]` for `j` in `target_ids[i]`;
+    candidate 0 is the positive. `first_row[j]` is a row that holds content `j`, for messages.
+    """
+
+    name: str
+    source: Path
+    contents: tuple[Content, ...]
+    query_ids: np.ndarray  # int32 [rows]
+    target_ids: tuple[np.ndarray, ...]  # int32 [candidates] for each row
+    first_row: np.ndarray  # int32 [contents]
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+
+class ImageStore:
+    """Image files below a folder, or inside a zip archive, by their path in the rows.
+
+    Inside an archive a path may be prefixed by folders ("images/..."): the prefix is found once,
+    from the first image asked for.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self._archive = zipfile.ZipFile(self.root) if self.root.is_file() else None
+        self._members = frozenset(self._archive.namelist()) if self._archive else frozenset()
+        self._prefix: str | None = None
+
+    def load(self, path: str, name: str) -> ImageLike:
+        """The file's path (folder) or its bytes (archive).
+
+        Args:
+            path: as in the row, with forward slashes.
+            name: file and row that ask for it, for the error.
+
+        Raises:
+            FileNotFoundError: no such image; names the row.
+        """
+        if self._archive is None:
+            file = self.root / path
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{name}: image {path!r} is not in {self.root}; unpack the dataset's images "
+                    "there, or name the folder or zip archive that holds them"
+                )
+            return str(file)
+        if self._prefix is None:
+            self._prefix = self._find_prefix(path)
+        member = self._prefix + path
+        if member not in self._members:
+            raise FileNotFoundError(f"{name}: image {path!r} is not in the archive {self.root}")
+        return self._archive.read(member)
+
+    def _find_prefix(self, path: str) -> str:
+        if path in self._members:
+            return ""
+        found = [member for member in self._members if member.endswith("/" + path)]
+        return min(found, key=len)[: -len(path)] if found else ""
+
+
+def open_images(data_dir: str | Path, images: str | Path | None = None) -> ImageStore:
+    """The images of a benchmark directory: `images/`, `eval_images/`, `images.zip`, or as given."""
+    data_dir = Path(data_dir)
+    if images is not None:
+        if not Path(images).exists():
+            raise FileNotFoundError(f"image folder or archive {images} does not exist")
+        return ImageStore(images)
+    for name in ("images", "eval_images", "images.zip"):
+        if (data_dir / name).exists():
+            return ImageStore(data_dir / name)
+    return ImageStore(data_dir)
+
+
+def dataset_names(data_dir: str | Path) -> list[str]:
+    """Datasets present in a directory: MMEB's own in MMEB's order, then others by name."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"benchmark directory {data_dir} does not exist")
+    found = {path.parent.name for path in data_dir.glob("*/test-*.parquet")}
+    found |= {path.stem for path in data_dir.glob("*.json") if _is_row_file(path)}
+    order = [info.name for info in MMEB_DATASETS]
+    return [name for name in order if name in found] + sorted(found - set(order))
+
+
+def _is_row_file(path: Path) -> bool:
+    """A JSON list: other JSON files (results, metadata) may lie beside the datasets."""
+    with path.open(encoding="utf-8") as file:
+        return file.read(64).lstrip().startswith("[")
+
+
+def read_dataset(data_dir: str | Path, name: str) -> EvalDataset:
+    """Read `<data_dir>/<name>/test-*.parquet`, or `<data_dir>/<name>.json`.
+
+    Raises:
+        FileNotFoundError: neither exists.
+        ValueError: a row does not have MMEB's form; names file, row and column.
+    """
+    data_dir = Path(data_dir)
+    parts = sorted((data_dir / name).glob("test-*.parquet"))
+    json_path = data_dir / f"{name}.json"
+    if parts:
+        rows = [row for part in parts for row in _read_parquet(part)]
+        source = data_dir / name
+    elif json_path.is_file():
+        rows = json.loads(json_path.read_text(encoding="utf-8"))
+        source = json_path
+    else:
+        raise FileNotFoundError(
+            f"dataset {name!r}: neither {data_dir / name}/test-*.parquet nor {json_path} exists; "
+            f"present: {', '.join(dataset_names(data_dir)) or 'none'}"
+        )
+    return _index_rows(name, source, rows)
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    present = pyarrow.parquet.read_schema(path).names
+    missing = [column for column in COLUMNS if column not in present]
+    if missing:
+        raise ValueError(f"{path}: missing columns {missing}; MMEB-eval rows have {list(COLUMNS)}")
+    return pyarrow.parquet.read_table(path, columns=list(COLUMNS)).to_pylist()
+
+
+def _index_rows(name: str, source: Path, rows: Sequence[dict[str, Any]]) -> EvalDataset:
+    ids: dict[Content, int] = {}
+    first_row: list[int] = []
+    query_ids, target_ids = [], []
+
+    def index(content: Content, row: int) -> int:
+        if content not in ids:
+            ids[content] = len(ids)
+            first_row.append(row)
+        return ids[content]
+
+    for number, row in enumerate(rows):
+        query, targets = _parse_row(row, f"{source}: row {number}")
+        query_ids.append(index(query, number))
+        target_ids.append(np.array([index(target, number) for target in targets], np.int32))
+    if not rows:
+        raise ValueError(f"{source}: has no rows")
+    return EvalDataset(
+        name=name,
+        source=source,
+        contents=tuple(ids),
+        query_ids=np.array(query_ids, np.int32),
+        target_ids=tuple(target_ids),
+        first_row=np.array(first_row, np.int32),
+    )
+
+
+def _parse_row(row: dict[str, Any], where: str) -> tuple[Content, list[Content]]:
+    if not isinstance(row, dict) or any(column not in row for column in COLUMNS):
+        raise ValueError(f"{where}: expected an object with {list(COLUMNS)}, found {row!r:.200}")
+    query = Content(row["qry_text"] or "", row["qry_img_path"] or "")
+    texts, images = row["tgt_text"], row["tgt_img_path"]
+    # Some lists of images come with one text for all of them, and the other way round.
+    if isinstance(texts, str) and not isinstance(images, str):
+        texts = [texts] * len(images)
+    elif isinstance(images, str) and not isinstance(texts, str):
+        images = [images] * len(texts)
+    if isinstance(texts, str) or len(texts) != len(images) or not texts:
+        raise ValueError(
+            f"{where}: tgt_text and tgt_img_path must be lists of one length, at least 1; found "
+            f"{texts!r:.100} and {images!r:.100}"
+        )
+    targets = [Content(text or "", image or "") for text, image in zip(texts, images, strict=True)]
+    bad = [
+        value for value in (*query, *(v for t in targets for v in t)) if not isinstance(value, str)
+    ]
+    if bad:
+        raise ValueError(f"{where}: texts and image paths must be strings, found {bad[0]!r:.100}")
+    return query, targets
+
+
+def make_item(dataset: EvalDataset, index: int, images: ImageStore) -> Item:
+    """The item of one unique content; its image is looked up in the store."""
+    content = dataset.contents[index]
+    name = f"{dataset.source}: row {dataset.first_row[index]}"
+    loaded = (images.load(content.image, name),) if content.image else ()
+    return Item(text=content.text, images=loaded, name=name)
+
+
+def chance(dataset: EvalDataset) -> float:
+    """Expected precision@1 of scores drawn at random for each unique candidate of a row."""
+    return float(np.mean([1 / len(np.unique(ids)) for ids in dataset.target_ids]))
+
+
+def describe(
+    names: Iterable[str], infos: Sequence[DatasetInfo] = MMEB_DATASETS
+) -> list[DatasetInfo]:
+    """Infos for dataset names; a name that is not in `infos` gets the meta-task "other"."""
+    known = {info.name: info for info in infos}
+    return [known.get(name, DatasetInfo(name, "other")) for name in names]

@@ -1,0 +1,86 @@
+"""Results that papers report for MMEB and zero-shot video retrieval, in percent.
+
+Owns the numbers only, as printed in the LLaVE paper (arXiv 2503.04812); `results.py` puts them beside
+a run's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class MmebRow:
+    """Precision@1 averages of one model; None where the paper gives no number."""
+
+    model: str
+    classification: float | None
+    vqa: float | None
+    retrieval: float | None
+    grounding: float | None
+    ind: float | None
+    ood: float | None
+    overall: float
+
+
+MMEB: tuple[MmebRow, ...] = (
+    MmebRow("CLIP", 42.8, 9.1, 53.0, 51.8, 37.1, 38.7, 37.8),
+    MmebRow("OpenCLIP", 47.8, 10.9, 52.3, 53.3, 39.3, 40.2, 39.7),
+    MmebRow("SigLIP", 40.3, 8.4, 31.6, 59.5, 32.3, 38.0, 34.8),
+    MmebRow("UniIR (CLIP_SF)", 44.3, 16.2, 61.8, 65.3, 47.1, 41.7, 44.7),
+    MmebRow("MagicLens", 38.8, 8.3, 35.4, 26.0, 31.0, 23.7, 27.8),
+    MmebRow("VLM2Vec (Phi-3.5-V-4B)", 54.8, 54.9, 62.3, 79.5, 66.5, 52.0, 60.1),
+    MmebRow("VLM2Vec (LLaVA-NeXT-7B-HR)", 61.2, 49.9, 67.4, 86.1, 67.5, 57.1, 62.9),
+    MmebRow("VLM2Vec (base of LLaVE-0.5B)", None, None, None, None, None, None, 55.0),
+    MmebRow("VLM2Vec (base of LLaVE-2B)", None, None, None, None, None, None, 63.1),
+    MmebRow("VLM2Vec (base of LLaVE-7B)", None, None, None, None, None, None, 65.8),
+    MmebRow("MMRet-7B", 56.0, 57.4, 69.9, 83.6, 68.0, 59.1, 64.1),
+    MmebRow("LLaVE-0.5B", 57.4, 50.3, 59.8, 82.9, 64.7, 52.0, 59.1),
+    MmebRow("LLaVE-2B", 62.1, 60.2, 65.2, 84.9, 69.4, 59.8, 65.2),
+    MmebRow("LLaVE-7B", 65.7, 65.4, 70.9, 91.9, 75.0, 64.4, 70.3),
+)
+
+LLAVE_7B_DATASETS: dict[str, float] = {
+    "ImageNet-1K": 77.1,
+    "N24News": 82.1,
+    "HatefulMemes": 74.3,
+    "VOC2007": 90.3,
+    "SUN397": 79.1,
+    "Place365": 45.1,
+    "ImageNet-A": 51.6,
+    "ImageNet-R": 90.9,
+    "ObjectNet": 46.2,
+    "Country211": 20.1,
+    "OK-VQA": 71.1,
+    "A-OKVQA": 70.8,
+    "DocVQA": 90.3,
+    "InfographicsVQA": 53.5,
+    "ChartQA": 62.2,
+    "Visual7W": 55.8,
+    "ScienceQA": 54.4,
+    "VizWiz": 48.5,
+    "GQA": 68.4,
+    "TextVQA": 79.4,
+    "VisDial": 83.0,
+    "CIRR": 54.5,
+    "VisualNews_t2i": 76.6,
+    "VisualNews_i2t": 81.2,
+    "MSCOCO_t2i": 78.9,
+    "MSCOCO_i2t": 74.7,
+    "NIGHTS": 67.0,
+    "WebQA": 90.4,
+    "FashionIQ": 23.3,
+    "Wiki-SS-NQ": 63.9,
+    "OVEN": 68.0,
+    "EDIS": 89.1,
+    "MSCOCO": 87.0,
+    "RefCOCO": 95.4,
+    "RefCOCO-Matching": 92.8,
+    "Visual7W-Pointing": 92.5,
+}
+
+# Text->video recall at 1, 5, 10 of LLaVE-7B, zero-shot.
+LLAVE_7B_VIDEO: dict[str, tuple[float, float, float]] = {
+    "msrvtt": (46.8, 71.1, 80.0),
+    "msvd": (52.9, 80.1, 87.0),
+}
