@@ -1,0 +1,128 @@
+"""Frames of a video file by their index, with PyAV (extra `video`).
+
+Owns opening and decoding; which frames are wanted is `video.py`. Frame i is the i-th frame the
+decoder shows, in presentation order, whatever its time stamp: a variable frame rate changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Iterator
+from fractions import Fraction
+
+import PIL.Image
+
+from llave_jax.inputs.images import ImageError
+
+try:
+    import av
+except ImportError:
+    av = None
+
+# (number of frames, average frames per second) -> indices of the frames wanted, ascending.
+IndicesFn = Callable[[int, float], Collection[int]]
+
+
+def decode_frames(
+    path: str | os.PathLike, indices_fn: IndicesFn, name: str = ""
+) -> list[PIL.Image.Image]:
+    """RGB frames of the file's first video stream, at the indices asked for.
+
+    The file is read once to count its frames and once to decode them. Should fewer decode than it
+    announces (a truncated file), the indices are asked for again with the number that do.
+
+    Args:
+      path: a video file of any container and codec that FFmpeg reads.
+      indices_fn: called with the number of frames and the stream's average rate.
+      name: where the video comes from (file, row), for errors.
+
+    Raises:
+      ImageError: missing or unreadable file, no video stream, no frame that decodes.
+      ImportError: PyAV is not installed.
+    """
+    if av is None:
+        raise ImportError("reading video files needs PyAV: pip install 'llave_jax[video]'")
+    path = os.fspath(path)
+    where = f"{name} ({path})" if name and path not in name else path
+    if not os.path.isfile(path):
+        raise ImageError(where, "the video file does not exist")
+    announced, fps = _count(path, where)
+    indices = list(indices_fn(announced, fps))
+    frames, decoded = _decode(path, where, set(indices))
+    if decoded == 0:
+        raise ImageError(where, f"none of its {announced} video frames can be decoded")
+    if decoded != announced:
+        logging.getLogger(__name__).warning(
+            "%s: %d of %d frames decode; sampling from those", where, decoded, announced
+        )
+        again = list(indices_fn(decoded, fps))
+        if again != indices:
+            indices = again
+            frames, _ = _decode(path, where, set(indices))
+    return [frames[index] for index in indices]
+
+
+def _open(path: str, where: str):
+    try:
+        container = av.open(path)
+    except (av.FFmpegError, OSError) as error:
+        raise ImageError(where, f"not a readable video: {error}") from error
+    if not container.streams.video:
+        container.close()
+        raise ImageError(where, "the file has no video stream")
+    return container
+
+
+def _count(path: str, where: str) -> tuple[int, float]:
+    """Frames announced by the container's packets, and the average frame rate."""
+    with _open(path, where) as container:
+        stream = container.streams.video[0]
+        rate: Fraction | None = stream.average_rate or stream.guessed_rate
+        count = 0
+        try:
+            for packet in container.demux(stream):
+                # The demuxer ends with an empty packet; edit lists mark packets not to be shown.
+                count += bool(packet.size) and not packet.is_discard
+        except av.FFmpegError as error:
+            logging.getLogger(__name__).warning("%s: reading stops early: %s", where, error)
+    if count == 0:
+        raise ImageError(where, "the video stream is empty")
+    if not rate:
+        raise ImageError(where, "the file does not say its frame rate; remux it with one")
+    return count, float(rate)
+
+
+def _decode(path: str, where: str, wanted: set[int]) -> tuple[dict[int, PIL.Image.Image], int]:
+    """The wanted frames by index, and how many frames the file decodes to."""
+    frames: dict[int, PIL.Image.Image] = {}
+    decoded = 0
+    with _open(path, where) as container:
+        for frame in _shown_frames(container, where):
+            if decoded in wanted:
+                frames[decoded] = frame.to_image()
+            decoded += 1
+    return frames, decoded
+
+
+def _shown_frames(container, where: str) -> Iterator[av.VideoFrame]:
+    """Frames in presentation order; what is damaged is left out and logged."""
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            # Already reported by the count. The decoder still holds frames.
+            yield from stream.codec_context.decode(None)
+            return
+        try:
+            shown = packet.decode()
+        except av.FFmpegError as error:
+            # A damaged packet costs its own frame; decoding goes on at the next.
+            logging.getLogger(__name__).warning("%s: broken packet: %s", where, error)
+            continue
+        yield from shown
