@@ -1,0 +1,239 @@
+"""Reading and writing safetensors files one tensor at a time.
+
+The format: 8 bytes of header length (little-endian), a JSON header with the dtype, shape and place
+of every tensor, then the data without holes. The safetensors package writes a file only from
+tensors that are all in memory and does not give back a header's exact bytes; conversion needs both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_LENGTH_BYTES = 8
+_MAX_HEADER = 100_000_000  # the limit of the safetensors package
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or model directory that cannot be used; the message says what is wrong where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: what it is and which bytes of the data part it takes."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> str:
+    """Header text for tensors laid out by falling item size, then by name (so that all are
+    aligned), padded with spaces to a multiple of 8 bytes.
+
+    Args:
+      tensors: name -> (dtype, shape).
+      metadata: free text entries, the header's `__metadata__`.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
+        dtype, shape = tensors[name]
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    return text + " " * (-len(text.encode()) % 8)
+
+
+def parse_header(text: str, where: str) -> dict[str, TensorInfo]:
+    """Tensors of a header in the order of their data.
+
+    Raises:
+      CheckpointError: not a header, an unknown dtype, or data with holes or overlaps.
+    """
+    try:
+        entries = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where}: the header is not JSON ({error})") from error
+    tensors = {}
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{where}: tensor {name} has dtype {entry['dtype']}; expected one of "
+                f"{', '.join(DTYPES)}. Save the checkpoint in one of these first."
+            )
+        start, end = entry["data_offsets"]
+        info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+        if end - start != info.nbytes:
+            raise CheckpointError(
+                f"{where}: tensor {name} of shape {info.shape} and dtype {entry['dtype']} takes "
+                f"{info.nbytes} bytes, but its data_offsets span {end - start}"
+            )
+        tensors[name] = info
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)))
+    position = 0
+    for name, info in tensors.items():
+        if info.start != position:
+            raise CheckpointError(
+                f"{where}: tensor {name} begins at byte {info.start} of the data; expected "
+                f"{position}, where the one before it ends"
+            )
+        position += info.nbytes
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise CheckpointError(f"{where}: the header names {key} twice")
+        values[key] = value
+    return values
+
+
+class SafetensorsFile:
+    """A file to read from; holds the header only.
+
+    Attributes:
+      header: the header's exact text, padding included.
+      tensors: name -> TensorInfo in the order of the data.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        size = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER):
+                raise CheckpointError(
+                    f"{self.path}: not a safetensors file, or cut off: {size} bytes, "
+                    f"a header of {length}"
+                )
+            try:
+                self.header = file.read(length).decode()
+            except UnicodeDecodeError as error:
+                raise CheckpointError(
+                    f"{self.path}: not a safetensors file: the header is not UTF-8 text"
+                ) from error
+        self.tensors = parse_header(self.header, str(self.path))
+        self._data_start = _LENGTH_BYTES + length
+        expected = self._data_start + sum(info.nbytes for info in self.tensors.values())
+        if size != expected:
+            raise CheckpointError(
+                f"{self.path}: {size} bytes; expected {expected} from its header. "
+                "An interrupted download or copy? Fetch it again."
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor `name` in memory of its own."""
+        info = self.tensors[name]
+        data = np.empty(info.nbytes, np.uint8)
+        with open(self.path, "rb") as file:
+            file.seek(self._data_start + info.start)
+            if file.readinto(data) != info.nbytes:
+                raise CheckpointError(f"{self.path}: ends within tensor {name}")
+        return data.view(info.dtype).reshape(info.shape)
+
+    def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
+        """The bytes of the tensor `name`, at most `size` at a time."""
+        info = self.tensors[name]
+        with open(self.path, "rb") as file:
+            file.seek(self._data_start + info.start)
+            for start in range(0, info.nbytes, size):
+                yield file.read(min(size, info.nbytes - start))
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor `name` mapped from the file: read where and when it is indexed, read-only."""
+        info = self.tensors[name]
+        if info.nbytes == 0:
+            return np.empty(info.shape, info.dtype)
+        start = self._data_start + info.start
+        data = np.memmap(self.path, np.uint8, mode="r", offset=start, shape=(info.nbytes,))
+        return data.view(info.dtype).reshape(info.shape)
+
+
+class SafetensorsWriter:
+    """Writes a file of a known header, tensor by tensor or layer by layer, in any order.
+
+    The file has its full size from the beginning. Use as a context manager: leaving it without an
+    exception checks that every byte was written.
+    """
+
+    def __init__(self, path: str | os.PathLike, header: str):
+        self.path = Path(path)
+        self.tensors = parse_header(header, str(path))
+        encoded = header.encode()
+        self._data_start = _LENGTH_BYTES + len(encoded)
+        self._written = dict.fromkeys(self.tensors, 0)
+        size = self._data_start + sum(info.nbytes for info in self.tensors.values())
+        self._file = open(self.path, "xb")  # noqa: SIM115, closed in __exit__
+        try:
+            self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
+            if hasattr(os, "posix_fallocate"):
+                # A full disk shows now, not after an hour of copying.
+                os.posix_fallocate(self._file.fileno(), 0, size)
+            else:
+                self._file.truncate(size)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, name: str, array: np.ndarray, layer: int | None = None) -> None:
+        """Put `array` in the place of `name`, or of its slice `[layer]` on the first axis."""
+        info = self.tensors[name]
+        shape = info.shape if layer is None else info.shape[1:]
+        if array.shape != shape or array.dtype != info.dtype:
+            raise CheckpointError(
+                f"{self.path}: tensor {name}: expected {info.dtype} {shape}, "
+                f"found {array.dtype} {array.shape}"
+            )
+        self._file.seek(self._data_start + info.start + (layer or 0) * array.nbytes)
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        self._written[name] += array.nbytes
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if error is None:
+            for name, info in self.tensors.items():
+                if self._written[name] != info.nbytes:
+                    raise CheckpointError(
+                        f"{self.path}: {self._written[name]} of {info.nbytes} bytes of tensor "
+                        f"{name} were written"
+                    )

@@ -1,0 +1,348 @@
+"""Model directory -> Hugging Face directory.
+
+Into the layout the model came from: the same files, byte for byte if the weights are still the
+same. Into the other layout, or from a model made here: a complete directory of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llave_jax import model_dir
+from llave_jax.convert import hf_config, names
+from llave_jax.convert.from_hf import INDEX_FILE, SINGLE_FILE
+from llave_jax.convert.names import LAYOUTS, Match
+from llave_jax.convert.safetensors_io import (
+    CheckpointError,
+    SafetensorsFile,
+    SafetensorsWriter,
+    encode_header,
+    parse_header,
+)
+from llave_jax.convert.tokens import add_special_tokens
+from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig
+from llave_jax.progress import Progress
+
+SHARD_BYTES = 5_000_000_000
+_TORCH_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+_ROWS_MULTIPLE = 64
+
+# A conversation in the form the model was trained with, images in front of the text of their turn.
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] if part['type'] in ('image', 'video') -%}
+{{ '<' + part['type'] + '>\\n' }}
+{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}
+{{ part['text'] }}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The Hugging Face directory a model was converted from.
+
+    Attributes:
+      layout: "llave" or "onevision"; None for a model made here.
+      config: content of its config.json.
+      headers: weight file -> header, verbatim.
+      tied: names of tensors that repeat the token embedding.
+    """
+
+    layout: str | None
+    config: dict[str, Any]
+    headers: dict[str, str]
+    tied: frozenset[str]
+
+
+class _Weights:
+    """The tensors to write: parameters, and the carried ones."""
+
+    def __init__(self, path: Path, config: LlaveConfig, params: Mapping[str, Any], origin: Origin):
+        carried = path / model_dir.CARRIED
+        self._carried = SafetensorsFile(carried) if carried.is_file() else None
+        self._config, self._params, self._origin = config, params, origin
+        self.carried: dict[Match, str] = {}
+        for name in self._carried.tensors if self._carried else ():
+            if hit := names.match(name, origin.layout or ""):
+                self.carried[hit] = name
+
+    def read(self, hit: Match) -> np.ndarray:
+        """A tensor in the Hugging Face shape."""
+        if hit in self.carried:
+            return self._carried.read(self.carried[hit])
+        rule = names.EMBEDDING if hit.rule == names.LM_HEAD else hit.rule
+        array = self._params[rule.path]
+        array = np.asarray(array if hit.layer is None else array[hit.layer])
+        return names.to_hf(rule, array, self._config)
+
+
+def convert_to_hf(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    layout: str,
+    *,
+    params: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> None:
+    """Write a model directory as a Hugging Face directory.
+
+    Args:
+      source: the model directory.
+      output: the directory to make; appears when it is complete.
+      layout: "llave" (the authors' code) or "onevision" (transformers).
+      params: path -> array with other weights for the same model, say trained ones; the model
+        directory's own by default. They are cast to the dtypes of the checkpoint it came from.
+      overwrite: replace a directory with a model that exists.
+
+    Raises:
+      CheckpointError: the weights and the directory's configuration differ.
+      FileExistsError: `output` exists.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    source, output = Path(source), Path(output)
+    config = model_dir.load_config(source)
+    if params is None:
+        params = model_dir.open_params(source)
+    model_dir.check_shapes({name: tuple(p.shape) for name, p in params.items()}, config, "params")
+    origin = _read_origin(source)
+    weights = _Weights(source, config, params, origin)
+    with model_dir.staged_directory(output, overwrite=overwrite, keep=source) as staged:
+        if layout == origin.layout:
+            _write_original(staged, source, config, weights, origin, show_progress)
+        else:
+            _write_translated(
+                staged, source, layout, config, weights, origin, params, show_progress
+            )
+
+
+def _read_origin(source: Path) -> Origin:
+    if not (source / model_dir.LAYOUT).is_file():
+        return Origin(None, {}, {}, frozenset())
+    values = hf_config.read_json(source / model_dir.LAYOUT)
+    return Origin(
+        layout=values["layout"],
+        config=hf_config.read_json(source / model_dir.SOURCE / "config.json"),
+        headers={entry["file"]: entry["header"] for entry in values["weights"]},
+        tied=frozenset(values["tied"]),
+    )
+
+
+def _write_original(
+    target: Path,
+    source: Path,
+    config: LlaveConfig,
+    weights: _Weights,
+    origin: Origin,
+    show_progress: bool,
+) -> None:
+    """The directory the model came from, with the weights of now."""
+    shutil.copytree(source / model_dir.SOURCE, target, dirs_exist_ok=True)
+    (target / model_dir.LAYOUT.name).unlink()
+    values = hf_config.with_inputs(
+        origin.config, origin.layout, config.inputs, config.vision.image_size
+    )
+    if values != origin.config:
+        _write_json(target / "config.json", values)
+    total = sum(len(parse_header(text, name)) for name, text in origin.headers.items())
+    with Progress(total, "converting", unit="tensors", enabled=show_progress) as progress:
+        for file, header in origin.headers.items():
+            with SafetensorsWriter(target / file, header) as writer:
+                for name, info in writer.tensors.items():
+                    hit = names.match(name, origin.layout)
+                    if hit is None:
+                        raise CheckpointError(
+                            f"{source / model_dir.LAYOUT}: {name} is not in the name table"
+                        )
+                    writer.write(name, _cast(weights.read(hit), info.dtype, name))
+                    progress.update(1)
+
+
+def _write_translated(
+    target: Path,
+    source: Path,
+    layout: str,
+    config: LlaveConfig,
+    weights: _Weights,
+    origin: Origin,
+    params: Mapping[str, Any],
+    show_progress: bool,
+) -> None:
+    """A directory in a layout the model did not come from."""
+    # Without an LM head there is none to write; tying makes the directory complete.
+    tied = Match(names.LM_HEAD) not in weights.carried
+    text = dataclasses.replace(config.text, tie_word_embeddings=tied)
+    model_dir.copy_tokenizer(source / model_dir.TOKENIZER, target)
+    placeholders: list[int] = []
+    if layout == "onevision":
+        placeholders = add_special_tokens(target, ["<image>", "<video>"])
+        if max(placeholders) >= text.vocab_size:
+            rows = -(-(max(placeholders) + 1) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+            text = dataclasses.replace(text, vocab_size=rows)
+    written = dataclasses.replace(config, text=text)
+
+    hits = names.parameter_matches(written) + [Match(rule) for rule in names.POST_LAYERNORM]
+    if not tied:
+        hits.append(Match(names.LM_HEAD))
+    dtypes = _dtypes(origin, params)
+    tensors = {}
+    for hit in hits:
+        dtype = dtypes.get(hit.rule.path or "", dtypes["vision_tower/position_embedding"])
+        if hit.rule == names.LM_HEAD:
+            dtype = dtypes[names.EMBEDDING.path]
+        tensors[names.hf_name(hit, layout)] = (hit, dtype, names.hf_shape(hit.rule, written))
+    _write_shards(target, tensors, weights, show_progress)
+    _write_settings(target, source, layout, written, origin, placeholders, dtypes)
+
+
+def _dtypes(origin: Origin, params: Mapping[str, Any]) -> dict[str, np.dtype]:
+    """path -> dtype in the checkpoint the model came from, or of the parameters themselves."""
+    dtypes = {path: np.dtype(array.dtype) for path, array in params.items()}
+    for file, header in origin.headers.items():
+        for name, info in parse_header(header, file).items():
+            hit = names.match(name, origin.layout)
+            if hit is not None and hit.rule.path is not None:
+                dtypes[hit.rule.path] = info.dtype
+    return dtypes
+
+
+def _write_shards(
+    target: Path,
+    tensors: dict[str, tuple[Match, np.dtype, tuple[int, ...]]],
+    weights: _Weights,
+    show_progress: bool,
+) -> None:
+    """One file, or shards of at most SHARD_BYTES with an index, in the order of the names."""
+    shards: list[dict[str, int]] = [{}]
+    for name in sorted(tensors):
+        _, dtype, shape = tensors[name]
+        size = int(np.prod(shape)) * dtype.itemsize
+        if shards[-1] and sum(shards[-1].values()) + size > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = size
+    files = [SINGLE_FILE]
+    if len(shards) > 1:
+        files = [
+            f"model-{number:05}-of-{len(shards):05}.safetensors"
+            for number in range(1, len(shards) + 1)
+        ]
+        weight_map = {
+            name: file for file, shard in zip(files, shards, strict=True) for name in shard
+        }
+        total = sum(sum(shard.values()) for shard in shards)
+        _write_json(
+            target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    with Progress(len(tensors), "converting", unit="tensors", enabled=show_progress) as progress:
+        for file, shard in zip(files, shards, strict=True):
+            header = encode_header({name: tensors[name][1:] for name in shard}, {"format": "pt"})
+            with SafetensorsWriter(target / file, header) as writer:
+                for name in shard:
+                    hit, dtype, shape = tensors[name]
+                    array = _read_or_make(hit, shape, weights)
+                    writer.write(name, _cast(array, dtype, name))
+                    progress.update(1)
+
+
+def _read_or_make(hit: Match, shape: tuple[int, ...], weights: _Weights) -> np.ndarray:
+    """A tensor in the shape to write: rows for placeholder tokens are added as zeros, a tower's
+    final norm that the model never had is the identity. Neither is ever used in an embedding."""
+    if hit.rule in names.POST_LAYERNORM and hit not in weights.carried:
+        fill = np.ones if hit.rule.name.endswith("weight") else np.zeros
+        return fill(shape, np.float32)
+    array = weights.read(hit)
+    if array.shape == shape:
+        return array
+    padded = np.zeros(shape, array.dtype)
+    padded[: len(array)] = array
+    return padded
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(cast).all():
+        raise CheckpointError(
+            f"tensor {name} has values up to {np.abs(array).max():.3g}, beyond float16, the dtype "
+            "of the checkpoint the model came from"
+        )
+    return cast
+
+
+def _write_settings(
+    target: Path,
+    source: Path,
+    layout: str,
+    config: LlaveConfig,
+    origin: Origin,
+    placeholders: list[int],
+    dtypes: dict[str, np.dtype],
+) -> None:
+    """All files but weights and tokenizer."""
+    dtype = dtypes[names.EMBEDDING.path].name
+    if layout == "onevision":
+        values = hf_config.to_onevision(config, origin.config, dtype, *placeholders)
+        text_values = values["text_config"]
+        _write_json(target / "processor_config.json", hf_config.processor_values(config))
+        _write_json(
+            target / "video_preprocessor_config.json", hf_config.video_processor_values(config)
+        )
+        (target / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+    else:
+        values = text_values = hf_config.to_llave(
+            config, origin.config, dtype, _tower_name(target, config, origin)
+        )
+    _write_json(target / "config.json", values)
+    _write_json(
+        target / "preprocessor_config.json", hf_config.image_processor_values(config, layout)
+    )
+    generation = source / model_dir.SOURCE / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, target / generation.name)
+    else:
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        kept = {key: text_values[key] for key in special if key in text_values}
+        _write_json(target / generation.name, {"_from_model_config": True, **kept})
+
+
+def _tower_name(target: Path, config: LlaveConfig, origin: Origin) -> str:
+    """`mm_vision_tower`: the usual tower by its name on the hub, any other one by a directory
+    within the checkpoint that holds its configuration."""
+    if config.vision == SIGLIP_SO400M:
+        usual = "google/siglip-so400m-patch14-384"
+        return origin.config.get(hf_config.LLAVE_KEY, {}).get("mm_vision_tower", usual)
+    name = "siglip_tower"
+    (target / name).mkdir()
+    _write_json(target / name / "config.json", hf_config.tower_values(config.vision))
+    return name
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

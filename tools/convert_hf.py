@@ -1,0 +1,66 @@
+"""Convert between Hugging Face checkpoints and model directories.
+
+    python tools/convert_hf.py --input HF_DIR --output DIR
+    python tools/convert_hf.py --to-hf {llave,onevision} --input DIR --output HF_DIR
+
+HF_DIR is a checkpoint in the layout of the authors' code (llava_qwen) or of transformers'
+LlavaOnevision. In the other direction DIR is a model directory or a training run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+
+from llave_jax.convert.from_hf import convert_from_hf
+from llave_jax.convert.names import LAYOUTS
+from llave_jax.convert.to_hf import convert_to_hf
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, metavar="DIR", help="what to convert")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to make")
+    parser.add_argument(
+        "--to-hf", choices=tuple(LAYOUTS), help="write a Hugging Face directory of this layout"
+    )
+    parser.add_argument(
+        "--vision-config",
+        metavar="FILE",
+        help="config.json of the vision tower, where a llava_qwen checkpoint does not tell it",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in --output")
+    values = parser.parse_args(arguments)
+    if values.to_hf and values.vision_config:
+        parser.error("--vision-config is of use only without --to-hf")
+    return values
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    # A terminated conversion cleans up like one stopped with Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    values = parse_arguments(arguments)
+    try:
+        if values.to_hf:
+            convert_to_hf(values.input, values.output, values.to_hf, overwrite=values.overwrite)
+        else:
+            convert_from_hf(
+                values.input,
+                values.output,
+                vision_config=values.vision_config,
+                overwrite=values.overwrite,
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"written to {values.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
