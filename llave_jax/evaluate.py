@@ -16,6 +16,7 @@ import jax
 
 from llave_jax.benchmarks import cache as caching
 from llave_jax.benchmarks import digits
+from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.mmeb import evaluate_mmeb
 from llave_jax.benchmarks.mmeb_data import DatasetInfo
 from llave_jax.embedder import Embedder
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if first:
         print(results.table())
-        (output / "table.txt").write_text(results.table() + "\n", encoding="utf-8")
+        write_text(output / "table.txt", results.table() + "\n")
 
 
 if __name__ == "__main__":

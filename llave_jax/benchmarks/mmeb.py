@@ -17,6 +17,7 @@ import numpy as np
 
 from llave_jax.benchmarks import mmeb_data
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first_process
+from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, ImageStore
 from llave_jax.benchmarks.results import DatasetResult, Results
 
@@ -126,16 +127,15 @@ def score_rows(embeddings: np.ndarray, dataset: EvalDataset) -> tuple[np.ndarray
 
 def write_dataset(output_dir: Path, dataset: EvalDataset, result: DatasetResult) -> None:
     """Write the leaderboard's score file, the predictions, and all scores."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     score = {
         "acc": result.accuracy,
         "num_correct": result.num_correct,
         "num_pred": result.num_pred,
     }
     name = dataset.name
-    _write(output_dir / f"{name}_score.json", json.dumps(score, indent=4).encode())
+    write_text(output_dir / f"{name}_score.json", json.dumps(score, indent=4) + "\n")
     lines = [json.dumps(row, ensure_ascii=False) for row in _prediction_rows(dataset, result)]
-    _write(output_dir / f"{name}_predictions.jsonl", "".join(f"{x}\n" for x in lines).encode())
+    write_text(output_dir / f"{name}_predictions.jsonl", "".join(f"{line}\n" for line in lines))
     write_scores(output_dir / f"{name}_scores.npz", result.scores)
 
 
@@ -171,9 +171,3 @@ def read_scores(path: str | os.PathLike) -> tuple[np.ndarray, ...]:
     """Scores per row, as `write_scores` wrote them."""
     with np.load(path) as file:
         return tuple(np.split(file["scores"], file["offsets"][1:-1]))
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
