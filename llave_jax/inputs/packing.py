@@ -54,7 +54,8 @@ class PackedBatch(NamedTuple):
       positions: int32 [S, R, L], from 0 for each sequence.
       tap_index: int32 [S, R, L, K] into the shard's C * P patch features, or C * P for the newline.
       tap_weight: float32 [S, R, L, K]; None with one tap, whose weight is 1.
-      pooled: int32 [S, Z, G], index in R * L of each sequence's last token.
+      pooled: int32 [S, Z, G], index in R * L of each sequence's last token; -1 for a side that a
+        group lacks.
       valid: bool [S, G], False for slots left empty.
     """
 
@@ -203,22 +204,28 @@ class Packer:
         """Groups in the batch so far."""
         return self.planner.num_groups
 
-    def add(self, group: Seq[Sequence], group_id: str = "") -> bool:
+    def add(self, group: Seq[Sequence | None], group_id: str = "") -> bool:
         """Place a group of `budget.sides` sequences; False if it has no room in this batch.
+
+        None stands for a side that the group lacks (a pair without a hard negative).
 
         Raises:
           ValueError: the group would not fit in an empty batch either; it names the group.
         """
-        lengths = [len(sequence) for sequence in group]
-        crops = sum(len(sequence.crops) for sequence in group)
-        taps = max((sequence.taps.width for sequence in group), default=1)
-        name = group_id or next((s.name for s in group if s.name), "group")
+        present = [sequence for sequence in group if sequence is not None]
+        lengths = [0 if sequence is None else len(sequence) for sequence in group]
+        crops = sum(len(sequence.crops) for sequence in present)
+        taps = max((sequence.taps.width for sequence in present), default=1)
+        name = group_id or next((s.name for s in present if s.name), "group")
         self.planner.check(lengths, crops, taps, name)
         placement = self.planner.place(lengths, crops)
         if placement is None:
             return False
         first_crop = placement.first_crop
         for side, (sequence, span) in enumerate(zip(group, placement.spans, strict=True)):
+            if sequence is None:
+                self._batch.pooled[placement.shard, side, placement.slot] = -1
+                continue
             self._write(sequence, placement, side, span, first_crop)
             first_crop += len(sequence.crops)
         self._batch.valid[placement.shard, placement.slot] = True
