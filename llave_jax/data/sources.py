@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import bisect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +93,12 @@ class MmebSource(PairSource):
         paths = (row.qry_image_path, row.pos_image_path, row.neg_image_path)
         return row, tuple(self._images.read(path, name) if path else b"" for path in paths)
 
+    def make(self, index: int, row: Row, images: Sequence[bytes]) -> Pair:
+        """The pair of what `read` gave."""
+        return make_pair(self.pair_id(index), self._name(index), row, images)
+
     def __getitem__(self, index: int) -> Pair:
-        return make_pair(self.pair_id(index), self._name(index), *self.read(index))
+        return self.make(index, *self.read(index))
 
     def _name(self, index: int) -> str:
         subset = self.subset(index)
@@ -104,8 +108,8 @@ class MmebSource(PairSource):
 class RecordSource(PairSource):
     """Prepared array records (`tools/prepare_data.py`), read through tensorflow-datasets."""
 
-    def __init__(self, folders: Mapping[str, Path], split: str, keep: Callable[[str, int], bool]):
-        """`keep(subset, row number)` says which rows are part of the source."""
+    def __init__(self, folders: Mapping[str, Path], split: str, limits: Mapping[str, int | None]):
+        """`limits`: rows of each subset from this number on are left out; None for none."""
         # Imported here: it takes seconds, and the other sources do without it.
         import tensorflow_datasets as tfds
 
@@ -117,11 +121,9 @@ class RecordSource(PairSource):
                     f"{folder} has no split {split!r}; it has {sorted(builder.info.splits)}"
                 )
             with np.load(folder / f"rows-{split}.npz") as index:
-                chosen = np.array([keep(subset, row) for row in index["row"]], bool)
-                self._rows[subset] = index["row"][chosen]
-                self._digests[subset] = index["digest"][chosen]
-            if not np.all(np.diff(np.flatnonzero(chosen)) == 1):
-                raise ValueError(f"{folder}: rows are not stored in order; prepare it again")
+                rows, digests = index["row"], index["digest"]
+            kept = int(np.searchsorted(rows, limits[subset])) if limits[subset] else len(rows)
+            self._rows[subset], self._digests[subset] = rows[:kept], digests[:kept]
             self._records[subset] = builder.as_data_source(split=split)
             self._names[subset] = f"{folder}/{split}"
         self.subsets = _consecutive({name: len(rows) for name, rows in self._rows.items()})
@@ -228,13 +230,12 @@ def open_source(
     if missing:
         raise FileNotFoundError(f"{path}: no subsets {missing}; it has {_in_mmeb_order(found)}")
 
-    def limit(subset: str) -> int | None:
-        return max_rows.get(subset) if isinstance(max_rows, Mapping) else max_rows
-
+    limits = dict(max_rows) if isinstance(max_rows, Mapping) else dict.fromkeys(names, max_rows)
+    limits = {name: limits.get(name) for name in names}
     if all(found[name][0].name == "dataset_info.json" for name in names):
         folders = {name: found[name][0].parent for name in names}
-        return RecordSource(folders, split, lambda s, row: limit(s) is None or row < limit(s))
-    tables = {name: read_table(found[name], limit(name)) for name in names}
+        return RecordSource(folders, split, limits)
+    tables = {name: read_table(found[name], limits[name]) for name in names}
     empty = [name for name, table in tables.items() if len(table) == 0]
     if empty:
         raise ValueError(f"{path}: subsets {empty} have no rows")

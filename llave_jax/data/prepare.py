@@ -1,0 +1,301 @@
+"""Writes training data as array records: one file read instead of one image file for each image.
+
+    OUTPUT/SUBSET/mmeb_train-SPLIT.array_record-00000-of-00049   rows with their encoded images
+    OUTPUT/SUBSET/mmeb_train-SPLIT.array_record-00000-of-00049.json   counts and checksum of a shard
+    OUTPUT/SUBSET/rows-SPLIT.npz                       row numbers and content hashes
+    OUTPUT/SUBSET/{features,dataset_info}.json         tensorflow-datasets' own description
+
+A shard appears under its name when it is complete and has been read back; the description comes
+last. So a run that was killed is continued by running it again. Reading is `sources.RecordSource`,
+or `tensorflow_datasets.builder_from_directory` in any program; TensorFlow is not needed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from llave_jax.data.rows import Row
+from llave_jax.data.skips import SkipLog
+from llave_jax.data.sources import MmebSource
+from llave_jax.inputs.images import load_image
+from llave_jax.progress import Progress
+
+NAME = "mmeb_train"
+IMAGES = ("qry_image", "pos_image", "neg_image")
+# One record a chunk, so that any record can be read alone; pictures are compressed already.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One output file: rows `start` to `stop` of a subset."""
+
+    path: Path
+    indices: range  # of the source
+    first_row: int
+
+    @property
+    def record_path(self) -> Path:
+        """The shard's counts and checksum; it exists only beside a complete shard."""
+        return self.path.with_name(self.path.name + ".json")
+
+
+def features() -> tfds.features.FeaturesDict:
+    """What a record holds; images are the bytes of their files, b"" where a side has none."""
+    texts = {field: tfds.features.Text() for field in Row._fields}
+    images = {image: tfds.features.Tensor(shape=(), dtype=np.object_) for image in IMAGES}
+    return tfds.features.FeaturesDict({"row": np.int64, **texts, **images})
+
+
+def prepare(
+    source: MmebSource,
+    output: Path,
+    *,
+    split: str,
+    rows_per_shard: int = 1024,
+    num_workers: int = 1,
+    check_images: bool = True,
+    skips: SkipLog | None = None,
+) -> None:
+    """Writes all rows of a source below `output`, continuing what is there.
+
+    Args:
+      split: the name that the rows get.
+      rows_per_shard: rows a file; with MMEB's images about 100 MB for 1024.
+      num_workers: processes that read, check and write, one shard at a time each.
+      check_images: decode every image; otherwise only read it.
+      skips: where rows that cannot be used are recorded and left out; None: they are errors.
+
+    Raises:
+      RowError, ImageError: a row cannot be used.
+      TooManySkips: more than `skips` allows.
+      ValueError: `output` holds shards of other rows.
+    """
+    plans = {
+        subset: plan_shards(output / subset, indices, split, rows_per_shard)
+        for subset, indices in source.subsets.items()
+    }
+    for subset in plans:
+        (output / subset).mkdir(parents=True, exist_ok=True)
+    options = (check_images, skips is not None)
+    with (
+        _pool(num_workers, source, options) as pool,
+        Progress(len(source), "preparing", unit="rows") as progress,
+    ):
+        pending = {
+            pool.submit(_run_task, shard): (shard, subset)
+            for subset, shards in plans.items()
+            for shard in shards
+        }
+        try:
+            for future in concurrent.futures.as_completed(pending):
+                shard, subset = pending[future]
+                for row, reason in future.result()["skipped"]:
+                    skips.record(f"{subset}:{row}", reason)
+                progress.update(len(shard.indices))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    for subset, shards in plans.items():
+        _write_index(output / subset, split, shards)
+        _write_description(output / subset)
+
+
+def plan_shards(folder: Path, indices: range, split: str, rows_per_shard: int) -> list[Shard]:
+    """The shards of one subset.
+
+    Raises:
+      ValueError: the folder holds this split in another number of shards.
+    """
+    count = -(-len(indices) // rows_per_shard)
+    stem = f"{NAME}-{split}.array_record"
+    shards = []
+    for number in range(count):
+        part = indices[number * rows_per_shard : (number + 1) * rows_per_shard]
+        name = f"{stem}-{number:05}-of-{count:05}"
+        shards.append(Shard(folder / name, part, part.start - indices.start))
+    others = set(folder.glob(f"{stem}-*-of-?????")) - {shard.path for shard in shards}
+    if others:
+        raise ValueError(
+            f"{folder} holds {min(others).name}, but these rows make {count} shards; "
+            "choose another output, or delete that split's files there"
+        )
+    return shards
+
+
+def write_shard(source: MmebSource, shard: Shard, check_images: bool, skip: bool) -> dict[str, Any]:
+    """Writes a shard unless a complete one of the same rows is there; returns its record."""
+    fingerprint = _fingerprint(source, shard)
+    done = _read_record(shard)
+    if done is not None:
+        if done["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{shard.path} holds other rows than the source has now; "
+                "choose another output, or delete the file"
+            )
+        if _checksum(shard.path) == done["sha256"]:
+            return done
+    serializer = features()
+    temporary = shard.path.with_name(f".{shard.path.name}.partial")
+    writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+    digest = hashlib.blake2b()
+    kept, skipped = [], []
+    for place, index in enumerate(shard.indices):
+        row_number = shard.first_row + place
+        try:
+            record = _record(source, index, row_number, check_images)
+        except ValueError as error:
+            if not skip:
+                raise
+            skipped.append((row_number, str(error)))
+            continue
+        serialized = serializer.serialize_example(serializer.encode_example(record))
+        digest.update(serialized)
+        writer.write(serialized)
+        kept.append((row_number, source.digest(index)))
+    writer.close()
+    _read_back(temporary, len(kept), digest.hexdigest())
+    record = {
+        "fingerprint": fingerprint,
+        "sha256": _checksum(temporary),
+        "bytes": temporary.stat().st_size,
+        "rows": [row for row, _ in kept],
+        "digests": [f"{value:016x}" for _, value in kept],
+        "skipped": skipped,
+    }
+    temporary.replace(shard.path)
+    _write_atomically(shard.record_path, json.dumps(record).encode())
+    return record
+
+
+def _record(source: MmebSource, index: int, row_number: int, check_images: bool) -> dict[str, Any]:
+    row, images = source.read(index)
+    if check_images:
+        pair = source.make(index, row, images)
+        for item in (pair.query, pair.target, *pair.negatives):
+            for image in item.images:
+                load_image(image, item.name)
+    return {"row": row_number, **row._asdict(), **dict(zip(IMAGES, images, strict=True))}
+
+
+def _read_back(path: Path, count: int, digest: str) -> None:
+    """Raises OSError if a file does not hold what was written to it."""
+    reader = ArrayRecordReader(str(path))
+    found = reader.num_records()
+    check = hashlib.blake2b()
+    for _ in range(found):
+        check.update(reader.read())
+    reader.close()
+    if found != count or check.hexdigest() != digest:
+        raise OSError(
+            f"{path}: {count} records were written, {found} are read back"
+            + ("" if found != count else " with other content")
+            + "; check the disk"
+        )
+
+
+def _fingerprint(source: MmebSource, shard: Shard) -> str:
+    """Says which rows a shard is made of."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index in shard.indices:
+        digest.update(source.digest(index).to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def _read_record(shard: Shard) -> dict[str, Any] | None:
+    if not shard.record_path.exists() or not shard.path.exists():
+        return None
+    return json.loads(shard.record_path.read_text())
+
+
+def _write_index(folder: Path, split: str, shards: list[Shard]) -> None:
+    records = [_read_record(shard) for shard in shards]
+    rows = np.array([row for record in records for row in record["rows"]], np.int64)
+    digests = [int(value, 16) for record in records for value in record["digests"]]
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        path = Path(scratch) / "rows.npz"
+        np.savez(path, row=rows, digest=np.array(digests, np.uint64))
+        path.replace(folder / f"rows-{split}.npz")
+
+
+def _write_description(folder: Path) -> None:
+    """tensorflow-datasets' description of all complete splits of a folder."""
+    splits = sorted(path.stem.removeprefix("rows-") for path in folder.glob("rows-*.npz"))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=scratch,
+            template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            dataset_name=NAME,
+            filetype_suffix="array_record",
+        )
+        infos = []
+        for split in splits:
+            paths = sorted(folder.glob(f"{NAME}-{split}.array_record-*.json"))
+            records = [json.loads(path.read_text()) for path in paths]
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[len(record["rows"]) for record in records],
+                    num_bytes=sum(record["bytes"] for record in records),
+                    filename_template=template.replace(split=split),
+                )
+            )
+            for path in paths:  # it takes the names of splits and files from the files it sees
+                (Path(scratch) / path.stem).touch()
+        tfds.folder_dataset.write_metadata(
+            data_dir=scratch,
+            features=features(),
+            split_infos=infos,
+            filename_template=template,
+            check_data=False,
+            description="MMEB training rows with their encoded images.",
+        )
+        for name in ("features.json", "dataset_info.json"):  # the last one makes it readable
+            (Path(scratch) / name).replace(folder / name)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+# What a worker process writes from; set once, when it starts.
+_task: tuple[MmebSource, tuple[bool, bool]] | None = None
+
+
+def _pool(
+    num_workers: int, source: MmebSource, options: tuple[bool, bool]
+) -> concurrent.futures.ProcessPoolExecutor:
+    return concurrent.futures.ProcessPoolExecutor(
+        max_workers=num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_set_task,
+        initargs=(source, options),
+    )
+
+
+def _set_task(source: MmebSource, options: tuple[bool, bool]) -> None:
+    global _task
+    _task = source, options
+
+
+def _run_task(shard: Shard) -> dict[str, Any]:
+    source, (check_images, skip) = _task
+    return write_shard(source, shard, check_images, skip)

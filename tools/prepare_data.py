@@ -1,0 +1,71 @@
+"""Writes MMEB training data, or rows of one's own, as array records for fast random access.
+
+    python tools/prepare_data.py --input MMEB-train --output prepared --num_workers 8
+
+Can be stopped at any moment and run again with the same arguments: complete shards are verified by
+their checksums and kept. Training then takes `--config.data.path=prepared`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from llave_jax.data.prepare import prepare
+from llave_jax.data.skips import SkipLog
+from llave_jax.data.sources import MmebSource, open_source
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", type=Path, required=True, help="rows: a folder or a JSON file")
+    parser.add_argument("--output", type=Path, required=True, help="where records are written")
+    parser.add_argument("--split", default="original", help="original or diverse_instruction")
+    parser.add_argument("--subsets", default="", help="comma-separated; all by default")
+    parser.add_argument(
+        "--max_rows", type=int, help="the first rows of each subset; all by default"
+    )
+    parser.add_argument("--image_root", type=Path, help="what image paths are relative to: INPUT")
+    parser.add_argument("--rows_per_shard", type=int, default=1024)
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--on_error", choices=("raise", "skip"), default="raise", help="for rows that are broken"
+    )
+    parser.add_argument("--max_skip_share", type=float, default=0.01, help="with skip")
+    parser.add_argument(
+        "--trust_images", action="store_true", help="do not decode every image to check it"
+    )
+    args = parser.parse_args()
+
+    source = open_source(
+        args.input,
+        subsets=args.subsets.split(",") if args.subsets else None,
+        split=args.split,
+        max_rows=args.max_rows,
+        image_root=args.image_root,
+    )
+    if not isinstance(source, MmebSource):
+        parser.error(f"{args.input} is prepared already")
+    skips = None
+    if args.on_error == "skip":
+        limit = int(args.max_skip_share * len(source))
+        skips = SkipLog(args.output / f"skipped-{args.split}.jsonl", limit)
+    prepare(
+        source,
+        args.output,
+        split=args.split,
+        rows_per_shard=args.rows_per_shard,
+        num_workers=args.num_workers,
+        check_images=not args.trust_images,
+        skips=skips,
+    )
+    print(f"{len(source)} rows of {len(source.subsets)} subsets are in {args.output}")
+    if skips is not None and len(skips):
+        print(f"{len(skips)} rows were left out: {skips.path}")
+
+
+if __name__ == "__main__":
+    main()
