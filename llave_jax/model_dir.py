@@ -6,19 +6,21 @@
     source/               the other files of the Hugging Face checkpoint, and layout.json
     tokenizer/            for transformers.AutoTokenizer
 
-Training runs keep one without model.safetensors; their weights are in orbax checkpoints.
+A training run is a model too: RUN/model is a model directory without model.safetensors, the weights
+are the latest of RUN/checkpoints. The functions that load take either.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +33,11 @@ from llave_jax.convert.safetensors_io import (
 )
 from llave_jax.models.config import LlaveConfig
 
+if TYPE_CHECKING:
+    import jax
+
 FORMAT_KEY, FORMAT = "llave_jax_format", 1
+RUN_MODEL = Path("model")
 
 CONFIG = Path("config.json")
 WEIGHTS = Path("model.safetensors")
@@ -63,32 +69,45 @@ def is_model_dir(path: str | os.PathLike) -> bool:
     return isinstance(values, dict) and FORMAT_KEY in values
 
 
-def load_config(path: str | os.PathLike) -> LlaveConfig:
-    """The configuration of a model directory.
+def locate(path: str | os.PathLike) -> Path:
+    """The model directory of a model: `path` itself, or the part of a training run.
 
     Raises:
-      CheckpointError: not a model directory, or one of another version.
+      CheckpointError: `path` is neither.
     """
     path = Path(path)
-    if not is_model_dir(path):
-        hint = "no config.json in it"
-        if (path / CONFIG).is_file():
-            hint = (
-                f"its config.json lacks {FORMAT_KEY}. Is it a Hugging Face checkpoint? Convert it: "
-                f"python tools/convert_hf.py --input {path} --output DIR"
-            )
-        raise CheckpointError(f"{path}: not a model directory: {hint}")
-    values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    for candidate in (path, path / RUN_MODEL):
+        if is_model_dir(candidate):
+            return candidate
+    hint = "no config.json in it"
+    if not path.is_dir():
+        hint = "no such directory"
+    elif (path / CONFIG).is_file():
+        hint = (
+            f"its config.json lacks {FORMAT_KEY}. Is it a Hugging Face checkpoint? Convert it: "
+            f"python tools/convert_hf.py --input {path} --output DIR"
+        )
+    raise CheckpointError(f"{path}: neither a model directory nor a training run: {hint}")
+
+
+def load_config(path: str | os.PathLike) -> LlaveConfig:
+    """The configuration of a model.
+
+    Raises:
+      CheckpointError: not a model, or one of another version.
+    """
+    file = locate(path) / CONFIG
+    values = json.loads(file.read_text(encoding="utf-8"))
     version = values.pop(FORMAT_KEY)
     if version != FORMAT:
         raise CheckpointError(
-            f"{path / CONFIG}: {FORMAT_KEY} is {version}; this version reads {FORMAT}. "
+            f"{file}: {FORMAT_KEY} is {version}; this version reads {FORMAT}. "
             "Convert the original checkpoint again."
         )
     try:
         return LlaveConfig.from_dict(values)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / CONFIG}: not a model configuration: {error!r}") from error
+        raise CheckpointError(f"{file}: not a model configuration: {error!r}") from error
 
 
 def write_config(path: Path, config: LlaveConfig) -> None:
@@ -98,8 +117,8 @@ def write_config(path: Path, config: LlaveConfig) -> None:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
-    """The tokenizer of a model directory, a `transformers` tokenizer."""
-    directory = Path(path) / TOKENIZER
+    """The tokenizer of a model, a `transformers` tokenizer."""
+    directory = locate(path) / TOKENIZER
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; expected the model's tokenizer")
     from transformers import AutoTokenizer
@@ -107,59 +126,108 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
-def open_params(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """path -> array of all parameters, mapped from the file: nothing is read before it is indexed.
+@dataclasses.dataclass(frozen=True)
+class CheckpointParam:
+    """A parameter of a training run's checkpoint: read when made an array by `np.asarray`."""
+
+    folder: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        import jax
+
+        from llave_jax import checkpoint
+
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        wanted = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=host)
+        array = np.asarray(checkpoint.load_param(self.folder, self.name, wanted))
+        return array if dtype is None else array.astype(dtype)
+
+
+def open_params(path: str | os.PathLike) -> dict[str, np.ndarray | CheckpointParam]:
+    """path -> array of all parameters of a model, read only when used.
+
+    Those of a model directory are mapped from the file; of a training run they are read whole by
+    `np.asarray`.
 
     Raises:
-      CheckpointError: missing, surplus or mis-shaped parameters.
+      CheckpointError: no weights; missing, surplus or mis-shaped parameters.
     """
-    path = Path(path)
-    config = load_config(path)
-    if not (path / WEIGHTS).is_file():
-        raise CheckpointError(
-            f"{path / WEIGHTS}: no such file; this model directory has no weights"
-        )
-    file = SafetensorsFile(path / WEIGHTS)
-    shapes = {name: info.shape for name, info in file.tensors.items()}
-    check_shapes(shapes, config, str(file.path))
-    return {name: file.view(name) for name in sorted(shapes)}
+    directory = locate(path)
+    if directory != Path(path):
+        params = _open_run(Path(path))
+        where = f"{path}: latest checkpoint"
+    elif (directory / WEIGHTS).is_file():
+        file = SafetensorsFile(directory / WEIGHTS)
+        params = {name: file.view(name) for name in sorted(file.tensors)}
+        where = str(file.path)
+    else:
+        raise CheckpointError(f"{directory / WEIGHTS}: no such file; this model has no weights")
+    shapes = {name: array.shape for name, array in params.items()}
+    check_shapes(shapes, load_config(directory), where)
+    return params
 
 
-def load_params(path: str | os.PathLike, shardings: Any = None, dtype: Any = None) -> dict:
-    """The parameter tree of a model directory as JAX arrays.
+def _open_run(run: Path) -> dict[str, CheckpointParam]:
+    from llave_jax import checkpoint
+
+    folder = checkpoint.latest_params(run)
+    if folder is None:
+        raise CheckpointError(f"{run}: this training run has no checkpoint yet")
+    return {
+        name: CheckpointParam(folder, name, tuple(info.shape), np.dtype(info.dtype))
+        for name, info in checkpoint.param_infos(folder).items()
+    }
+
+
+def load_params(
+    path: str | os.PathLike, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
+) -> dict:
+    """The parameter tree of a model as JAX arrays, placed by `sharding.PARAM_RULES`.
 
     Every process reads the slices its own devices hold, nothing else.
 
     Args:
-      path: the model directory.
-      shardings: a tree like the parameters of `jax.sharding.Sharding`; None puts everything on the
-        first local device.
-      dtype: of the arrays; None keeps the one in the file.
+      path: a model directory, or a training run.
+      mesh: where the arrays go; None: to the first local device.
+      dtype: of the arrays; None keeps the stored one.
 
     Returns:
       Nested dict of `jax.Array`.
     """
     import jax
-    from flax import traverse_util
+
+    from llave_jax import sharding
 
     arrays = open_params(path)
-    if shardings is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        flat = dict.fromkeys(arrays, device)
-    else:
-        flat = traverse_util.flatten_dict(shardings, sep="/")
-        if flat.keys() != arrays.keys():
-            differing = ", ".join(sorted(flat.keys() ^ arrays.keys()))
-            raise ValueError(f"shardings and parameters have different names: {differing}")
 
-    def place(name: str) -> jax.Array:
-        array = arrays[name]
-        kind = array.dtype if dtype is None else dtype
-        return jax.make_array_from_callback(
-            array.shape, flat[name], lambda index: np.asarray(array[index]).astype(kind)
-        )
+    def target(name: str) -> jax.ShapeDtypeStruct:
+        shape = arrays[name].shape
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if mesh is not None:
+            spec = sharding.param_spec(name, shape, mesh, sharding.PARAM_RULES)
+            place = jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, dtype or arrays[name].dtype, sharding=place)
 
-    return traverse_util.unflatten_dict({name: place(name) for name in arrays}, sep="/")
+    targets = {name: target(name) for name in arrays}
+    if locate(path) != Path(path):
+        from llave_jax import checkpoint
+
+        folder = next(iter(arrays.values())).folder
+        return checkpoint.load_params(folder, sharding.unflatten(targets))
+    return sharding.unflatten({name: _place(arrays[name], targets[name]) for name in arrays})
+
+
+def _place(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    import jax
+
+    return jax.make_array_from_callback(
+        target.shape,
+        target.sharding,
+        lambda index: np.asarray(array[index]).astype(target.dtype),
+    )
 
 
 def write_model_dir(
@@ -167,8 +235,8 @@ def write_model_dir(
     config: LlaveConfig,
     params: Mapping[str, Any] | None = None,
     *,
+    source: str | os.PathLike | None = None,
     tokenizer: Any = None,
-    base: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model directory; it appears when it is complete.
@@ -177,24 +245,23 @@ def write_model_dir(
       path: the directory to make.
       config: the model's configuration.
       params: parameter tree of arrays, nested or flat; None for a directory without weights.
-      tokenizer: a transformers tokenizer or a directory with its files.
-      base: instead of `tokenizer`, the model directory this one descends from: its tokenizer, its
-        carried tensors and its source are taken over.
+      source: the model this one descends from, if any: its tokenizer, its carried tensors and the
+        files of its Hugging Face checkpoint are taken over.
+      tokenizer: without `source`: a transformers tokenizer, or a directory with its files.
       overwrite: replace a model directory that exists.
 
     Raises:
-      CheckpointError: `params` do not fit `config`.
+      CheckpointError: `params` do not fit `config`, or no tokenizer.
       FileExistsError: `path` exists.
     """
-    if (tokenizer is None) == (base is None):
-        raise ValueError("give either a tokenizer or a base model directory")
-    keep = None if base is None else Path(base)
-    with staged_directory(Path(path), overwrite=overwrite, keep=keep) as staged:
+    if source is None and tokenizer is None:
+        raise ValueError("give a tokenizer, or the source model to take it from")
+    with staged_directory(Path(path), overwrite=overwrite) as staged:
         write_config(staged, config)
         if params is not None:
             _write_params(staged / WEIGHTS, config, params)
-        if base is not None:
-            _take_over(Path(base), staged)
+        if source is not None:
+            _take_over(locate(source), staged)
         elif isinstance(tokenizer, str | os.PathLike):
             check_tokenizer_files(Path(tokenizer))
             copy_tokenizer(Path(tokenizer), staged / TOKENIZER)
@@ -202,8 +269,23 @@ def write_model_dir(
             tokenizer.save_pretrained(str(staged / TOKENIZER))
 
 
+def write_template(
+    path: str | os.PathLike,
+    config: LlaveConfig,
+    *,
+    source: str | os.PathLike | None = None,
+    tokenizer: Any = None,
+) -> None:
+    """Make sure that `path` is a model directory without weights, as training runs keep one.
+
+    Args as of `write_model_dir`. One that is there already with the same configuration stays.
+    """
+    if is_model_dir(path) and load_config(path) == config:
+        return
+    write_model_dir(path, config, source=source, tokenizer=tokenizer, overwrite=True)
+
+
 def _take_over(base: Path, target: Path) -> None:
-    load_config(base)
     shutil.copytree(base / TOKENIZER, target / TOKENIZER)
     if (base / SOURCE).is_dir():
         shutil.copytree(base / SOURCE, target / SOURCE)
@@ -212,9 +294,9 @@ def _take_over(base: Path, target: Path) -> None:
 
 
 def _write_params(path: Path, config: LlaveConfig, params: Mapping[str, Any]) -> None:
-    from flax import traverse_util
+    from llave_jax import sharding
 
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    flat = sharding.flatten(params)
     check_shapes({name: tuple(array.shape) for name, array in flat.items()}, config, "params")
     tensors = {name: (np.dtype(array.dtype), array.shape) for name, array in flat.items()}
     with SafetensorsWriter(path, encode_header(tensors, {"format": "llave_jax"})) as writer:

@@ -6,6 +6,7 @@ same. Into the other layout, or from a model made here: a complete directory of 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -83,19 +84,24 @@ class _Weights:
     def __init__(self, path: Path, config: LlaveConfig, params: Mapping[str, Any], origin: Origin):
         carried = path / model_dir.CARRIED
         self._carried = SafetensorsFile(carried) if carried.is_file() else None
-        self._config, self._params, self._origin = config, params, origin
+        self._config, self._params = config, params
+        self._loaded: str | None = None
+        self._array: np.ndarray | None = None
         self.carried: dict[Match, str] = {}
         for name in self._carried.tensors if self._carried else ():
             if hit := names.match(name, origin.layout or ""):
                 self.carried[hit] = name
 
     def read(self, hit: Match) -> np.ndarray:
-        """A tensor in the Hugging Face shape."""
+        """A tensor in the Hugging Face shape. The last parameter is kept: read all layers of
+        one before the next."""
         if hit in self.carried:
             return self._carried.read(self.carried[hit])
         rule = names.EMBEDDING if hit.rule == names.LM_HEAD else hit.rule
-        array = self._params[rule.path]
-        array = np.asarray(array if hit.layer is None else array[hit.layer])
+        if rule.path != self._loaded:
+            self._array = None
+            self._array, self._loaded = np.asarray(self._params[rule.path]), rule.path
+        array = self._array if hit.layer is None else self._array[hit.layer]
         return names.to_hf(rule, array, self._config)
 
 
@@ -104,18 +110,16 @@ def convert_to_hf(
     output: str | os.PathLike,
     layout: str,
     *,
-    params: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> None:
-    """Write a model directory as a Hugging Face directory.
+    """Write a model as a Hugging Face directory.
 
     Args:
-      source: the model directory.
+      source: a model directory, or a training run, whose latest weights are cast to the dtypes of
+        the checkpoint it began from.
       output: the directory to make; appears when it is complete.
       layout: "llave" (the authors' code) or "onevision" (transformers).
-      params: path -> array with other weights for the same model, say trained ones; the model
-        directory's own by default. They are cast to the dtypes of the checkpoint it came from.
       overwrite: replace a directory with a model that exists.
 
     Raises:
@@ -124,11 +128,9 @@ def convert_to_hf(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    source, output = Path(source), Path(output)
+    params = model_dir.open_params(source)
+    source, output = model_dir.locate(source), Path(output)
     config = model_dir.load_config(source)
-    if params is None:
-        params = model_dir.open_params(source)
-    model_dir.check_shapes({name: tuple(p.shape) for name, p in params.items()}, config, "params")
     origin = _read_origin(source)
     weights = _Weights(source, config, params, origin)
     with model_dir.staged_directory(output, overwrite=overwrite, keep=source) as staged:
@@ -168,18 +170,15 @@ def _write_original(
     )
     if values != origin.config:
         _write_json(target / "config.json", values)
-    total = sum(len(parse_header(text, name)) for name, text in origin.headers.items())
-    with Progress(total, "converting", unit="tensors", enabled=show_progress) as progress:
-        for file, header in origin.headers.items():
-            with SafetensorsWriter(target / file, header) as writer:
-                for name, info in writer.tensors.items():
-                    hit = names.match(name, origin.layout)
-                    if hit is None:
-                        raise CheckpointError(
-                            f"{source / model_dir.LAYOUT}: {name} is not in the name table"
-                        )
-                    writer.write(name, _cast(weights.read(hit), info.dtype, name))
-                    progress.update(1)
+    hits = {}
+    for file, header in origin.headers.items():
+        for name in parse_header(header, file):
+            hits[name] = names.match(name, origin.layout)
+            if hits[name] is None:
+                raise CheckpointError(
+                    f"{source / model_dir.LAYOUT}: {name} is not in the name table"
+                )
+    _write_weights(target, origin.headers, hits, weights, show_progress)
 
 
 def _write_translated(
@@ -257,15 +256,37 @@ def _write_shards(
         _write_json(
             target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    with Progress(len(tensors), "converting", unit="tensors", enabled=show_progress) as progress:
-        for file, shard in zip(files, shards, strict=True):
-            header = encode_header({name: tensors[name][1:] for name in shard}, {"format": "pt"})
-            with SafetensorsWriter(target / file, header) as writer:
-                for name in shard:
-                    hit, dtype, shape = tensors[name]
-                    array = _read_or_make(hit, shape, weights)
-                    writer.write(name, _cast(array, dtype, name))
-                    progress.update(1)
+    headers = {
+        file: encode_header({name: tensors[name][1:] for name in shard}, {"format": "pt"})
+        for file, shard in zip(files, shards, strict=True)
+    }
+    hits = {name: hit for name, (hit, _, _) in tensors.items()}
+    _write_weights(target, headers, hits, weights, show_progress)
+
+
+def _write_weights(
+    target: Path,
+    headers: dict[str, str],
+    hits: dict[str, Match],
+    weights: _Weights,
+    show_progress: bool,
+) -> None:
+    """Fill files of given headers. Parameter after parameter, not file after file: each of ours is
+    spread over all layers, and so over all files."""
+    rows = {rule: row for row, rule in enumerate(names.RULES)}
+    with (
+        contextlib.ExitStack() as stack,
+        Progress(len(hits), "converting", unit="tensors", enabled=show_progress) as progress,
+    ):
+        owner = {}
+        for file, header in headers.items():
+            writer = stack.enter_context(SafetensorsWriter(target / file, header))
+            owner |= dict.fromkeys(writer.tensors, writer)
+        for name in sorted(hits, key=lambda name: (rows[hits[name].rule], hits[name].layer or 0)):
+            info = owner[name].tensors[name]
+            array = _read_or_make(hits[name], info.shape, weights)
+            owner[name].write(name, _cast(array, info.dtype, name))
+            progress.update(1)
 
 
 def _read_or_make(hit: Match, shape: tuple[int, ...], weights: _Weights) -> np.ndarray:

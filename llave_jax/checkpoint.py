@@ -1,0 +1,119 @@
+"""Checkpoints of a run: parameters, optimiser state and the data iterator, by orbax.
+
+    WORKDIR/checkpoints/STEP/{params,optimizer,data}
+
+A checkpoint appears under its name only when all of it is written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from llave_jax import sharding
+from llave_jax.train_step import TrainState
+
+DIRECTORY = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest kept."""
+
+    def __init__(self, workdir: Path, *, keep: int):
+        self._manager = ocp.CheckpointManager(
+            (workdir / DIRECTORY).resolve(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def must_stop(self, step: int) -> bool:
+        """Whether the machines are about to be taken away (the same answer in all processes)."""
+        return self._manager.reached_preemption(step)
+
+    def save(self, state: TrainState, iterator: grain.DatasetIterator) -> None:
+        """Write a checkpoint of a state and of the iterator whose next batch comes after it.
+
+        Returns when the arrays are copied; files are written in the background.
+        """
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(
+                    {"step": state.step, "opt_state": _as_dict(state.opt_state)}
+                ),
+                data=grain.checkpoint.CheckpointSave(iterator),
+            ),
+        )
+
+    def restore(
+        self, abstract: TrainState, shardings: TrainState, iterator: grain.DatasetIterator
+    ) -> TrainState:
+        """The latest checkpoint, directly into its shards; the iterator continues where it was."""
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        restored = self._manager.restore(
+            self._manager.latest_step(),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(target.params),
+                optimizer=ocp.args.StandardRestore(
+                    {"step": target.step, "opt_state": _as_dict(target.opt_state)}
+                ),
+                data=grain.checkpoint.CheckpointRestore(iterator),
+            ),
+        )
+        optimizer = restored["optimizer"]
+        leaves = jax.tree.leaves(optimizer["opt_state"])
+        opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), leaves)
+        return TrainState(optimizer["step"], restored["params"], opt_state)
+
+    def close(self) -> None:
+        """Wait for files still being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def latest_params(workdir: Path) -> Path | None:
+    """Folder of the newest complete checkpoint's parameters; None if there is no checkpoint."""
+    folder = workdir / DIRECTORY
+    if not folder.is_dir():
+        return None
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    return folder / str(max(steps)) / "params" if steps else None
+
+
+def load_params(folder: Path, abstract: Any) -> Any:
+    """Parameters saved in `folder`, into the shapes, dtypes and shardings of `abstract`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.resolve(), abstract)
+
+
+def param_infos(folder: Path) -> dict[str, Any]:
+    """ "a/b/c" -> shape and dtype of the parameters saved in `folder`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return sharding.flatten(checkpointer.metadata(folder.resolve()).item_metadata.tree)
+
+
+def load_param(folder: Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """One of the parameters saved in `folder`, by its path "a/b/c"."""
+    item = sharding.unflatten({name: abstract})
+    restore = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return sharding.flatten(checkpointer.restore(folder.resolve(), args=restore))[name]
+
+
+def _as_dict(tree: Any) -> dict[str, Any]:
+    """Leaves by position: optax's states are tuples of many kinds."""
+    return {f"{i:06}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
