@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -96,11 +97,10 @@ def param_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> Par
     Raises:
       ValueError: no rule matches, or a rule names one axis twice.
     """
-    for pattern, axes in rules:
-        if re.fullmatch(pattern, path):
-            break
-    else:
+    rule = next((rule for rule in rules if re.fullmatch(rule[0], path)), None)
+    if rule is None:
         raise ValueError(f"no sharding rule matches parameter {path!r}; add one")
+    pattern, axes = rule
     named = [axis for axis in axes if axis is not None]
     if len(set(named)) != len(named):
         raise ValueError(f"sharding rule {pattern!r} splits two dimensions over one axis: {axes}")
@@ -150,6 +150,45 @@ def local_shards(mesh: Mesh) -> range:
             f"the {total} batch shards; the tensor axis must lie within a process"
         )
     return range(starts[0], starts[-1] + 1)
+
+
+def use_mesh(mesh: Mesh) -> AbstractContextManager:
+    """Context for tracing a computation that is to run on this mesh: what `constrain_rows` and
+    `map_rows_and_heads` split arrays over. Without it they leave everything to XLA."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Keep an array [rows, ...] split over the batch axes, and only those.
+
+    Left alone, XLA may gather activations to keep parameters split; with this it gathers
+    parameters, which are fewer bytes and can be fetched ahead.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def map_rows_and_heads(
+    function: Callable[..., jax.Array],
+    with_heads: Sequence[jax.Array],
+    without_heads: Sequence[jax.Array],
+) -> jax.Array:
+    """`function(*with_heads, *without_heads)`, each device on its own rows and heads.
+
+    Args:
+      function: maps arrays [B, T, H, D] (the number of heads may differ) and [B, T] to [B, T, H, D].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*with_heads, *without_heads)
+    divides = all(x.shape[2] % mesh.shape["tensor"] == 0 for x in with_heads)
+    # Heads that do not divide are computed by every device of the tensor axis.
+    heads = PartitionSpec(BATCH_AXES, None, "tensor" if divides else None)
+    specs = (*(heads for _ in with_heads), *(PartitionSpec(BATCH_AXES) for _ in without_heads))
+    # Kernels do not say over which axes their results vary, so that cannot be checked.
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return mapped(*with_heads, *without_heads)
 
 
 def device_put_batch(batch: Any, mesh: Mesh, leading_axes: int = 0) -> Any:

@@ -81,7 +81,8 @@ def make_loss(
         raise ValueError(f"remat is {remat!r}; expected one of {REMATS}")
 
     def embed(params: Any, micro_batch: PackedBatch) -> jax.Array:
-        return model.apply({"params": params}, micro_batch)
+        with sharding.use_mesh(mesh):
+            return model.apply({"params": params}, micro_batch)
 
     if remat in ("micro_batch", "both"):
         policy = jax.checkpoint_policies.save_only_these_names(
@@ -149,7 +150,7 @@ def make_train_step(
         metrics = {
             "loss": value,
             **metrics,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "pairs": jnp.sum(batch.valid),
             "real_tokens": jnp.mean(batch.segment_ids > 0),
         }

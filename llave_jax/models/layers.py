@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llave_jax.sharding import constrain_rows
+
 Dtype = Any
 
 # What a rematerialised block keeps of its forward pass.
@@ -83,7 +85,7 @@ def scan_blocks(
     """
 
     def body(block: nn.Module, x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
-        return block(x, *inputs), None
+        return block(constrain_rows(x), *inputs), None
 
     if remat is not None:
         # Inside a scan there is no other computation to merge the recomputation with.

@@ -1,17 +1,28 @@
 """Attention over packed rows: one function, several implementations.
 
-The XLA form is the reference. An implementation that cannot honour what it is asked raises; none
-falls back silently.
+The XLA form is the reference and runs everywhere. The kernels (`splash.py`, `triton.py`) are for
+one kind of device each. What an implementation cannot do raises; none falls back silently.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("xla",)
+from llave_jax import sharding
+from llave_jax.ops.splash import splash_attention
+from llave_jax.ops.triton import triton_attention
+
+# By the platform of the devices; "auto" means these.
+BY_PLATFORM = {"cpu": "xla", "tpu": "splash", "gpu": "triton"}
+KERNELS = {"splash": splash_attention, "triton": triton_attention}
+IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
+
+# Queries whose scores the XLA form holds at once.
+BLOCK = 512
 
 
 def attention(
@@ -21,28 +32,60 @@ def attention(
     *,
     segment_ids: jax.Array | None = None,
     causal: bool,
-    implementation: str = "xla",
+    implementation: str = "auto",
 ) -> jax.Array:
     """Softmax attention with scale 1 / sqrt(head size), softmax in float32.
+
+    Kernels are not something XLA can split over devices, so on the mesh in use
+    (`sharding.use_mesh`) each device calls them on its own rows and heads.
 
     Args:
       query: [B, T, H, D].
       key, value: [B, T, G, D]; H is a multiple of G (grouped-query attention).
-      segment_ids: int32 [B, T]; tokens see only tokens of their own segment. None: one segment.
+      segment_ids: int32 [B, T], not negative; tokens see only tokens of their own segment. None:
+        one segment.
       causal: tokens see none after them.
-      implementation: one of IMPLEMENTATIONS.
+      implementation: "xla"; "splash" (TPU); "triton" (GPU); or "auto", what suits the default
+        device.
 
     Returns:
       [B, T, H, D] in the query's dtype.
+
+    Raises:
+      ValueError: no such implementation, or the shapes do not fit together.
     """
-    if query.shape[2] % key.shape[2]:
-        raise ValueError(f"{query.shape[2]} query heads do not divide by {key.shape[2]} key heads")
-    if implementation not in IMPLEMENTATIONS:
+    _check(query, key, value, segment_ids)
+    if implementation == "auto":
+        implementation = BY_PLATFORM[jax.default_backend()]
+    if implementation == "xla":
+        return xla_attention(query, key, value, segment_ids, causal=causal)
+    if implementation not in KERNELS:
         raise ValueError(f"attention is {implementation!r}; expected one of {IMPLEMENTATIONS}")
-    return _xla(query, key, value, segment_ids, causal)
+    if segment_ids is None:
+        segment_ids = jnp.zeros(query.shape[:2], jnp.int32)
+    kernel = functools.partial(KERNELS[implementation], causal=causal)
+    return sharding.map_rows_and_heads(kernel, (query, key, value), (segment_ids,))
 
 
-def _xla(query, key, value, segment_ids, causal):
+def xla_attention(query, key, value, segment_ids, *, causal: bool) -> jax.Array:
+    """Long rows go through in blocks of queries: memory is linear in the row's length, and of a
+    causal mask only the keys up to the block's last query are looked at."""
+    length = query.shape[1]
+    attend = _attend if length <= BLOCK else jax.checkpoint(_attend, static_argnums=(5, 6))
+    blocks = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        seen = stop if causal else length
+        segments = (None, None)
+        if segment_ids is not None:
+            segments = (segment_ids[:, start:stop], segment_ids[:, :seen])
+        block = (query[:, start:stop], key[:, :seen], value[:, :seen])
+        blocks.append(attend(*block, *segments, start, causal))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def _attend(query, key, value, query_segments, key_segments, start, causal):
+    """Queries [B, T, H, D], the first at position `start`, over keys [B, S, G, D] from 0."""
     batch, length, heads, head_dim = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, length, groups, heads // groups, head_dim)
@@ -50,12 +93,26 @@ def _xla(query, key, value, segment_ids, causal):
     scores *= 1.0 / math.sqrt(head_dim)
     mask = None
     if causal:
-        mask = jnp.tril(jnp.ones((length, length), bool))[None]
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        position = start + jnp.arange(length)
+        mask = (position[:, None] >= jnp.arange(key.shape[1]))[None]
+    if query_segments is not None:
+        same = query_segments[:, :, None] == key_segments[:, None, :]
         mask = same if mask is None else mask & same
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("BGHTS,BSGD->BTGHD", weights, value)
     return out.reshape(batch, length, heads, head_dim)
+
+
+def _check(query, key, value, segment_ids) -> None:
+    batch, length, heads, head_dim = query.shape
+    if key.shape != value.shape or key.shape != (batch, length, key.shape[2], head_dim):
+        raise ValueError(
+            f"attention: query {query.shape}, key {key.shape} and value {value.shape} must agree "
+            "but for the number of heads, which key and value share"
+        )
+    if heads % key.shape[2]:
+        raise ValueError(f"{heads} query heads do not divide by {key.shape[2]} key heads")
+    if segment_ids is not None and segment_ids.shape != (batch, length):
+        raise ValueError(f"segment_ids must be {(batch, length)}; found {segment_ids.shape}")

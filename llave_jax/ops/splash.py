@@ -1,0 +1,82 @@
+"""Attention on TPUs: jax's splash attention kernel, given what a packed row needs.
+
+Owns padding to the kernel's tiles and the choice of its blocks. Runs on one device's rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
+
+# The kernel works on tiles of this many tokens.
+TILE = 128
+# Larger blocks load keys less often; VMEM holds the float32 scores of one block.
+LARGEST_BLOCK = 1024
+# Segment of the tokens that fill the last tile; real segments are not negative.
+PADDING = -1
+# Name of the kernel's results that its backward pass needs, for rematerialisation policies.
+RESIDUALS = "attention_residuals"
+
+
+def splash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    causal: bool,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `ops.attention.attention`; `interpret` runs the kernel on any platform, slowly."""
+    _, length, heads, head_dim = query.shape
+    padded = -(-length // TILE) * TILE
+    # The kernel does not scale the scores.
+    query = (query.astype(jnp.float32) * (1.0 / math.sqrt(head_dim))).astype(query.dtype)
+
+    def pad(x: jax.Array, fill: int = 0) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[1] = (0, padded - length)
+        return jnp.pad(x, widths, constant_values=fill)
+
+    query, key, value = (pad(x).swapaxes(1, 2) for x in (query, key, value))
+    segment_ids = pad(segment_ids, PADDING)
+    kernel = _kernel(padded, heads, causal, interpret)
+
+    def one_row(query, key, value, segment_ids):
+        segments = splash_attention_kernel.SegmentIds(q=segment_ids, kv=segment_ids)
+        return kernel(query, key, value, segments)
+
+    out = jax.vmap(one_row)(query, key, value, segment_ids)
+    return out.swapaxes(1, 2)[:, :length]
+
+
+def _kernel(length: int, heads: int, causal: bool, interpret: bool):
+    mask = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
+    block = largest_block(length)
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask((length, length))] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            # One backward kernel for all three gradients computes the scores once, not twice.
+            use_fused_bwd_kernel=True,
+        ),
+        residual_checkpoint_name=RESIDUALS,
+        interpret=interpret,
+    )
+
+
+def largest_block(length: int) -> int:
+    """The largest block of whole tiles that divides a multiple of TILE."""
+    tiles = length // TILE
+    return TILE * max(n for n in range(1, LARGEST_BLOCK // TILE + 1) if tiles % n == 0)
