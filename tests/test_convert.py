@@ -326,7 +326,7 @@ def test_name_of_two_rows_is_an_error_of_the_table(monkeypatch):
     doubled = (*names.RULES, dataclasses.replace(names.EMBEDDING, path="elsewhere"))
     monkeypatch.setattr(names, "RULES", doubled)
     names._patterns.cache_clear()
-    with pytest.raises(ValueError, match="embed_tokens.weight matches several rows"):
+    with pytest.raises(ValueError, match="matches several rows of the name table"):
         names.match("model.embed_tokens.weight", "llave")
     names._patterns.cache_clear()
 
@@ -649,11 +649,12 @@ def test_interruption_leaves_nothing(golden, converted, tmp_path, monkeypatch, f
         write(*arguments)
 
     monkeypatch.setattr(SafetensorsWriter, "write", fail_late)
+    run = {
+        "from": lambda: convert(golden / "checkpoint", tmp_path / "out"),
+        "to": lambda: export(converted, tmp_path / "out", "llave"),
+    }[direction]
     with pytest.raises(failure):
-        if direction == "from":
-            convert(golden / "checkpoint", tmp_path / "out")
-        else:
-            export(converted, tmp_path / "out", "llave")
+        run()
     assert list(tmp_path.iterdir()) == []
 
 
