@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -54,9 +53,7 @@ ANSWER = "<|image_1|>\nRepresent the given image with the following question: {}
 FIND_CAPTION = "<|image_1|>\nFind an image caption describing the given image."
 FIND_IMAGE = "Find me an image that matches the given caption: {}"
 IMAGE = "<|image_1|>\nRepresent the given image."
-SELECT = (
-    "<|image_1|>\nSelect the portion of the image that isolates the object labeled as \"{}\""
-)
+SELECT = '<|image_1|>\nSelect the portion of the image that isolates the object labeled as "{}"'
 CROP = "<|image_1|>\nRepresent the given cropped image of the object"
 CLASS = "the digit {}"
 
@@ -168,7 +165,12 @@ class _Images:
                 (self._root / folder).mkdir(parents=True)
 
     def save(
-        self, folder: str, name: str, pixels: np.ndarray, scans: Sequence[int], digits: Sequence[int]
+        self,
+        folder: str,
+        name: str,
+        pixels: np.ndarray,
+        scans: Sequence[int],
+        digits: Sequence[int],
     ) -> str:
         """The path to put into a row."""
         path = f"{folder}/{name}.png"
@@ -281,14 +283,14 @@ _EVAL_SCHEMA = pyarrow.schema(
 )
 
 
-def _eval_row(
-    query: str, query_image: str, texts: Sequence[str], images: Sequence[str]
-) -> dict[str, Any]:
+def _eval_row(query: str, query_image: str, targets: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """`targets` are (text, image path), the positive first; "" for none."""
+    texts, paths = zip(*targets, strict=True)
     return {
         "qry_text": query,
         "qry_img_path": query_image,
-        "tgt_text": list(texts) or [CROP] * len(images),
-        "tgt_img_path": list(images) or [""] * len(texts),
+        "tgt_text": list(texts),
+        "tgt_img_path": list(paths),
     }
 
 
@@ -335,7 +337,7 @@ def _classification(
         path = images.save(CLASSIFICATION, f"{number:05d}", pixels, [index], [digit])
         others = [other for other in rng.permutation(10) if other != digit]
         texts = [CLASS.format(S.DIGITS[other]) for other in (digit, *others)]
-        rows.append(_eval_row(CLASSIFY, path, texts, []))
+        rows.append(_eval_row(CLASSIFY, path, [(text, "") for text in texts]))
     return rows
 
 
@@ -351,7 +353,7 @@ def _vqa(scene: S.Scene, path: str, rng: np.random.Generator) -> dict[str, Any]:
         return " ".join(rng.choice(S.DIGITS, 2))
 
     texts = _candidates(answer, [text for text in hard if text != answer], draw, rng)
-    return _eval_row(ANSWER.format(question), path, texts, [])
+    return _eval_row(ANSWER.format(question), path, [(text, "") for text in texts])
 
 
 def _image_to_text(
@@ -368,7 +370,8 @@ def _image_to_text(
         return None if S.holds(wrong, picture.scene) else S.caption(wrong)
 
     hard = [S.caption(S.describe(scene, cells)) for scene in family]
-    return _eval_row(FIND_CAPTION, picture.path, _candidates(S.caption(facts), hard, draw, rng), [])
+    texts = _candidates(S.caption(facts), hard, draw, rng)
+    return _eval_row(FIND_CAPTION, picture.path, [(text, "") for text in texts])
 
 
 def _text_to_image(
@@ -383,8 +386,8 @@ def _text_to_image(
         return None if S.holds(facts, other.scene) else other.path
 
     paths = _candidates(picture.path, [other.path for other in family], draw, rng)
-    row = _eval_row(FIND_IMAGE.format(S.caption(facts)), "", [], paths)
-    return row | {"tgt_text": [IMAGE] * len(paths)}
+    query = FIND_IMAGE.format(S.caption(facts))
+    return _eval_row(query, "", [(IMAGE, path) for path in paths])
 
 
 def _grounding(
@@ -407,5 +410,6 @@ def _grounding(
         hard = [crop for where, crop in enumerate(crops[number]) if where != cell]
         paths = _candidates(crops[number][cell], hard, draw, rng)
         label = rng.choice(S.labels(picture.scene, cell))
-        rows.append(_eval_row(SELECT.format(label), picture.path, [], paths))
+        targets = [(CROP, path) for path in paths]
+        rows.append(_eval_row(SELECT.format(label), picture.path, targets))
     return rows

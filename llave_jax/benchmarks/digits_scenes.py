@@ -189,7 +189,7 @@ def describe(scene: Scene, cells: Sequence[int]) -> tuple[Fact, ...]:
 
 
 def caption(facts: Sequence[Fact]) -> str:
-    """"a three at the top left and an eight at the bottom right"."""
+    """ "a three at the top left and an eight at the bottom right"."""
     parts = [f"{article(digit)} {DIGITS[digit]} at the {CELLS[cell]}" for cell, digit in facts]
     return " and ".join(", ".join(parts).rsplit(", ", 1))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import tokenizers
 
 from llave_jax.benchmarks import digits
 from llave_jax.benchmarks import digits_scenes as S
+from llave_jax.benchmarks.files import write_text
 from llave_jax.inputs import chat
 
 VOCABULARY = 1024  # at most; as in the "tiny" preset
@@ -38,7 +38,6 @@ def build_tokenizer(directory: str | os.PathLike) -> Path:
       The directory.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _train()
     model = json.loads(tokenizer.to_str())["model"]
     merges = [" ".join(pair) for pair in model["merges"]]
@@ -49,12 +48,13 @@ def build_tokenizer(directory: str | os.PathLike) -> Path:
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
         "added_tokens.json": json.dumps(special, indent=2),
         "special_tokens_map.json": json.dumps(
-            {"additional_special_tokens": [START, END], "eos_token": END, "pad_token": PAD}, indent=2
+            {"additional_special_tokens": [START, END], "eos_token": END, "pad_token": PAD},
+            indent=2,
         ),
         "tokenizer_config.json": json.dumps(_settings(special), indent=2),
     }
     for name, text in files.items():
-        _replace(directory / name, text)
+        write_text(directory / name, text)
     return directory
 
 
@@ -119,11 +119,3 @@ def _settings(special: dict[str, int]) -> dict[str, object]:
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write next to the file, then rename over it."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        new = Path(scratch) / path.name
-        new.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(new, path)
