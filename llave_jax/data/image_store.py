@@ -21,6 +21,7 @@ from llave_jax.inputs.images import MAX_FILE_BYTES, ImageError, read_image_file
 _ARCHIVE_FOLDERS = (".", "images_zip", "images")
 
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+_UINT32_MAX = np.iinfo(np.uint32).max
 _MEMBER = np.dtype(
     [
         ("key", "<u8"),
@@ -29,6 +30,7 @@ _MEMBER = np.dtype(
         ("size", "<u4"),
         ("archive", "<u2"),
         ("method", "<u2"),
+        ("crc", "<u4"),
     ]
 )
 
@@ -80,7 +82,7 @@ class ImageStore:
         where = f"{name} ({path})" if name else path
         check_relative(path, where)
         file = self.root / path
-        if not self._archives or file.exists():
+        if not self._archives or os.path.exists(file):
             return read_image_file(file, name)
         member = self._find(path)
         if member is None:
@@ -127,6 +129,8 @@ class ImageStore:
                 raise ImageError(where, f"corrupt in the archive: {error}") from error
         if len(data) != size:
             raise ImageError(where, f"truncated in the archive: {len(data)} of {size} bytes")
+        if zlib.crc32(data) != member["crc"]:
+            raise ImageError(where, "corrupt in the archive: its checksum does not match")
         return data
 
     def _descriptor(self, number: int) -> int:
@@ -181,15 +185,8 @@ def _index_archives(archives: list[Path]) -> np.ndarray:
                     f"{archive}: {info.filename} is encrypted or compressed in an unusual way; "
                     "unpack the archive into the image root instead"
                 )
-            limit = np.iinfo(np.uint32).max
-            sizes = min(info.compress_size, limit), min(info.file_size, limit)
-            entries.append(
-                (
-                    _key(number, info.filename),
-                    info.header_offset,
-                    *sizes,
-                    number,
-                    info.compress_type,
-                )
-            )
+            # Sizes beyond 4 GiB are cut to a number that reading refuses all the same.
+            packed, size = (min(n, _UINT32_MAX) for n in (info.compress_size, info.file_size))
+            key, method = _key(number, info.filename), info.compress_type
+            entries.append((key, info.header_offset, packed, size, number, method, info.CRC))
     return np.sort(np.array(entries, dtype=_MEMBER), order="key")

@@ -1,0 +1,337 @@
+"""Reading training pairs: every form of the same data gives the same pairs; bad rows say where."""
+
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from llave_jax.data.image_store import ImageStore
+from llave_jax.data.prepare import prepare
+from llave_jax.data.rows import RowError
+from llave_jax.data.sources import MmebSource, PairSource, open_source, split_held_out
+from llave_jax.inputs.images import ImageError
+from tests.mmeb_tree import TEMPLATES, WITH_NEGATIVES, make_tree, write_json
+
+ROWS = 300  # of each of the 7 subsets: 2 100 in all
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mmeb")
+    return root / "MMEB-train", make_tree(root / "MMEB-train", ROWS)
+
+
+@pytest.fixture(scope="module")
+def sources(tree, tmp_path_factory) -> dict[str, PairSource]:
+    root, rows = tree
+    other = tmp_path_factory.mktemp("other")
+    write_json(other / "json", rows)
+    parquet = open_source(root)
+    prepare(parquet, other / "prepared", split="original", rows_per_shard=128, num_workers=1)
+    return {
+        "parquet": parquet,
+        "json": open_source(other / "json", image_root=root),
+        "prepared": open_source(other / "prepared"),
+    }
+
+
+def content(pair):
+    items = (pair.query, pair.target, *pair.negatives)
+    return pair.id, pair.subset, [(item.text, item.images, item.video) for item in items]
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def row(**changes) -> dict:
+    return {"qry": "q", "qry_image_path": "", "pos_text": "t", "pos_image_path": "", **changes}
+
+
+@pytest.mark.parametrize("kind", ["json", "prepared"])
+def test_all_forms_give_the_same_pairs(sources, kind):
+    reference, source = sources["parquet"], sources[kind]
+    assert len(source) == len(reference) == ROWS * len(TEMPLATES)
+    assert source.subsets == reference.subsets
+    for i in range(len(source)):
+        assert content(source[i]) == content(reference[i])
+        assert source.digest(i) == reference.digest(i)
+        assert source.pair_id(i) == reference.pair_id(i) == source[i].id
+
+
+def test_pairs_are_the_rows(sources, tree):
+    root, rows = tree
+    source = sources["parquet"]
+    unpacked = {}
+    for archive in (root / "images_zip").glob("*.zip"):
+        with zipfile.ZipFile(archive) as file:
+            unpacked |= {f"images/{name}": file.read(name) for name in file.namelist()}
+    for subset, records in rows.items():
+        for number, record in enumerate(records):
+            pair = source[source.subsets[subset].start + number]
+            assert (pair.id, pair.subset) == (f"{subset}:{number}", subset)
+            assert (pair.query.text, pair.target.text) == (record["qry"], record["pos_text"])
+            for item, field in ((pair.query, "qry_image_path"), (pair.target, "pos_image_path")):
+                path = record[field]
+                expected = unpacked.get(path) or (root / path).read_bytes() if path else None
+                assert item.images == ((expected,) if path else ())
+            has_negative = subset in WITH_NEGATIVES and number % 4 != 0
+            assert len(pair.negatives) == has_negative
+            if has_negative:
+                assert pair.negatives[0].text == record["neg_text"]
+                assert bool(pair.negatives[0].images) == bool(record["neg_image_path"])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "prepared"])
+def test_sources_travel_to_workers(sources, kind):
+    source = sources[kind]
+    source[0]  # opens archives and readers, which must not travel
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.subsets == source.subsets
+    for i in (0, len(source) // 2, len(source) - 1):
+        assert content(copy[i]) == content(source[i])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "prepared"])
+def test_subsets_and_caps(sources, tree, tmp_path, kind):
+    root, rows = tree
+    names = ["WebQA", "CIRR"]
+    if kind == "json":
+        write_json(tmp_path, rows)
+        path = tmp_path
+    else:
+        path = root if kind == "parquet" else sources["prepared"]._names["CIRR"].split("/CIRR")[0]
+    images = {"image_root": root} if kind == "json" else {}
+    source = open_source(path, subsets=names, max_rows=200, **images)
+    assert source.subsets == {"WebQA": range(200), "CIRR": range(200, 400)}
+    full = sources["parquet"]
+    for place, name in ((0, "WebQA"), (200, "CIRR"), (399, "CIRR")):
+        index = full.subsets[name].start + place % 200
+        assert content(source[place]) == content(full[index])
+    some = open_source(path, subsets=names, max_rows={"CIRR": 7}, **images)
+    assert {name: len(part) for name, part in some.subsets.items()} == {"WebQA": ROWS, "CIRR": 7}
+
+
+def test_subsets_come_in_the_papers_order(sources):
+    order = ["ImageNet_1K", "HatefulMemes", "VisDial", "CIRR", "NIGHTS", "WebQA", "MSCOCO_i2t"]
+    assert list(sources["parquet"].subsets) == order
+
+
+def test_what_is_not_there_is_named(tree, sources, tmp_path):
+    root, _ = tree
+    with pytest.raises(FileNotFoundError, match=r"no subsets \['MSCOCO'\]; it has \['ImageNet_1K'"):
+        open_source(root, subsets=["CIRR", "MSCOCO"])
+    with pytest.raises(FileNotFoundError, match="no training data; expected SUBSET/diverse"):
+        open_source(root, split="diverse_instruction")
+    with pytest.raises(FileNotFoundError, match="no training data"):
+        open_source(tmp_path)
+    prepared = sources["prepared"]._names["CIRR"].split("/CIRR")[0]
+    with pytest.raises(FileNotFoundError, match="no split 'diverse_instruction'"):
+        open_source(prepared, split="diverse_instruction")
+    with pytest.raises(FileNotFoundError, match="image root"):
+        open_source(root, image_root=tmp_path / "nowhere")
+
+
+def test_held_out_rows_are_the_same_in_every_form(sources):
+    ids = {}
+    for kind, source in sources.items():
+        train, held = split_held_out(source, 0.1)
+        ids[kind] = [{part.pair_id(i) for i in range(len(part))} for part in (train, held)]
+        assert content(held[0])[0] == held.pair_id(0)
+        assert sum(len(rows) for rows in held.subsets.values()) == len(held)
+    train, held = ids["parquet"]
+    assert ids["json"] == ids["prepared"] == ids["parquet"]
+    assert len(train) + len(held) == len(sources["parquet"])
+    assert not train & held
+    # Of different rows (copies stay together), 4 standard deviations of the 0.1 asked for.
+    train, held = split_held_out(sources["parquet"], 0.1)
+    different, held_different = (
+        len({part.digest(i) for i in range(len(part))}) for part in (sources["parquet"], held)
+    )
+    assert abs(held_different / different - 0.1) < 4 * np.sqrt(0.09 / different)
+
+
+def test_held_out_copies_stay_together(tmp_path):
+    rows = [row(qry=f"q{n % 50}") for n in range(200)]
+    source = open_source(write_rows(tmp_path / "Mine.json", rows))
+    train, held = split_held_out(source, 0.3)
+    texts = [{part[i].query.text for i in range(len(part))} for part in (train, held)]
+    assert not texts[0] & texts[1]
+    assert len(held) > 0
+    with pytest.raises(ValueError, match="share is 1"):
+        split_held_out(source, 1)
+
+
+HOSTILE_ROWS = {
+    "missing qry": ({"qry_image_path": "", "pos_text": "t", "pos_image_path": ""}, r"missing.*qry"),
+    "null target": (row(pos_text=None), r"missing fields \['pos_text'\]"),
+    "empty object": ({}, "missing fields"),
+    "a list": (["q", "", "t", ""], "expected an object, found list"),
+    "null": (None, "expected an object, found NoneType"),
+    "number as text": (row(qry=3), "qry is int; expected a string"),
+    "list of paths": (row(pos_image_path=["a.png"]), "pos_image_path is list"),
+    "half a surrogate": (row(qry="\ud83d"), "not Unicode"),
+    "empty query": (row(qry=""), "query has neither text nor an image"),
+    "blank target": (row(pos_text=" \n\t"), "target has neither text nor an image"),
+    "both sides empty": (row(qry="", pos_text=""), "neither text nor an image"),
+    "absolute path": (row(qry_image_path="/etc/passwd"), "leaves the image root"),
+    "climbing path": (row(qry_image_path="../secret.png"), "leaves the image root"),
+    "climbing path inside": (row(pos_image_path="a/../../secret.png"), "leaves the image root"),
+    "climbing negative": (row(neg_image_path="../secret.png"), "leaves the image root"),
+    "path of nothing but a dot": (row(qry_image_path="."), "leaves the image root"),
+    "null byte in path": (row(qry_image_path="a\0.png"), "leaves the image root"),
+    "missing image": (row(qry_image_path="a/none.png"), "does not exist"),
+    "a folder as image": (row(qry_image_path="folder"), "not a regular file"),
+    "endless path": (row(qry_image_path="x" * 5000), "cannot be read|too long"),
+}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> MmebSource:
+    root = tmp_path_factory.mktemp("hostile")
+    (root / "folder").mkdir()
+    (root.parent / "secret.png").write_bytes(b"not for you")
+    return open_source(
+        write_rows(root / "Bad.json", [record for record, _ in HOSTILE_ROWS.values()])
+    )
+
+
+@pytest.mark.parametrize("name", HOSTILE_ROWS)
+def test_hostile_rows_are_refused_by_file_and_row(hostile, name):
+    index = list(HOSTILE_ROWS).index(name)
+    with pytest.raises((RowError, ImageError), match=HOSTILE_ROWS[name][1]) as caught:
+        hostile[index]
+    assert f"Bad.json row {index}" in str(caught.value)
+    assert hostile.pair_id(index) == f"Bad:{index}"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def parquet_of(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_hostile_files_are_named(tmp_path):
+    def refused(name: str, text: str | bytes, reason: str):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match=reason) as caught:
+            open_source(path if path.suffix != ".parquet" else tmp_path)
+        assert name in str(caught.value)
+        path.unlink()
+
+    refused("a.json", '[{"qry": ', "not JSON")
+    refused("b.json", '{"qry": "q"}', "expected a list")
+    refused("d.jsonl", '{"qry": "q"}\n{"qry"', "d.jsonl line 2: not JSON")
+    refused("e.json", b"[\xff\xfe]", "not UTF-8")
+    refused("S/original-00000-of-00001.parquet", b"PAR1 no", "not a readable parquet file")
+    pa_path = tmp_path / "T/original-00000-of-00001.parquet"
+    parquet_of(pa_path, [{"query": "q", "qry_image_path": ""}])
+    with pytest.raises(ValueError, match=r"lacks columns \['qry', 'pos_text', 'pos_image_path'\]"):
+        open_source(tmp_path)
+    write_rows(tmp_path / "V.json", [])
+    with pytest.raises(ValueError, match=r"subsets \['V'\] have no rows"):
+        open_source(tmp_path / "V.json")
+
+
+def test_parquet_nulls_and_columns_of_other_types(tmp_path):
+    parquet_of(tmp_path / "N/original-0.parquet", [row(qry=None), row(neg_text=None)])
+    source = open_source(tmp_path)
+    with pytest.raises(RowError, match=r"original-0.parquet row 0: missing fields \['qry'\]"):
+        source[0]
+    assert source[1].negatives == ()
+    parquet_of(tmp_path / "M/original-0.parquet", [row(pos_text=["a"])])
+    with pytest.raises(ValueError, match=r"M/original-0.parquet.*text columns"):
+        open_source(tmp_path)
+
+
+class TestArchives:
+    PATHS = ("images/S/a.png", "S/a.png", "a.png")
+
+    @staticmethod
+    def zip_of(path: Path, members: dict[str, bytes], method=zipfile.ZIP_DEFLATED) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+        return path
+
+    @pytest.mark.parametrize("inside", PATHS)
+    @pytest.mark.parametrize("folder", ["", "images_zip", "images"])
+    def test_archives_may_be_packed_at_any_level(self, tmp_path, inside, folder):
+        self.zip_of(tmp_path / folder / "S.zip", {inside: b"the picture"})
+        self.zip_of(tmp_path / folder / "T.zip", {"a.png": b"another", "S.png": b"x"})
+        assert ImageStore(tmp_path).read("images/S/a.png") == b"the picture"
+
+    def test_a_name_in_another_archive_is_not_taken(self, tmp_path):
+        self.zip_of(tmp_path / "T.zip", {"a.png": b"another"})
+        with pytest.raises(ImageError, match="nor in its 1 zip archive"):
+            ImageStore(tmp_path).read("images/S/a.png", "row 1")
+
+    def test_files_come_before_archives(self, tmp_path):
+        self.zip_of(tmp_path / "S.zip", {"a.png": b"packed"})
+        (tmp_path / "S").mkdir()
+        (tmp_path / "S/a.png").write_bytes(b"unpacked")
+        assert ImageStore(tmp_path).read("S/a.png") == b"unpacked"
+
+    def test_damage_is_found(self, tmp_path):
+        noise = np.random.default_rng(0).bytes(5000)
+        path = self.zip_of(tmp_path / "S.zip", {"a.png": noise * 2, "empty.png": b""})
+        data = bytearray(path.read_bytes())
+        data[200:1200] = bytes(1000)
+        path.write_bytes(bytes(data))
+        store = ImageStore(tmp_path)
+        with pytest.raises(ImageError, match=r"a.png.*(corrupt|truncated)"):
+            store.read("S/a.png")
+        with pytest.raises(ImageError, match="empty"):
+            store.read("S/empty.png")
+        path.write_bytes(bytes(data[:3000]))
+        with pytest.raises(ValueError, match=r"S.zip: not a readable zip archive"):
+            ImageStore(tmp_path)
+
+    def test_a_changed_stored_member_is_found(self, tmp_path):
+        path = self.zip_of(tmp_path / "S.zip", {"a.png": b"x" * 5000}, zipfile.ZIP_STORED)
+        data = bytearray(path.read_bytes())
+        data[2000] ^= 1
+        path.write_bytes(bytes(data))
+        with pytest.raises(ImageError, match="checksum"):
+            ImageStore(tmp_path).read("S/a.png")
+
+    def test_archive_replaced_by_a_shorter_one(self, tmp_path):
+        path = self.zip_of(tmp_path / "S.zip", {"a.png": b"x" * 50_000}, zipfile.ZIP_STORED)
+        store = ImageStore(tmp_path)
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(ImageError, match="truncated in the archive"):
+            store.read("S/a.png")
+
+    def test_unusual_compression_is_refused_when_opened(self, tmp_path):
+        self.zip_of(tmp_path / "S.zip", {"a.png": b"x" * 500}, zipfile.ZIP_LZMA)
+        with pytest.raises(ValueError, match=r"a.png is encrypted or compressed in an unusual way"):
+            ImageStore(tmp_path)
+
+    def test_forged_size_does_not_inflate(self, tmp_path):
+        path = self.zip_of(tmp_path / "S.zip", {"a.png": bytes(10_000_000)})
+        data = path.read_bytes().replace((10_000_000).to_bytes(4, "little"), b"\x10\0\0\0")
+        path.write_bytes(data)
+        with pytest.raises(ImageError, match="truncated in the archive: 17 of 16"):
+            ImageStore(tmp_path).read("S/a.png")
+
+
+def test_a_user_folder_of_json_and_images(tmp_path, tree):
+    """The README's case: one JSON file beside its pictures."""
+    root, _ = tree
+    shutil.copytree(root / "images/MSCOCO_i2t/Train", tmp_path / "pictures")
+    records = [row(qry="", qry_image_path="pictures/0.jpg", pos_text="a cat")]
+    source = open_source(write_rows(tmp_path / "pairs.json", records))
+    pair = source[0]
+    assert pair.id == "pairs:0"
+    assert pair.query.images == ((tmp_path / "pictures/0.jpg").read_bytes(),)
+    assert str(tmp_path / "pairs.json") in pair.query.name
