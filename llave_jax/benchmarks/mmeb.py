@@ -20,6 +20,7 @@ from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first
 from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, ImageStore
 from llave_jax.benchmarks.results import DatasetResult, Results
+from llave_jax.benchmarks.similarity import SimilarityStats, similarity_overlap
 
 
 def evaluate_mmeb(
@@ -40,7 +41,7 @@ def evaluate_mmeb(
     Args:
       encode: items -> float32 [n, D], L2-normalised.
       data_dir: holds `<dataset>/test-*.parquet` or `<dataset>.json`, and the images.
-      datasets: names; all that are in the directory if None.
+      datasets: names; all that are in the directory if None or empty.
       output_dir: where `<dataset>_score.json`, `<dataset>_predictions.jsonl` and
         `<dataset>_scores.npz` go; nothing is written if None.
       images: image folder or zip archive, if it is not `data_dir`'s `images/` or `images.zip`.
@@ -55,7 +56,7 @@ def evaluate_mmeb(
     Raises:
       FileNotFoundError, ValueError: missing or malformed data, naming file and row.
     """
-    names = list(datasets) if datasets is not None else mmeb_data.dataset_names(data_dir)
+    names = list(datasets or mmeb_data.dataset_names(data_dir, infos or MMEB_DATASETS))
     if not names:
         raise FileNotFoundError(
             f"{data_dir}: no datasets (<dataset>/test-*.parquet or <dataset>.json)"
@@ -107,6 +108,7 @@ def evaluate_dataset(
         predictions=from_first_process(predictions),
         chance=mmeb_data.chance(dataset),
         scores=scores,
+        candidates=dataset.target_ids,
     )
 
 
@@ -136,7 +138,7 @@ def write_dataset(output_dir: Path, dataset: EvalDataset, result: DatasetResult)
     write_text(output_dir / f"{name}_score.json", json.dumps(score, indent=4) + "\n")
     lines = [json.dumps(row, ensure_ascii=False) for row in _prediction_rows(dataset, result)]
     write_text(output_dir / f"{name}_predictions.jsonl", "".join(f"{line}\n" for line in lines))
-    write_scores(output_dir / f"{name}_scores.npz", result.scores)
+    _write_scores(output_dir / f"{name}_scores.npz", result)
 
 
 def _prediction_rows(dataset: EvalDataset, result: DatasetResult) -> list[dict]:
@@ -159,15 +161,40 @@ def _prediction_rows(dataset: EvalDataset, result: DatasetResult) -> list[dict]:
     return rows
 
 
-def write_scores(path: Path, scores: Sequence[np.ndarray]) -> None:
-    """All rows' scores in one file: `scores` float32 [total], `offsets` int64 [rows + 1]."""
-    offsets = np.cumsum([0, *map(len, scores)])
+def _write_scores(path: Path, result: DatasetResult) -> None:
+    """All rows in one file: `scores`, `candidates` [total] and `offsets` int64 [rows + 1]."""
     temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, scores=np.concatenate(scores), offsets=offsets)
+    np.savez_compressed(
+        temporary,
+        scores=np.concatenate(result.scores),
+        candidates=np.concatenate(result.candidates),
+        offsets=np.cumsum([0, *map(len, result.scores)]),
+    )
     temporary.replace(path)
 
 
 def read_scores(path: str | os.PathLike) -> tuple[np.ndarray, ...]:
-    """Scores per row, as `write_scores` wrote them."""
+    """Scores per row of a `<dataset>_scores.npz`: float32 [candidates] each."""
+    return _read_rows(path, "scores")
+
+
+def read_similarity(output_dir: str | os.PathLike, names: Sequence[str]) -> SimilarityStats:
+    """Positives, hard and easy negatives over all queries of datasets that were scored.
+
+    Args:
+      output_dir: of `evaluate_mmeb`.
+      names: datasets; their queries count alike.
+    """
+    scores, candidates = [], []
+    for name in names:
+        path = Path(output_dir) / f"{name}_scores.npz"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no scores; evaluate {name} with this --output first")
+        scores += _read_rows(path, "scores")
+        candidates += _read_rows(path, "candidates")
+    return similarity_overlap(scores, [0] * len(scores), candidates=candidates)
+
+
+def _read_rows(path: str | os.PathLike, name: str) -> tuple[np.ndarray, ...]:
     with np.load(path) as file:
-        return tuple(np.split(file["scores"], file["offsets"][1:-1]))
+        return tuple(np.split(file[name], file["offsets"][1:-1]))

@@ -142,14 +142,14 @@ def open_images(data_dir: str | Path, images: str | Path | None = None) -> Image
     return ImageStore(data_dir)
 
 
-def dataset_names(data_dir: str | Path) -> list[str]:
-    """Datasets present in a directory: MMEB's own in MMEB's order, then others by name."""
+def dataset_names(data_dir: str | Path, infos: Sequence[DatasetInfo] = MMEB_DATASETS) -> list[str]:
+    """Datasets present in a directory: those of the benchmark in its order, then others by name."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise FileNotFoundError(f"benchmark directory {data_dir} does not exist")
     found = {path.parent.name for path in data_dir.glob("*/test-*.parquet")}
     found |= {path.stem for path in data_dir.glob("*.json") if _is_row_file(path)}
-    order = [info.name for info in MMEB_DATASETS]
+    order = [info.name for info in infos]
     return [name for name in order if name in found] + sorted(found - set(order))
 
 

@@ -24,12 +24,14 @@ class DatasetResult:
       chance: expected precision@1 of random scores.
       scores: per row float32 [candidates], cosine with the query; None on processes other than
         the first.
+      candidates: per row int32 [candidates]; equal ids are one content, given twice.
     """
 
     info: DatasetInfo
     predictions: np.ndarray
     chance: float
     scores: tuple[np.ndarray, ...] | None = None
+    candidates: tuple[np.ndarray, ...] = ()
 
     @property
     def num_pred(self) -> int:
@@ -61,6 +63,11 @@ class Results:
 
     datasets: tuple[DatasetResult, ...]
     infos: tuple[DatasetInfo, ...] = MMEB_DATASETS
+
+    @property
+    def is_mmeb(self) -> bool:
+        """Whether published MMEB numbers can stand beside these."""
+        return self.infos == MMEB_DATASETS
 
     def __getitem__(self, name: str) -> DatasetResult:
         for result in self.datasets:
@@ -97,7 +104,6 @@ class Results:
 
     def table(self) -> str:
         """Per dataset and average: precision@1 in percent, chance, counts, published value."""
-        is_mmeb = self.infos == MMEB_DATASETS
         rows = [["dataset", "meta-task", "precision@1", "chance", "correct"]]
         rows += [
             [
@@ -109,12 +115,12 @@ class Results:
             ]
             for result in self.datasets
         ]
-        if is_mmeb:
+        if self.is_mmeb:
             rows[0].append("LLaVE-7B published")
             for row in rows[1:]:
-                row.append(_percent(published.LLAVE_7B_DATASETS.get(row[0]), 1))
+                row.append(percent(published.LLAVE_7B_DATASETS.get(row[0]), 1))
         text = align(rows) + "\n\n" + align(self._average_rows())
-        if is_mmeb:
+        if self.is_mmeb:
             text += "\n\n" + align(self.comparison())
         return text + "".join(f"\n{line}" for line in self._missing_lines())
 
@@ -126,8 +132,8 @@ class Results:
                 [
                     average.label,
                     "",
-                    _percent(average.value),
-                    _percent(average.chance),
+                    percent(average.value),
+                    percent(average.chance),
                     f"{average.scored}/{total}",
                 ]
             )
@@ -150,12 +156,13 @@ class Results:
         rows = [["model", *labels]]
         for row in published.MMEB:
             values = [getattr(row, label.lower()) for label in labels]
-            rows.append([row.model, *(_percent(value, 1) for value in values)])
-        rows.append(["this run", *(_percent(own[label]) for label in labels)])
+            rows.append([row.model, *(percent(value, 1) for value in values)])
+        rows.append(["this run", *(percent(own[label]) for label in labels)])
         return rows
 
 
-def _percent(value: float | None, scale: float = 100) -> str:
+def percent(value: float | None, scale: float = 100) -> str:
+    """One decimal, or "-" for what is not known."""
     return "-" if value is None else f"{scale * value:.1f}"
 
 
