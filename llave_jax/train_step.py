@@ -43,6 +43,7 @@ class LossConfig:
     alpha: float = 9.0
     temperature: float = 0.02
     pool: str = "global"
+    mask_false_negatives: bool = False
 
     def __post_init__(self):
         if self.pool not in POOLS:
@@ -73,10 +74,29 @@ def state_shardings(
     )
 
 
+class Pool(NamedTuple):
+    """Pairs that are each other's negatives. S shards, Z sides, G slots.
+
+    Attributes:
+      embeddings: float32 [S, Z, G, D].
+      present: bool [S, Z, G], False for empty slots and for sides that a group lacks.
+      ids: int32 [S, Z - 1, G], equal for equal targets; None where equal targets are negatives.
+    """
+
+    embeddings: jax.Array
+    present: jax.Array
+    ids: jax.Array | None
+
+
 def make_loss(
     model: Llave, mesh: jax.sharding.Mesh, config: LossConfig, remat: str
-) -> Callable[[Any, PackedBatch], tuple[jax.Array, dict[str, jax.Array]]]:
-    """`loss(params, batch) -> (scalar, metrics)`; batch arrays are [M, S, ...], M micro-batches."""
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """`loss(params, batch, target_ids=None) -> (scalar, metrics)`.
+
+    Batch arrays are [M, S, ...] with M micro-batches; `target_ids` int32 [M, S, Z - 1, G] are needed
+    with `mask_false_negatives`. Sides beyond query and target are hard negatives, which every query
+    of the pool sees.
+    """
     if remat not in REMATS:
         raise ValueError(f"remat is {remat!r}; expected one of {REMATS}")
 
@@ -90,39 +110,66 @@ def make_loss(
         )
         embed = jax.checkpoint(embed, policy=policy, prevent_cse=False)
 
-    def pool_loss(embeddings: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict]:
-        """embeddings [S, Z, G, D], valid [S, G] of one pool."""
-        flat = jnp.moveaxis(embeddings, 1, 0).reshape(embeddings.shape[1], -1, embeddings.shape[-1])
+    def pool_loss(pool: Pool) -> tuple[jax.Array, dict]:
+        sides = pool.embeddings.shape[1]
+        settings = {"alpha": config.alpha, "temperature": config.temperature}
+        if pool.ids is not None:
+            settings["target_ids"] = pool.ids[:, 0].reshape(-1)
+        if sides > 2:
+            settings["extra_targets"] = _join(pool.embeddings[:, 2:])
+            settings["extra_valid"] = pool.present[:, 2:].reshape(-1)
+            if pool.ids is not None:
+                settings["extra_ids"] = pool.ids[:, 1:].reshape(-1)
         return contrastive_loss(
-            flat[0],
-            flat[1],
-            valid.reshape(-1),
+            _join(pool.embeddings[:, 0]),
+            _join(pool.embeddings[:, 1]),
+            pool.present[:, 0].reshape(-1),
             mesh=mesh,
             axes=sharding.BATCH_AXES,
-            alpha=config.alpha,
-            temperature=config.temperature,
+            **settings,
         )
 
-    def global_loss(params: Any, batch: PackedBatch) -> tuple[jax.Array, dict]:
+    def global_loss(params: Any, batch: PackedBatch, ids: Any) -> tuple[jax.Array, dict]:
         _, embeddings = jax.lax.scan(
             lambda carry, micro_batch: (carry, embed(params, micro_batch)), None, batch
         )
-        # [M, S, Z, G, D] -> [S, Z, M * G, D]: a shard's pairs stay together.
-        embeddings = jnp.moveaxis(embeddings, 0, 2)
-        embeddings = embeddings.reshape(*embeddings.shape[:2], -1, embeddings.shape[-1])
-        valid = jnp.moveaxis(batch.valid, 0, 1).reshape(batch.valid.shape[1], -1)
-        return pool_loss(embeddings, valid)
+        pools = Pool(embeddings, _present(batch), ids)
+        return pool_loss(jax.tree.map(_merge_micro_batches, pools))
 
-    def micro_loss(params: Any, batch: PackedBatch) -> tuple[jax.Array, dict]:
-        def one(carry: None, micro_batch: PackedBatch) -> tuple[None, Any]:
-            values = pool_loss(embed(params, micro_batch), micro_batch.valid)
-            return carry, (jnp.sum(micro_batch.valid), values)
+    def micro_loss(params: Any, batch: PackedBatch, ids: Any) -> tuple[jax.Array, dict]:
+        def one(carry: None, inputs: tuple[PackedBatch, Any]) -> tuple[None, Any]:
+            micro_batch, ids = inputs
+            pool = Pool(embed(params, micro_batch), _present(micro_batch), ids)
+            return carry, (jnp.sum(micro_batch.valid), pool_loss(pool))
 
-        _, (pairs, values) = jax.lax.scan(one, None, batch)
+        _, (pairs, values) = jax.lax.scan(one, None, (batch, ids))
         weight = pairs / jnp.maximum(jnp.sum(pairs), 1)
         return jax.tree.map(lambda x: jnp.sum(x * weight), values)
 
-    return global_loss if config.pool == "global" else micro_loss
+    pooled_loss = global_loss if config.pool == "global" else micro_loss
+
+    def loss(params: Any, batch: PackedBatch, target_ids: Any = None) -> tuple[jax.Array, dict]:
+        if config.mask_false_negatives and target_ids is None:
+            raise ValueError("mask_false_negatives needs the batch's target_ids")
+        return pooled_loss(params, batch, target_ids if config.mask_false_negatives else None)
+
+    return loss
+
+
+def _present(batch: PackedBatch) -> jax.Array:
+    """bool [..., S, Z, G]: which slots hold a sequence."""
+    return (jnp.asarray(batch.pooled) >= 0) & jnp.asarray(batch.valid)[..., None, :]
+
+
+def _join(embeddings: jax.Array) -> jax.Array:
+    """[S, ..., D] -> [N, D]."""
+    return embeddings.reshape(-1, embeddings.shape[-1])
+
+
+def _merge_micro_batches(x: jax.Array) -> jax.Array:
+    """[M, S, Z, G, ...] -> [S, Z, M * G, ...]: a shard's slots stay on it."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def make_train_step(
@@ -132,16 +179,21 @@ def make_train_step(
     factors: Mapping[str, float | None],
     loss_config: LossConfig,
     remat: str = "none",
-) -> Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch) -> (state, metrics)`, to be jitted with its state donated."""
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, batch, target_ids=None) -> (state, metrics)`, to be jitted with its state donated.
+
+    Batch and target ids as of `make_loss`.
+    """
     loss = make_loss(model, mesh, loss_config, remat)
 
-    def train_step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict]:
+    def train_step(
+        state: TrainState, batch: PackedBatch, target_ids: jax.Array | None = None
+    ) -> tuple[TrainState, dict]:
         flat = sharding.flatten(state.params)
         trainable, frozen = optim.split_params(flat, factors)
 
         def trainable_loss(trainable: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-            return loss(sharding.unflatten({**flat, **trainable}), batch)
+            return loss(sharding.unflatten({**flat, **trainable}), batch, target_ids)
 
         (value, metrics), gradient = jax.value_and_grad(trainable_loss, has_aux=True)(trainable)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)

@@ -170,22 +170,22 @@ PRESETS: dict[str, LlaveConfig] = {
     # Small enough to train from scratch on a laptop: the model of configs/quickstart.py.
     "tiny": LlaveConfig(
         vision=VisionConfig(
+            hidden_size=96,
+            num_layers=3,
+            num_heads=3,
+            intermediate_size=288,
+            image_size=48,
+            patch_size=12,
+        ),
+        text=TextConfig(
             hidden_size=128,
             num_layers=4,
             num_heads=4,
-            intermediate_size=384,
-            image_size=48,
-            patch_size=8,
-        ),
-        text=TextConfig(
-            hidden_size=192,
-            num_layers=4,
-            num_heads=6,
             num_kv_heads=2,
-            intermediate_size=512,
-            vocab_size=1024,
+            intermediate_size=384,
+            vocab_size=512,
             rope_theta=10_000.0,
         ),
-        inputs=InputConfig(pinpoints=grid_pinpoints(48, 2, 2), max_text_length=256, max_length=512),
+        inputs=InputConfig(pinpoints=grid_pinpoints(48, 2, 2), max_text_length=128, max_length=128),
     ),
 }

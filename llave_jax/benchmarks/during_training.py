@@ -1,0 +1,119 @@
+"""Evaluation within a training run, on its mesh and with its parameters.
+
+Scores go to the metrics file and to `WORKDIR/eval/step_N/`; at the end a table compares the trained
+with the untrained model and chance, and a picture shows both models' similarities.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from llave_jax.benchmarks import mmeb, similarity
+from llave_jax.benchmarks.results import Results, align
+from llave_jax.embedder import Embedder
+from llave_jax.metrics import MetricsWriter
+from llave_jax.models.llave import Llave
+
+log = logging.getLogger(__name__)
+
+
+class TrainingEvaluation:
+    """`run` scores the parameters of one step; `report` sums the run up."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: Llave,
+        tokenizer: Any,
+        mesh: jax.sharding.Mesh,
+        workdir: Path,
+        data_dir: Path | None,
+    ):
+        """Args:
+        config: the run's `config.eval`.
+        data_dir: the benchmark's directory, in MMEB's form; None: no evaluation.
+        """
+        self._config = config
+        self._data_dir = data_dir
+        self._directory = workdir / "eval"
+        self._workdir = workdir
+        self._embedder = Embedder(model, None, tokenizer, mesh)
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether this step is to be scored, and has not been (by a run that was interrupted)."""
+        if self._data_dir is None:
+            return False
+        every = self._config.every
+        wanted = step in (0, last_step) or bool(every and step % every == 0)
+        return wanted and not self._summary(step).exists()
+
+    def run(self, params: Any, step: int, writer: MetricsWriter) -> None:
+        self._embedder.params = params
+        results = mmeb.evaluate_mmeb(
+            self._embedder.encode,
+            self._data_dir,
+            self._config.datasets or None,
+            self._summary(step).parent,
+        )
+        self._embedder.params = None
+        writer.write(step, {f"eval/{name}": value for name, value in results.metrics().items()})
+        if jax.process_index() == 0:
+            _write_summary(self._summary(step), results)
+
+    def report(self, last_step: int) -> None:
+        """Print and keep the final table; draw the similarity histograms."""
+        if self._data_dir is None or jax.process_index() != 0:
+            return
+        first = json.loads(self._summary(0).read_text())
+        last = json.loads(self._summary(last_step).read_text())
+        rows = [["dataset", "meta-task", "chance", "untrained", "trained"]]
+        rows += [
+            [
+                name,
+                entry["meta_task"],
+                f"{100 * entry['chance']:.1f}",
+                f"{100 * first[name]['accuracy']:.1f}",
+                f"{100 * entry['accuracy']:.1f}",
+            ]
+            for name, entry in last.items()
+        ]
+        table = "precision@1 in percent\n" + align(rows)
+        (self._workdir / "results.txt").write_text(table + "\n")
+        stats = {
+            label: self._similarity(step, list(last))
+            for label, step in (("untrained", 0), ("trained", last_step))
+        }
+        picture = self._workdir / "similarity.png"
+        similarity.plot_histograms(stats, picture)
+        print(f"\n{table}\n\nsimilarity of positives and of hard and easy negatives: {picture}")
+
+    def _similarity(self, step: int, names: list[str]) -> similarity.SimilarityStats:
+        scores = [
+            row
+            for name in names
+            for row in mmeb.read_scores(self._summary(step).parent / f"{name}_scores.npz")
+        ]
+        return similarity.similarity_overlap(scores, [0] * len(scores))
+
+    def _summary(self, step: int) -> Path:
+        return self._directory / f"step_{step}" / "summary.json"
+
+
+def _write_summary(path: Path, results: Results) -> None:
+    summary = {
+        result.info.name: {
+            "meta_task": result.info.meta_task,
+            "accuracy": result.accuracy,
+            "chance": result.chance,
+        }
+        for result in results.datasets
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,169 @@
+"""The configuration of a training run: every field with its default, and what it means.
+
+A config file (`configs/NAME.py`) calls `default_config()` and sets what differs; the command line
+overrides single fields (`--config.optim.learning_rate=2e-5`). A misspelt field is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from llave_jax import sharding
+from llave_jax.inputs.packing import Budget
+from llave_jax.models.config import PRESETS, LlaveConfig
+
+
+def default_config() -> ConfigDict:
+    """The paper's recipe (section 4) for everything that does not depend on model and machine."""
+    config = ConfigDict()
+    config.seed = 0
+    # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take.
+    config.steps = placeholder(int)
+
+    # A converted model directory, or the name of a preset to be trained from scratch with the
+    # tokenizer found in `tokenizer` (a directory). `inputs` overrides fields of InputConfig.
+    config.model = ConfigDict()
+    config.model.path = placeholder(str)
+    config.model.preset = placeholder(str)
+    config.model.tokenizer = placeholder(str)
+    config.model.inputs = ConfigDict()
+
+    # Where the pairs come from: see `llave_jax.data.sources.open_source`. `path` "digits" is the
+    # bundled benchmark, built on first use under the workdir.
+    config.data = ConfigDict()
+    config.data.path = placeholder(str)
+    config.data.image_root = placeholder(str)
+    config.data.subsets = ()
+    config.data.split = "original"
+    config.data.max_rows = 50_000
+    config.data.epochs = 1
+    config.data.num_workers = 4
+    # Rows of one subset that follow one another (1: a uniform shuffle, as in the paper), and the
+    # share of each subset in the stream, as (subset, weight) pairs (empty: every row once an epoch).
+    config.data.sub_batch = 1
+    config.data.weights = ()
+    # Rows that cannot be read: "raise", or "skip" and list them in WORKDIR/skipped_PROCESS.jsonl, until
+    # they are more than `max_skip_share` of all.
+    config.data.on_error = "raise"
+    config.data.max_skip_share = 0.01
+    # Share of the rows kept from training, by the hash of their content.
+    config.data.held_out = 0.0
+
+    # A step's pairs, over all devices, go through the model in `micro_batches` parts. Rows and
+    # crops of each part follow from what a pair takes on average, with room to spare
+    # (`llave_jax.data.inspect` measures it); pairs that do not fit wait for the next step.
+    config.batch = ConfigDict()
+    config.batch.pairs = 256
+    config.batch.micro_batches = 1
+    config.batch.row_length = 4096
+    config.batch.tokens_per_pair = 3000.0
+    config.batch.crops_per_pair = 4.0
+    config.batch.taps = 1
+
+    # pool "global": every pair of the step is a negative of every other, with exact gradients.
+    # "micro": those of its own micro-batch only, as the authors' gradient accumulation does.
+    config.loss = ConfigDict()
+    config.loss.alpha = 9.0
+    config.loss.temperature = 0.02
+    config.loss.pool = "global"
+    # Equal targets (same text and image; class names, yes and no) are not each other's negatives.
+    # Off in the paper.
+    config.loss.mask_false_negatives = False
+    # Use the hard negatives that rows name (`neg_text`, `neg_image_path`) as further candidates.
+    config.loss.hard_negatives = False
+
+    # `rates`: (path regex, factor on the learning rate); None freezes. The first match wins.
+    config.optim = ConfigDict()
+    config.optim.learning_rate = 1e-5
+    config.optim.warmup_fraction = 0.03
+    config.optim.beta1 = 0.9
+    config.optim.beta2 = 0.999
+    config.optim.epsilon = 1e-8
+    config.optim.weight_decay = 0.0
+    config.optim.clip_norm = 1.0
+    config.optim.rates = (("vision_tower/.*", None), (".*", 1.0))
+
+    # Devices along each mesh axis; -1: the rest. Batches are split over data and fsdp.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+
+    # Activations and products; parameters are float32 masters. Norms, softmax and loss are float32.
+    config.dtype = "bfloat16"
+    # Implementations of `llave_jax.ops.attention`.
+    config.attention = "xla"
+    config.vision_attention = "xla"
+    # What the backward pass recomputes: see `llave_jax.train_step.REMATS`.
+    config.remat = "block"
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 1000
+    config.checkpoint.keep = 2
+    config.log_every = 10
+
+    # Evaluation at the start and the end of the run, and every `every` steps (0: no). `benchmark`
+    # "digits", or a directory in MMEB's form; None: no evaluation.
+    config.eval = ConfigDict()
+    config.eval.benchmark = placeholder(str)
+    config.eval.datasets = ()
+    config.eval.every = 0
+    return config
+
+
+def batch_budget(config: ConfigDict, shards: int) -> Budget:
+    """Room of one shard in one micro-batch.
+
+    Raises:
+      ValueError: the step's pairs do not divide over shards and micro-batches.
+    """
+    batch = config.batch
+    parts = shards * batch.micro_batches
+    if batch.pairs % parts:
+        raise ValueError(
+            f"batch.pairs is {batch.pairs}: it does not divide over {shards} shards x "
+            f"{batch.micro_batches} micro-batches; make it a multiple of {parts}"
+        )
+    groups = batch.pairs // parts
+    return Budget(
+        rows=max(1, math.ceil(groups * batch.tokens_per_pair / batch.row_length)),
+        row_length=batch.row_length,
+        crops=math.ceil(groups * batch.crops_per_pair),
+        groups=groups,
+        sides=3 if config.loss.hard_negatives else 2,
+        taps=batch.taps,
+    )
+
+
+def model_config(config: ConfigDict) -> LlaveConfig:
+    """Sizes and input settings of the model the run trains.
+
+    Raises:
+      ValueError: not exactly one of `model.path` and `model.preset` is set, or no such preset.
+    """
+    path, preset = config.model.path, config.model.preset
+    if (path is None) == (preset is None):
+        raise ValueError(
+            "set one of config.model.path (a converted model directory, see tools/convert_hf.py) "
+            f"and config.model.preset ({', '.join(PRESETS)}); found path={path!r}, "
+            f"preset={preset!r}"
+        )
+    if path is not None:
+        from llave_jax import model_dir
+
+        llave = model_dir.load_config(path)
+    elif preset in PRESETS:
+        llave = PRESETS[preset]
+    else:
+        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    overrides = {
+        key: tuple(map(tuple, value)) if key == "pinpoints" else value
+        for key, value in config.model.inputs.items()
+    }
+    return dataclasses.replace(llave, inputs=dataclasses.replace(llave.inputs, **overrides))
+
+
+def mesh_of(config: ConfigDict) -> jax.sharding.Mesh:
+    return sharding.make_mesh(dict(config.mesh))

@@ -1,0 +1,373 @@
+"""Train an embedding model: `python -m llave_jax.train --config configs/NAME.py --workdir DIR`.
+
+Running the same command again continues from the latest checkpoint, to the same result as without
+the interruption. WORKDIR is then a model for `evaluate`, `embed` and `Embedder.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from llave_jax import config as config_lib
+from llave_jax import distributed, model_dir, optim, sharding, train_step
+from llave_jax.benchmarks import digits, digits_tokenizer
+from llave_jax.benchmarks.during_training import TrainingEvaluation
+from llave_jax.checkpoint import Checkpoints
+from llave_jax.data.pipeline import Composition, TrainBatch, train_iterator
+from llave_jax.data.sources import PairSource, open_source, split_held_out
+from llave_jax.inputs.sequence import SequenceBuilder
+from llave_jax.metrics import MetricsWriter
+from llave_jax.models.config import LlaveConfig
+from llave_jax.models.llave import Llave, abstract_params, example_batch
+from llave_jax.progress import Progress
+
+log = logging.getLogger(__name__)
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The run: configs/NAME.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; continued if it exists.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+DIGITS = "digits"
+# Keys that may differ when a run is continued: they change neither the model nor what it sees.
+CHANGEABLE = ("mesh", "attention", "vision_attention", "remat", "log_every", "checkpoint", "eval")
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Run, or continue, the training that `config` describes."""
+    first_process = jax.process_index() == 0
+    if first_process:
+        workdir.mkdir(parents=True, exist_ok=True)
+        record_config(config, workdir)
+    mesh = config_lib.mesh_of(config)
+    log.info("mesh %s, %s", dict(mesh.shape), jax.devices()[0].device_kind)
+
+    data_path, tokenizer_path = locate_data(config, workdir)
+    llave_config = config_lib.model_config(config)
+    tokenizer = load_tokenizer(config, tokenizer_path)
+    if first_process:
+        record_model(config, llave_config, tokenizer_path, workdir)
+    source = open_training_source(config, data_path)
+    total_steps = config.steps or math.ceil(len(source) * config.data.epochs / config.batch.pairs)
+    log.info("%d pairs, %d steps of %d", len(source), total_steps, config.batch.pairs)
+    iterator = make_iterator(
+        config, source, SequenceBuilder(tokenizer, llave_config), mesh, workdir
+    )
+
+    model, factors = make_model(config, llave_config)
+    schedule = optim.learning_rate_schedule(
+        config.optim.learning_rate, total_steps, config.optim.warmup_fraction
+    )
+    optimizer = make_optimizer(config, schedule, factors)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    state = make_state(config, model, optimizer, factors, mesh, checkpoints, iterator)
+    step_function = jax.jit(
+        train_step.make_train_step(
+            model, mesh, optimizer, factors, loss_config(config), config.remat
+        ),
+        donate_argnums=0,
+    )
+
+    start = int(state.step)
+    writer = MetricsWriter(workdir, first_step=start, enabled=first_process)
+    evaluation = TrainingEvaluation(
+        config.eval, model, tokenizer, mesh, workdir, locate_benchmark(config, workdir)
+    )
+    if evaluation.due(start, total_steps):
+        evaluation.run(state.params, start, writer)
+    watch = Watch(config, writer, schedule, total_steps, start)
+    with watch.progress:
+        for step in range(start + 1, total_steps + 1):
+            batch = next(iterator)
+            arrays = (batch.packed, batch.target_ids)
+            state, metrics = step_function(
+                state, *sharding.device_put_batch(arrays, mesh, leading_axes=1)
+            )
+            watch.add(step, metrics, batch)
+            stop = checkpoints.must_stop(step)
+            if stop or step == total_steps or step % config.checkpoint.every == 0:
+                # Nothing is saved before its loss is known to be finite.
+                watch.drain()
+                checkpoints.save(state, iterator)
+            if stop:
+                log.warning("told to stop: step %d is saved; the same command goes on", step)
+                break
+            if evaluation.due(step, total_steps):
+                watch.drain()
+                evaluation.run(state.params, step, writer)
+                watch.restart_clock()
+    checkpoints.close()
+    writer.close()
+    if int(state.step) == total_steps:
+        evaluation.report(total_steps)
+
+
+def record_config(config: ConfigDict, workdir: Path) -> None:
+    """Keep the config with the run; a run is only continued with the config it began with.
+
+    Raises:
+      ValueError: the run in `workdir` has another config; it names the keys.
+    """
+    path = workdir / "config.json"
+    text = config.to_json(indent=2, sort_keys=True) + "\n"
+    if path.exists():
+        before, now = flat_config(json.loads(path.read_text())), flat_config(json.loads(text))
+        changed = [
+            f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key.split(".")[0] not in CHANGEABLE
+        ]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with another config ({'; '.join(changed)}); "
+                "use another --workdir, or the config it began with"
+            )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def flat_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.learning_rate": 1e-5, ...}"""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flat_config(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def locate_data(config: ConfigDict, workdir: Path) -> tuple[Path, Path | None]:
+    """Training data and tokenizer directory; the digits benchmark is built if it is asked for."""
+    if config.data.path is None:
+        raise ValueError('set config.data.path: a directory of training data, or "digits"')
+    data_path, tokenizer_path = config.data.path, config.model.tokenizer
+    root = workdir / DIGITS
+    if DIGITS in (data_path, tokenizer_path, config.eval.benchmark):
+        if jax.process_index() == 0:
+            digits.build(root)
+            digits_tokenizer.build_tokenizer(root / "tokenizer")
+        wait_for_first_process("digits")
+    data_path = root if data_path == DIGITS else Path(data_path)
+    if tokenizer_path == DIGITS:
+        return data_path, root / "tokenizer"
+    return data_path, Path(tokenizer_path) if tokenizer_path else None
+
+
+def locate_benchmark(config: ConfigDict, workdir: Path) -> Path | None:
+    """Directory of what the run is scored on."""
+    if config.eval.benchmark is None:
+        return None
+    if config.eval.benchmark == DIGITS:
+        return workdir / DIGITS / "eval"
+    return Path(config.eval.benchmark)
+
+
+def wait_for_first_process(what: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def load_tokenizer(config: ConfigDict, tokenizer_path: Path | None) -> Any:
+    if config.model.path is not None:
+        return model_dir.load_tokenizer(config.model.path)
+    if tokenizer_path is None:
+        raise ValueError(
+            "config.model.preset trains from scratch and needs config.model.tokenizer: a directory "
+            "with a Qwen2 tokenizer"
+        )
+    return transformers.AutoTokenizer.from_pretrained(tokenizer_path)
+
+
+def record_model(
+    config: ConfigDict, llave_config: LlaveConfig, tokenizer_path: Path | None, workdir: Path
+) -> None:
+    """Keep with the run what makes its checkpoints a model: config, tokenizer, source files."""
+    model_dir.write_template(
+        workdir / "model",
+        llave_config,
+        source=config.model.path,
+        tokenizer=tokenizer_path,
+    )
+
+
+def open_training_source(config: ConfigDict, data_path: Path) -> PairSource:
+    data = config.data
+    is_digits = data.path == DIGITS
+    source = open_source(
+        data_path / "train" if is_digits else data_path,
+        subsets=data.subsets or None,
+        split=data.split,
+        max_rows=data.max_rows,
+        image_root=data_path / "train_images" if is_digits else data.image_root,
+    )
+    return split_held_out(source, data.held_out)[0] if data.held_out else source
+
+
+def make_iterator(
+    config: ConfigDict,
+    source: PairSource,
+    builder: SequenceBuilder,
+    mesh: jax.sharding.Mesh,
+    workdir: Path,
+) -> grain.DatasetIterator:
+    """`TrainBatch`es of this process's shards."""
+    data, process = config.data, jax.process_index()
+    skips = data.on_error == "skip"
+    return train_iterator(
+        source,
+        builder,
+        config_lib.batch_budget(config, sharding.num_shards(mesh)),
+        seed=config.seed,
+        num_shards=len(sharding.local_shards(mesh)),
+        micro_batches=config.batch.micro_batches,
+        process_index=process,
+        process_count=jax.process_count(),
+        num_workers=data.num_workers,
+        composition=Composition(data.sub_batch, dict(data.weights) or None),
+        on_error=data.on_error,
+        skip_file=workdir / f"skipped_{process}.jsonl" if skips else None,
+        max_skip_share=data.max_skip_share,
+    )
+
+
+def loss_config(config: ConfigDict) -> train_step.LossConfig:
+    settings = {key: value for key, value in config.loss.items() if key != "hard_negatives"}
+    return train_step.LossConfig(**settings)
+
+
+def make_model(
+    config: ConfigDict, llave_config: LlaveConfig
+) -> tuple[Llave, dict[str, float | None]]:
+    """The model, and the learning-rate factor of each parameter."""
+    options: dict[str, Any] = {
+        "dtype": jnp.dtype(config.dtype),
+        "attention": config.attention,
+        "vision_attention": config.vision_attention,
+        "remat": "full" if config.remat in ("block", "both") else None,
+    }
+    paths = sharding.flatten(abstract_params(Llave(llave_config)))
+    factors = optim.rate_factors(list(paths), config.optim.rates)
+    freeze_vision = all(
+        factor is None for path, factor in factors.items() if path.startswith("vision_tower/")
+    )
+    return Llave(llave_config, freeze_vision=freeze_vision, **options), factors
+
+
+def make_optimizer(config: ConfigDict, schedule: Any, factors: dict[str, float | None]) -> Any:
+    settings = {
+        key: value
+        for key, value in config.optim.items()
+        if key not in ("learning_rate", "warmup_fraction", "rates")
+    }
+    return optim.make_optimizer(schedule, factors, **settings)
+
+
+def make_state(
+    config: ConfigDict,
+    model: Llave,
+    optimizer: Any,
+    factors: dict[str, float | None],
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    iterator: grain.DatasetIterator,
+) -> train_step.TrainState:
+    """The latest checkpoint's state; else the converted model's; else random parameters.
+
+    Every array is made or read directly in its shards.
+    """
+
+    def from_params(params: Any) -> train_step.TrainState:
+        return train_step.init_state(params, optimizer, factors)
+
+    abstract = jax.eval_shape(from_params, abstract_params(model))
+    shardings = train_step.state_shardings(abstract, mesh)
+    if checkpoints.latest_step is not None:
+        log.info("continuing from step %d", checkpoints.latest_step)
+        return checkpoints.restore(abstract, shardings, iterator)
+    if config.model.path is not None:
+        params = model_dir.load_params(config.model.path, mesh=mesh, dtype=jnp.float32)
+        return sharding.init_sharded(from_params, shardings, params)
+
+    def from_seed(key: jax.Array) -> train_step.TrainState:
+        return from_params(model.init(key, example_batch(model.config))["params"])
+
+    return sharding.init_sharded(from_seed, shardings, jax.random.key(config.seed))
+
+
+class Watch:
+    """Metrics of the steps on their way: checked, written and shown one step behind the device."""
+
+    def __init__(
+        self, config: ConfigDict, writer: MetricsWriter, schedule: Any, total_steps: int, start: int
+    ):
+        self.progress = Progress(
+            total_steps,
+            "training",
+            unit="steps",
+            initial=start,
+            enabled=jax.process_index() == 0,
+        )
+        self._config, self._writer, self._schedule = config, writer, schedule
+        self._pending: collections.deque = collections.deque()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count pairs per second from now: what came before was not training."""
+        self._pairs, self._since = 0, time.monotonic()
+
+    def add(self, step: int, metrics: dict[str, jax.Array], batch: TrainBatch) -> None:
+        self._pending.append((step, metrics, batch))
+        while len(self._pending) > 1:
+            self._finish(*self._pending.popleft())
+
+    def drain(self) -> None:
+        while self._pending:
+            self._finish(*self._pending.popleft())
+
+    def _finish(self, step: int, metrics: dict[str, jax.Array], batch: TrainBatch) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+            rows = [row for pack in batch.ids for shard in pack for row in shard if row]
+            raise FloatingPointError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the "
+                f"last checkpoint is kept. Rows of this process's batch: {', '.join(rows)}"
+            )
+        values["epoch"] = batch.epoch
+        self._pairs += int(values["pairs"])
+        self.progress.update(1, f"loss {values['loss']:.4f}")
+        if step % self._config.log_every == 0:
+            now = time.monotonic()
+            values["pairs_per_second"] = self._pairs / (now - self._since)
+            values["learning_rate"] = float(self._schedule(step - 1))
+            self._pairs, self._since = 0, now
+            self._writer.write(step, values)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    distributed.initialize()
+    train(_CONFIG.value, Path(_WORKDIR.value))
+
+
+if __name__ == "__main__":
+    app.run(main)
