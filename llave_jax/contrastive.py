@@ -24,10 +24,11 @@ from llave_jax.loss import (
     similarity_matrix,
 )
 
-# Above this many similarities per device (64 MiB in float32, of which value and gradient hold
-# several copies) the matrix is computed in tiles; below, tiles would only cost time.
-LARGEST_MATRIX = 2**24
-BLOCK_SIZE = 2048
+# Up to this many similarities per device their matrix is held (16 MiB, and value and gradient hold
+# seven such); a larger one is computed in tiles, which is also faster: benchmarks/loss_memory.py.
+LARGEST_MATRIX = 2**22
+# Larger tiles are no faster and take a TPU's compiler minutes.
+BLOCK_SIZE = 1024
 
 
 def contrastive_loss(
