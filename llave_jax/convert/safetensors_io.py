@@ -153,15 +153,16 @@ class SafetensorsFile:
                 "An interrupted download or copy? Fetch it again."
             )
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor `name` in memory of its own."""
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        """The tensor `name`, or its slice `[layer]`, in memory of its own."""
         info = self.tensors[name]
-        data = np.empty(info.nbytes, np.uint8)
+        shape = info.shape if layer is None else info.shape[1:]
+        data = np.empty(math.prod(shape) * info.dtype.itemsize, np.uint8)
         with open(self.path, "rb") as file:
-            file.seek(self._data_start + info.start)
-            if file.readinto(data) != info.nbytes:
+            file.seek(self._data_start + info.start + (layer or 0) * data.nbytes)
+            if file.readinto(data) != data.nbytes:
                 raise CheckpointError(f"{self.path}: ends within tensor {name}")
-        return data.view(info.dtype).reshape(info.shape)
+        return data.view(info.dtype).reshape(shape)
 
     def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
         """The bytes of the tensor `name`, at most `size` at a time."""

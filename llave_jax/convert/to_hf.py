@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig
 from llave_jax.progress import Progress
 
 SHARD_BYTES = 5_000_000_000
-_TORCH_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 _ROWS_MULTIPLE = 64
 
 # A conversation in the form the model was trained with, images in front of the text of their turn.
@@ -78,31 +76,54 @@ class Origin:
     tied: frozenset[str]
 
 
-class _Weights:
-    """The tensors to write: parameters, and the carried ones."""
+class _Model:
+    """A model directory or a training run to write: all it consists of.
 
-    def __init__(self, path: Path, config: LlaveConfig, params: Mapping[str, Any], origin: Origin):
-        carried = path / model_dir.CARRIED
+    Attributes:
+      directory: the model directory, of a run its part.
+      carried: row of the table -> name of a carried tensor.
+      dtypes: path -> dtype in the checkpoint the model came from; without one, of the parameter.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._params = model_dir.open_params(path)
+        self.directory = model_dir.locate(path)
+        self.config = model_dir.load_config(self.directory)
+        self.origin = _read_origin(self.directory)
+        # Parameters in a file are read from it, not through its mapping: mapped pages would stay.
+        in_file = self.directory == Path(path)
+        self._file = SafetensorsFile(self.directory / model_dir.WEIGHTS) if in_file else None
+        self._last: tuple[str, np.ndarray] | None = None
+
+        carried = self.directory / model_dir.CARRIED
         self._carried = SafetensorsFile(carried) if carried.is_file() else None
-        self._config, self._params = config, params
-        self._loaded: str | None = None
-        self._array: np.ndarray | None = None
         self.carried: dict[Match, str] = {}
         for name in self._carried.tensors if self._carried else ():
-            if hit := names.match(name, origin.layout or ""):
+            if hit := names.match(name, self.origin.layout):
                 self.carried[hit] = name
 
+        self.dtypes = {name: np.dtype(array.dtype) for name, array in self._params.items()}
+        for file, header in self.origin.headers.items():
+            for name, info in parse_header(header, file).items():
+                hit = names.match(name, self.origin.layout)
+                if hit is not None and hit.rule.path is not None:
+                    self.dtypes[hit.rule.path] = info.dtype
+
     def read(self, hit: Match) -> np.ndarray:
-        """A tensor in the Hugging Face shape. The last parameter is kept: read all layers of
-        one before the next."""
+        """A tensor in the Hugging Face shape; read all layers of one parameter before the next."""
         if hit in self.carried:
             return self._carried.read(self.carried[hit])
         rule = names.EMBEDDING if hit.rule == names.LM_HEAD else hit.rule
-        if rule.path != self._loaded:
-            self._array = None
-            self._array, self._loaded = np.asarray(self._params[rule.path]), rule.path
-        array = self._array if hit.layer is None else self._array[hit.layer]
-        return names.to_hf(rule, array, self._config)
+        return names.to_hf(rule, self._parameter(rule.path, hit.layer), self.config)
+
+    def _parameter(self, path: str, layer: int | None) -> np.ndarray:
+        if self._file is not None:
+            return self._file.read(path, layer)
+        if self._last is None or self._last[0] != path:
+            self._last = None  # before the next one is loaded
+            self._last = path, np.asarray(self._params[path])
+        array = self._last[1]
+        return array if layer is None else array[layer]
 
 
 def convert_to_hf(
@@ -128,18 +149,14 @@ def convert_to_hf(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    params = model_dir.open_params(source)
-    source, output = model_dir.locate(source), Path(output)
-    config = model_dir.load_config(source)
-    origin = _read_origin(source)
-    weights = _Weights(source, config, params, origin)
-    with model_dir.staged_directory(output, overwrite=overwrite, keep=source) as staged:
-        if layout == origin.layout:
-            _write_original(staged, source, config, weights, origin, show_progress)
+    model = _Model(source)
+    with model_dir.staged_directory(
+        Path(output), overwrite=overwrite, keep=model.directory
+    ) as staged:
+        if layout == model.origin.layout:
+            _write_original(staged, model, show_progress)
         else:
-            _write_translated(
-                staged, source, layout, config, weights, origin, params, show_progress
-            )
+            _write_translated(staged, model, layout, show_progress)
 
 
 def _read_origin(source: Path) -> Origin:
@@ -154,16 +171,10 @@ def _read_origin(source: Path) -> Origin:
     )
 
 
-def _write_original(
-    target: Path,
-    source: Path,
-    config: LlaveConfig,
-    weights: _Weights,
-    origin: Origin,
-    show_progress: bool,
-) -> None:
+def _write_original(target: Path, model: _Model, show_progress: bool) -> None:
     """The directory the model came from, with the weights of now."""
-    shutil.copytree(source / model_dir.SOURCE, target, dirs_exist_ok=True)
+    origin, config = model.origin, model.config
+    shutil.copytree(model.directory / model_dir.SOURCE, target, dirs_exist_ok=True)
     (target / model_dir.LAYOUT.name).unlink()
     values = hf_config.with_inputs(
         origin.config, origin.layout, config.inputs, config.vision.image_size
@@ -176,63 +187,41 @@ def _write_original(
             hits[name] = names.match(name, origin.layout)
             if hits[name] is None:
                 raise CheckpointError(
-                    f"{source / model_dir.LAYOUT}: {name} is not in the name table"
+                    f"{model.directory / model_dir.LAYOUT}: {name} is not in the name table"
                 )
-    _write_weights(target, origin.headers, hits, weights, show_progress)
+    _write_weights(target, origin.headers, hits, model, show_progress)
 
 
-def _write_translated(
-    target: Path,
-    source: Path,
-    layout: str,
-    config: LlaveConfig,
-    weights: _Weights,
-    origin: Origin,
-    params: Mapping[str, Any],
-    show_progress: bool,
-) -> None:
+def _write_translated(target: Path, model: _Model, layout: str, show_progress: bool) -> None:
     """A directory in a layout the model did not come from."""
     # Without an LM head there is none to write; tying makes the directory complete.
-    tied = Match(names.LM_HEAD) not in weights.carried
-    text = dataclasses.replace(config.text, tie_word_embeddings=tied)
-    model_dir.copy_tokenizer(source / model_dir.TOKENIZER, target)
+    tied = Match(names.LM_HEAD) not in model.carried
+    text = dataclasses.replace(model.config.text, tie_word_embeddings=tied)
+    model_dir.copy_tokenizer(model.directory / model_dir.TOKENIZER, target)
     placeholders: list[int] = []
     if layout == "onevision":
         placeholders = add_special_tokens(target, ["<image>", "<video>"])
         if max(placeholders) >= text.vocab_size:
             rows = -(-(max(placeholders) + 1) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
             text = dataclasses.replace(text, vocab_size=rows)
-    written = dataclasses.replace(config, text=text)
+    written = dataclasses.replace(model.config, text=text)
 
     hits = names.parameter_matches(written) + [Match(rule) for rule in names.POST_LAYERNORM]
     if not tied:
         hits.append(Match(names.LM_HEAD))
-    dtypes = _dtypes(origin, params)
     tensors = {}
     for hit in hits:
-        dtype = dtypes.get(hit.rule.path or "", dtypes["vision_tower/position_embedding"])
-        if hit.rule == names.LM_HEAD:
-            dtype = dtypes[names.EMBEDDING.path]
+        like = names.EMBEDDING.path if hit.rule == names.LM_HEAD else hit.rule.path
+        dtype = model.dtypes[like or "vision_tower/position_embedding"]
         tensors[names.hf_name(hit, layout)] = (hit, dtype, names.hf_shape(hit.rule, written))
-    _write_shards(target, tensors, weights, show_progress)
-    _write_settings(target, source, layout, written, origin, placeholders, dtypes)
-
-
-def _dtypes(origin: Origin, params: Mapping[str, Any]) -> dict[str, np.dtype]:
-    """path -> dtype in the checkpoint the model came from, or of the parameters themselves."""
-    dtypes = {path: np.dtype(array.dtype) for path, array in params.items()}
-    for file, header in origin.headers.items():
-        for name, info in parse_header(header, file).items():
-            hit = names.match(name, origin.layout)
-            if hit is not None and hit.rule.path is not None:
-                dtypes[hit.rule.path] = info.dtype
-    return dtypes
+    _write_shards(target, tensors, model, show_progress)
+    _write_settings(target, model, layout, written, placeholders)
 
 
 def _write_shards(
     target: Path,
     tensors: dict[str, tuple[Match, np.dtype, tuple[int, ...]]],
-    weights: _Weights,
+    model: _Model,
     show_progress: bool,
 ) -> None:
     """One file, or shards of at most SHARD_BYTES with an index, in the order of the names."""
@@ -261,14 +250,14 @@ def _write_shards(
         for file, shard in zip(files, shards, strict=True)
     }
     hits = {name: hit for name, (hit, _, _) in tensors.items()}
-    _write_weights(target, headers, hits, weights, show_progress)
+    _write_weights(target, headers, hits, model, show_progress)
 
 
 def _write_weights(
     target: Path,
     headers: dict[str, str],
     hits: dict[str, Match],
-    weights: _Weights,
+    model: _Model,
     show_progress: bool,
 ) -> None:
     """Fill files of given headers. Parameter after parameter, not file after file: each of ours is
@@ -284,18 +273,18 @@ def _write_weights(
             owner |= dict.fromkeys(writer.tensors, writer)
         for name in sorted(hits, key=lambda name: (rows[hits[name].rule], hits[name].layer or 0)):
             info = owner[name].tensors[name]
-            array = _read_or_make(hits[name], info.shape, weights)
+            array = _read_or_make(hits[name], info.shape, model)
             owner[name].write(name, _cast(array, info.dtype, name))
             progress.update(1)
 
 
-def _read_or_make(hit: Match, shape: tuple[int, ...], weights: _Weights) -> np.ndarray:
+def _read_or_make(hit: Match, shape: tuple[int, ...], model: _Model) -> np.ndarray:
     """A tensor in the shape to write: rows for placeholder tokens are added as zeros, a tower's
     final norm that the model never had is the identity. Neither is ever used in an embedding."""
-    if hit.rule in names.POST_LAYERNORM and hit not in weights.carried:
+    if hit.rule in names.POST_LAYERNORM and hit not in model.carried:
         fill = np.ones if hit.rule.name.endswith("weight") else np.zeros
         return fill(shape, np.float32)
-    array = weights.read(hit)
+    array = model.read(hit)
     if array.shape == shape:
         return array
     padded = np.zeros(shape, array.dtype)
@@ -317,16 +306,10 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def _write_settings(
-    target: Path,
-    source: Path,
-    layout: str,
-    config: LlaveConfig,
-    origin: Origin,
-    placeholders: list[int],
-    dtypes: dict[str, np.dtype],
+    target: Path, model: _Model, layout: str, config: LlaveConfig, placeholders: list[int]
 ) -> None:
     """All files but weights and tokenizer."""
-    dtype = dtypes[names.EMBEDDING.path].name
+    origin, dtype = model.origin, model.dtypes[names.EMBEDDING.path].name
     if layout == "onevision":
         values = hf_config.to_onevision(config, origin.config, dtype, *placeholders)
         text_values = values["text_config"]
@@ -343,7 +326,7 @@ def _write_settings(
     _write_json(
         target / "preprocessor_config.json", hf_config.image_processor_values(config, layout)
     )
-    generation = source / model_dir.SOURCE / "generation_config.json"
+    generation = model.directory / model_dir.SOURCE / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, target / generation.name)
     else:
