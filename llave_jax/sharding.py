@@ -169,6 +169,31 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def gather_for_use(x: jax.Array, path: str, rules: Rules = PARAM_RULES) -> jax.Array:
+    """A layer's parameter, whole but for the tensor axis; its gradient goes back to its shards.
+
+    Said explicitly, so that what travels is the parameter in the dtype given here, once for each
+    use. XLA would otherwise cut the matrix products into as many as there are shards, too thin for
+    the matrix units.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = param_spec(path, x.shape, mesh, rules)
+    whole = PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
+    constrain = jax.lax.with_sharding_constraint
+
+    @jax.custom_vjp
+    def gather(x: jax.Array) -> jax.Array:
+        return constrain(constrain(x, spec), whole)
+
+    def scatter(_, gradient: jax.Array) -> tuple[jax.Array]:
+        return (constrain(constrain(gradient, whole), spec),)
+
+    gather.defvjp(lambda x: (gather(x), None), scatter)
+    return gather(x)
+
+
 def map_rows_and_heads(
     function: Callable[..., jax.Array],
     with_heads: Sequence[jax.Array],

@@ -93,8 +93,9 @@ class Placement:
 class Planner:
     """Decides where groups go, from their sizes alone.
 
-    Groups go to the least filled shard with room, sequences to the tightest row: deterministic,
-    in the order of the calls.
+    A group goes to the shard where its longest sequence leaves least of a row unused, of several to
+    the least filled; its other sequences to the tightest rows there. Deterministic, in the order
+    of the calls.
     """
 
     def __init__(self, budget: Budget, num_shards: int):
@@ -113,16 +114,23 @@ class Planner:
 
     def place(self, lengths: Seq[int], crops: int) -> Placement | None:
         """A place for sequences of these lengths with `crops` crops in all; None if no room is left."""
-        for index in sorted(range(len(self.shards)), key=lambda index: (self._fill(index), index)):
-            shard = self.shards[index]
+        best: tuple[tuple[int, float, int], list[int]] | None = None
+        for index, shard in enumerate(self.shards):
             if shard.groups_used == self.budget.groups:
                 continue
             if shard.crops_used + crops > self.budget.crops:
                 continue
             rows = self._choose_rows(shard.row_used, lengths)
-            if rows is not None:
-                return self._take(index, rows, lengths, crops)
-        return None
+            if rows is None:
+                continue
+            row = rows[max(range(len(lengths)), key=lambda side: lengths[side])]
+            room = self.budget.row_length - shard.row_used[row] - max(lengths)
+            choice = (room, self._fill(index), index), rows
+            best = choice if best is None else min(best, choice)
+        if best is None:
+            return None
+        (_, _, index), rows = best
+        return self._take(index, rows, lengths, crops)
 
     def _take(self, index: int, rows: Seq[int], lengths: Seq[int], crops: int) -> Placement:
         shard = self.shards[index]

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llave_jax.sharding import constrain_rows
+from llave_jax.sharding import constrain_rows, gather_for_use
 
 Dtype = Any
 
@@ -26,15 +26,23 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
+def residual_scale(num_layers: int) -> float:
+    """Initial scale of what a block adds to the residual stream: the sum over all blocks, two
+    additions each, has the size of the stream's first value."""
+    return 1.0 / math.sqrt(2 * num_layers)
+
+
 class Projection(nn.Module):
     """Linear map over the trailing `in_axes` axes of its input to axes `features`.
 
-    Kernel [*in, *features], bias [*features].
+    Kernel [*in, *features], bias [*features]. `init_scale` is the standard deviation of an output
+    when training starts from scratch, for inputs of standard deviation 1.
     """
 
     features: tuple[int, ...]
     in_axes: int = 1
     use_bias: bool = True
+    init_scale: float = 1.0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -44,13 +52,14 @@ class Projection(nn.Module):
         fan_in = math.prod(inputs)
 
         def initial(key, shape, dtype):
-            return jax.random.normal(key, shape, dtype) / math.sqrt(fan_in)
+            return jax.random.normal(key, shape, dtype) * (self.init_scale / math.sqrt(fan_in))
 
         kernel = self.param("kernel", initial, (*inputs, *self.features), self.param_dtype)
+        kernel = gather_for_use(kernel.astype(self.dtype), "/".join((*self.path, "kernel")))
         axes = tuple(range(x.ndim - self.in_axes, x.ndim))
         y = jax.lax.dot_general(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            kernel,
             ((axes, tuple(range(self.in_axes))), ((), ())),
         )
         if self.use_bias:

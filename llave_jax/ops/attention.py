@@ -87,21 +87,28 @@ def xla_attention(query, key, value, segment_ids, *, causal: bool) -> jax.Array:
 def _attend(query, key, value, query_segments, key_segments, start, causal):
     """Queries [B, T, H, D], the first at position `start`, over keys [B, S, G, D] from 0."""
     batch, length, heads, head_dim = query.shape
-    groups = key.shape[2]
-    query = query.reshape(batch, length, groups, heads // groups, head_dim)
-    scores = jnp.einsum("BTGHD,BSGD->BGHTS", query, key, preferred_element_type=jnp.float32)
+    groups, repeats = key.shape[2], heads // key.shape[2]
+    # The query heads of a group as further rows of one product: batch axes first and nothing
+    # repeated is several times faster on CPUs than heads left where they are.
+    query = query.reshape(batch, length, groups, repeats, head_dim).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(batch, groups, repeats * length, head_dim)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scores = jnp.einsum("BGND,BGSD->BGNS", query, key, preferred_element_type=jnp.float32)
     scores *= 1.0 / math.sqrt(head_dim)
+    scores = scores.reshape(batch, groups, repeats, length, -1)
     mask = None
     if causal:
         position = start + jnp.arange(length)
-        mask = (position[:, None] >= jnp.arange(key.shape[1]))[None]
+        mask = (position[:, None] >= jnp.arange(key.shape[2]))[None]
     if query_segments is not None:
         same = query_segments[:, :, None] == key_segments[:, None, :]
         mask = same if mask is None else mask & same
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("BGHTS,BSGD->BTGHD", weights, value)
+    weights = weights.reshape(batch, groups, repeats * length, -1)
+    out = jnp.einsum("BGNS,BGSD->BGND", weights, value)
+    out = out.reshape(batch, groups, repeats, length, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, head_dim)
 
 

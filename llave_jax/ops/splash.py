@@ -16,8 +16,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 # The kernel works on tiles of this many tokens.
 TILE = 128
-# Larger blocks load keys less often; VMEM holds the float32 scores of one block.
-LARGEST_BLOCK = 1024
+# Larger blocks load keys less often, but compute more of what a causal mask hides.
+LARGEST_BLOCK = 512
 # Segment of the tokens that fill the last tile; real segments are not negative.
 PADDING = -1
 # Name of the kernel's results that its backward pass needs, for rematerialisation policies.
@@ -35,7 +35,7 @@ def splash_attention(
 ) -> jax.Array:
     """As `ops.attention.attention`; `interpret` runs the kernel on any platform, slowly."""
     _, length, heads, head_dim = query.shape
-    padded = -(-length // TILE) * TILE
+    block, padded = tiling(length)
     # The kernel does not scale the scores.
     query = (query.astype(jnp.float32) * (1.0 / math.sqrt(head_dim))).astype(query.dtype)
 
@@ -46,7 +46,7 @@ def splash_attention(
 
     query, key, value = (pad(x).swapaxes(1, 2) for x in (query, key, value))
     segment_ids = pad(segment_ids, PADDING)
-    kernel = _kernel(padded, heads, causal, interpret)
+    kernel = _kernel(padded, block, heads, causal, interpret)
 
     def one_row(query, key, value, segment_ids):
         segments = splash_attention_kernel.SegmentIds(q=segment_ids, kv=segment_ids)
@@ -56,9 +56,8 @@ def splash_attention(
     return out.swapaxes(1, 2)[:, :length]
 
 
-def _kernel(length: int, heads: int, causal: bool, interpret: bool):
+def _kernel(length: int, block: int, heads: int, causal: bool, interpret: bool):
     mask = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
-    block = largest_block(length)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask((length, length))] * heads),
         head_shards=1,
@@ -76,7 +75,8 @@ def _kernel(length: int, heads: int, causal: bool, interpret: bool):
     )
 
 
-def largest_block(length: int) -> int:
-    """The largest block of whole tiles that divides a multiple of TILE."""
-    tiles = length // TILE
-    return TILE * max(n for n in range(1, LARGEST_BLOCK // TILE + 1) if tiles % n == 0)
+def tiling(length: int) -> tuple[int, int]:
+    """(block, padded length): the fewest blocks of at most LARGEST_BLOCK, each of whole tiles."""
+    count = -(-length // LARGEST_BLOCK)
+    block = -(-length // (count * TILE)) * TILE
+    return block, count * block

@@ -1,0 +1,197 @@
+"""The sizes of MMEB's training pairs, as assumed where the data itself is not at hand.
+
+Owns one table: rows, image sizes and text lengths by subset. Budgets of batches, predicted speed
+and the packing figures in docs/scaling.md all come from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from llave_jax.inputs.anyres import best_canvas, image_taps
+from llave_jax.inputs.packing import Budget, Planner
+from llave_jax.models.config import LlaveConfig
+
+# (width, height, share) of the image sizes of a source. COCO, VOC and ImageNet are published as
+# files; the others are what their papers or hosts say they scaled images to.
+Sizes = tuple[tuple[int, int, float], ...]
+COCO: Sizes = (
+    (640, 480, 0.45),
+    (480, 640, 0.2),
+    (640, 427, 0.2),
+    (427, 640, 0.08),
+    (640, 360, 0.04),
+    (500, 375, 0.03),
+)
+IMAGENET: Sizes = (
+    (500, 375, 0.5),
+    (375, 500, 0.17),
+    (500, 333, 0.13),
+    (333, 500, 0.05),
+    (500, 500, 0.05),
+    (250, 200, 0.1),
+)
+VOC: Sizes = ((500, 375, 0.6), (375, 500, 0.25), (500, 333, 0.15))
+NEWS: Sizes = ((768, 512, 0.7), (512, 768, 0.2), (768, 768, 0.1))
+N24: Sizes = ((600, 400, 0.8), (400, 600, 0.2))
+SCENES: Sizes = ((1024, 768, 0.5), (500, 375, 0.3), (300, 225, 0.2))
+MEMES: Sizes = ((550, 400, 0.4), (400, 550, 0.3), (825, 550, 0.3))
+SCANS: Sizes = ((1700, 2200, 0.85), (2200, 1700, 0.15))
+POSTERS: Sizes = ((1000, 3000, 0.5), (800, 5000, 0.25), (1200, 900, 0.25))
+CHARTS: Sizes = ((800, 557, 0.6), (850, 600, 0.3), (430, 600, 0.1))
+NATURAL_PAIRS: Sizes = ((1024, 683, 0.5), (640, 480, 0.3), (600, 800, 0.2))
+NIGHTS: Sizes = ((512, 512, 1.0),)
+WIKI: Sizes = ((1024, 768, 0.6), (768, 1024, 0.3), (600, 600, 0.1))
+# Boxes around objects, cut out of COCO images.
+BOXES: Sizes = ((60, 80, 0.3), (150, 200, 0.3), (240, 180, 0.2), (400, 300, 0.15), (500, 420, 0.05))
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of the pairs of a subset.
+
+    Attributes:
+      text: mean tokens of its text, instruction included, chat format not.
+      images: sizes of its image; None: it has none.
+    """
+
+    text: float
+    images: Sizes | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    rows: int
+    query: Side
+    target: Side
+
+
+# The rows are those of the paper's recipe (at most 50 000 of each): 662 thousand together.
+SUBSETS: dict[str, Subset] = {
+    "ImageNet_1K": Subset(50_000, Side(8, IMAGENET), Side(5)),
+    "N24News": Subset(48_988, Side(45, N24), Side(3)),
+    "HatefulMemes": Subset(8_500, Side(18, MEMES), Side(2)),
+    "VOC2007": Subset(7_844, Side(8, VOC), Side(3)),
+    "SUN397": Subset(19_850, Side(8, SCENES), Side(4)),
+    "OK-VQA": Subset(9_009, Side(22, COCO), Side(4)),
+    "A-OKVQA": Subset(17_056, Side(24, COCO), Side(4)),
+    "DocVQA": Subset(39_463, Side(22, SCANS), Side(8)),
+    "InfographicsVQA": Subset(23_946, Side(26, POSTERS), Side(6)),
+    "ChartQA": Subset(28_299, Side(24, CHARTS), Side(5)),
+    "Visual7W": Subset(50_000, Side(20, COCO), Side(6)),
+    "VisDial": Subset(50_000, Side(140), Side(9, COCO)),
+    "CIRR": Subset(26_116, Side(28, NATURAL_PAIRS), Side(9, NATURAL_PAIRS)),
+    "VisualNews_t2i": Subset(50_000, Side(36), Side(9, NEWS)),
+    "VisualNews_i2t": Subset(50_000, Side(13, NEWS), Side(26)),
+    "MSCOCO_t2i": Subset(50_000, Side(24), Side(9, COCO)),
+    "MSCOCO_i2t": Subset(50_000, Side(12, COCO), Side(14)),
+    "NIGHTS": Subset(15_941, Side(12, NIGHTS), Side(9, NIGHTS)),
+    "WebQA": Subset(17_166, Side(34), Side(24, WIKI)),
+    "MSCOCO": Subset(50_000, Side(18, COCO), Side(12, BOXES)),
+}
+# Tokens of the chat format around a text, and the line break after an image.
+CHAT_TOKENS = 24
+# Texts of a subset spread around their mean like a log-normal of this deviation.
+TEXT_SPREAD = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSizes:
+    """Sizes of n pairs, query and target: `lengths` int [n, 2] tokens, `crops` int [n, 2]."""
+
+    lengths: np.ndarray
+    crops: np.ndarray
+
+
+def sample_pairs(config: LlaveConfig, count: int, seed: int = 0) -> PairSizes:
+    """Sizes of pairs drawn uniformly from all rows of the mix, as the model's inputs lay them out."""
+    rng = np.random.default_rng(seed)
+    rows = np.array([subset.rows for subset in SUBSETS.values()], float)
+    lengths, crops = np.zeros((2, count, 2), np.int64)
+    for i, choice in enumerate(rng.choice(len(rows), size=count, p=rows / rows.sum())):
+        subset = list(SUBSETS.values())[choice]
+        for side, content in enumerate((subset.query, subset.target)):
+            mean = np.log(content.text) - TEXT_SPREAD**2 / 2
+            length = CHAT_TOKENS + round(rng.lognormal(mean, TEXT_SPREAD))
+            if content.images is not None:
+                shares = [share for *_, share in content.images]
+                width, height, _ = content.images[rng.choice(len(shares), p=shares)]
+                visual, crops[i, side] = image_cost(width, height, config)
+                length += visual
+            lengths[i, side] = min(length, config.inputs.max_length)
+    return PairSizes(lengths, crops)
+
+
+@functools.lru_cache
+def image_cost(width: int, height: int, config: LlaveConfig) -> tuple[int, int]:
+    """(tokens, crops) of an image."""
+    vision = config.vision
+    taps = image_taps(width, height, config.inputs, vision.image_size, vision.patches_per_side)
+    canvas_height, canvas_width = best_canvas(width, height, config.inputs.pinpoints)
+    tiles = canvas_height * canvas_width // vision.image_size**2
+    return taps.shape[0], 1 + tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How well pairs fill batches of a budget: shares of what the batches have room for.
+
+    Attributes:
+      tokens, crops, pairs: filled share of row tokens, crop slots, pair slots.
+      carried_twice: share of pairs that did not fit into two batches or more.
+      attention: scores a causal kernel that knows only rows computes, over those within sequences.
+    """
+
+    tokens: float
+    crops: float
+    pairs: float
+    carried_twice: float
+    attention: float
+
+
+def simulate(
+    sizes: PairSizes, budget: Budget, shards: int, lookahead: int = 16, skip_batches: int = 2
+) -> Packing:
+    """Packs a stream of pairs as training does; the last batch and the first few do not count.
+
+    Args:
+      shards: of one process, which packs by itself.
+      lookahead: as of `data.pipeline.train_iterator`.
+    """
+    pairs = [
+        (lengths, sum(crops)) for lengths, crops in zip(sizes.lengths, sizes.crops, strict=True)
+    ]
+    stream = iter(range(len(pairs)))
+    waiting: list[int] = []
+    times_carried = np.zeros(len(pairs), int)
+    batches = []
+    while True:
+        planner = Planner(budget, shards)
+        placed = [i for i in waiting if planner.place(*pairs[i]) is not None]
+        waiting = [i for i in waiting if i not in set(placed)]
+        while not planner.full and len(waiting) < lookahead:
+            i = next(stream, None)
+            if i is None:
+                return _shares(sizes, budget, shards, batches[skip_batches:], times_carried)
+            (placed if planner.place(*pairs[i]) is not None else waiting).append(i)
+        times_carried[waiting] += 1
+        batches.append(placed)
+
+
+def _shares(sizes, budget, shards, batches, times_carried) -> Packing:
+    if not batches:
+        raise ValueError("too few pairs to fill batches of this budget; give more")
+    placed = np.concatenate(batches)
+    room = len(batches) * shards
+    tokens = sizes.lengths[placed]
+    row_tokens = budget.rows * budget.row_length
+    return Packing(
+        tokens=tokens.sum() / (room * row_tokens),
+        crops=sizes.crops[placed].sum() / (room * budget.crops),
+        pairs=len(placed) / (room * budget.groups),
+        carried_twice=float(np.mean(times_carried[placed] > 1)),
+        attention=room * row_tokens * (budget.row_length + 1) / (tokens * (tokens + 1)).sum(),
+    )
