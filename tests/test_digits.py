@@ -443,5 +443,5 @@ def test_sequences_are_short(built, tokenizer):
             for text, path in [(query, image), *zip(texts, paths, strict=True)]:
                 images = (str(built / "eval" / "images" / path),) if path else ()
                 sequence = builder(Item(text, images))
-                assert len(sequence) <= 128
+                assert len(sequence) < PRESETS["tiny"].inputs.max_length
                 assert len(sequence.crops) == (2 if path else 0)

@@ -18,8 +18,8 @@ from llave_jax.benchmarks import digits_scenes as S
 from llave_jax.benchmarks.files import write_text
 from llave_jax.inputs import chat
 
-VOCABULARY = 1024  # at most; as in the "tiny" preset
-MAX_LENGTH = 256  # tokens, without the visual ones; as in the "tiny" preset
+VOCABULARY = 512  # at most; as in the "tiny" preset
+MAX_LENGTH = 128  # tokens, without the visual ones; as in the "tiny" preset
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 # How Qwen2 cuts a text into words; bytes are merged within words only.
