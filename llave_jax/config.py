@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from llave_jax import sharding
+from llave_jax import optim, sharding
 from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import PRESETS, LlaveConfig
+from llave_jax.models.llave import Llave, abstract_params
 
 
 def default_config() -> ConfigDict:
@@ -167,3 +170,30 @@ def model_config(config: ConfigDict) -> LlaveConfig:
 
 def mesh_of(config: ConfigDict) -> jax.sharding.Mesh:
     return sharding.make_mesh(dict(config.mesh))
+
+
+def make_model(
+    config: ConfigDict, llave_config: LlaveConfig
+) -> tuple[Llave, dict[str, float | None]]:
+    """The model, and the learning-rate factor of each parameter."""
+    options: dict[str, Any] = {
+        "dtype": jnp.dtype(config.dtype),
+        "attention": config.attention,
+        "vision_attention": config.vision_attention,
+        "remat": "full" if config.remat in ("block", "both") else None,
+    }
+    paths = sharding.flatten(abstract_params(Llave(llave_config)))
+    factors = optim.rate_factors(list(paths), config.optim.rates)
+    freeze_vision = all(
+        factor is None for path, factor in factors.items() if path.startswith("vision_tower/")
+    )
+    return Llave(llave_config, freeze_vision=freeze_vision, **options), factors
+
+
+def make_optimizer(config: ConfigDict, schedule: Any, factors: dict[str, float | None]) -> Any:
+    settings = {
+        key: value
+        for key, value in config.optim.items()
+        if key not in ("learning_rate", "warmup_fraction", "rates")
+    }
+    return optim.make_optimizer(schedule, factors, **settings)

@@ -68,11 +68,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
         config, source, SequenceBuilder(tokenizer, llave_config), mesh, workdir
     )
 
-    model, factors = make_model(config, llave_config)
+    model, factors = config_lib.make_model(config, llave_config)
     schedule = optim.learning_rate_schedule(
         config.optim.learning_rate, total_steps, config.optim.warmup_fraction
     )
-    optimizer = make_optimizer(config, schedule, factors)
+    optimizer = config_lib.make_optimizer(config, schedule, factors)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     state = make_state(config, model, optimizer, factors, mesh, checkpoints, iterator)
     step_function = jax.jit(
@@ -251,33 +251,6 @@ def make_iterator(
 def loss_config(config: ConfigDict) -> train_step.LossConfig:
     settings = {key: value for key, value in config.loss.items() if key != "hard_negatives"}
     return train_step.LossConfig(**settings)
-
-
-def make_model(
-    config: ConfigDict, llave_config: LlaveConfig
-) -> tuple[Llave, dict[str, float | None]]:
-    """The model, and the learning-rate factor of each parameter."""
-    options: dict[str, Any] = {
-        "dtype": jnp.dtype(config.dtype),
-        "attention": config.attention,
-        "vision_attention": config.vision_attention,
-        "remat": "full" if config.remat in ("block", "both") else None,
-    }
-    paths = sharding.flatten(abstract_params(Llave(llave_config)))
-    factors = optim.rate_factors(list(paths), config.optim.rates)
-    freeze_vision = all(
-        factor is None for path, factor in factors.items() if path.startswith("vision_tower/")
-    )
-    return Llave(llave_config, freeze_vision=freeze_vision, **options), factors
-
-
-def make_optimizer(config: ConfigDict, schedule: Any, factors: dict[str, float | None]) -> Any:
-    settings = {
-        key: value
-        for key, value in config.optim.items()
-        if key not in ("learning_rate", "warmup_fraction", "rates")
-    }
-    return optim.make_optimizer(schedule, factors, **settings)
 
 
 def make_state(
