@@ -723,7 +723,7 @@ def test_memory(tmp_path):
 def test_model_without_origin(golden, tmp_path, layout, tied):
     preset = PRESETS["tiny"]
     config = dataclasses.replace(
-        preset, text=dataclasses.replace(preset.text, tie_word_embeddings=tied)
+        preset, text=dataclasses.replace(preset.text, vocab_size=1024, tie_word_embeddings=tied)
     )
     rng = np.random.default_rng(0)
     params = {
