@@ -91,24 +91,41 @@ def load_image(image: ImageLike, name: str = "") -> PIL.Image.Image:
       ImageError: missing, unreadable, not an image, truncated, corrupt, more than `MAX_PIXELS`,
         without pixels, or of a pixel type that has no defined range (float, 32-bit integer).
     """
-    if isinstance(image, (str, os.PathLike)):
-        encoded = read_image_file(image, name)
-        return _decode(encoded, _join(name, os.fspath(image)))
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return _decode(bytes(image), name)
+    return _to_rgb(*_open(image, name))
+
+
+def image_size(image: ImageLike, name: str = "") -> tuple[int, int]:
+    """Width and height of an image, from its header alone.
+
+    Raises:
+      ImageError: as `load_image`, but for damage behind the header.
+    """
+    opened, name = _open(image, name)
+    _check_size(opened, name)
+    return opened.size
+
+
+def _open(image: ImageLike, name: str) -> tuple[PIL.Image.Image, str]:
+    """The image with its header read, and its full name for errors."""
     if isinstance(image, PIL.Image.Image):
-        return _to_rgb(image, name)
-    raise TypeError(
-        f"{name or 'image'}: expected a path, encoded bytes or a PIL image, "
-        f"found {type(image).__name__}"
-    )
-
-
-def _decode(encoded: bytes, name: str) -> PIL.Image.Image:
+        return image, name
+    if isinstance(image, (str, os.PathLike)):
+        encoded, name = read_image_file(image, name), _join(name, os.fspath(image))
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        encoded = bytes(image)
+    else:
+        raise TypeError(
+            f"{name or 'image'}: expected a path, encoded bytes or a PIL image, "
+            f"found {type(image).__name__}"
+        )
     if not encoded:
         raise ImageError(name, "the file is empty (0 bytes)")
+    return _open_encoded(encoded, name), name
+
+
+def _open_encoded(encoded: bytes, name: str) -> PIL.Image.Image:
     try:
-        image = PIL.Image.open(io.BytesIO(encoded), formats=FORMATS)
+        return PIL.Image.open(io.BytesIO(encoded), formats=FORMATS)
     except PIL.UnidentifiedImageError as error:
         raise ImageError(name, f"not an image of a known format ({_describe(encoded)})") from error
     except PIL.Image.DecompressionBombError as error:
@@ -117,10 +134,9 @@ def _decode(encoded: bytes, name: str) -> PIL.Image.Image:
         raise
     except Exception as error:  # decoders raise whatever a broken header leads them to
         raise ImageError(name, f"broken image header: {error}") from error
-    return _to_rgb(image, name)
 
 
-def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+def _check_size(image: PIL.Image.Image, name: str) -> None:
     width, height = image.size
     if width == 0 or height == 0:
         raise ImageError(name, f"the image has no pixels ({width} x {height})")
@@ -128,6 +144,10 @@ def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
         raise ImageError(
             name, f"too many pixels: {width} x {height}; the limit is {MAX_PIXELS} in all"
         )
+
+
+def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    _check_size(image, name)
     try:
         image.load()
         if image.mode == "RGB":

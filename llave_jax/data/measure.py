@@ -1,0 +1,130 @@
+"""What training pairs take, without decoding their images: tokens, crops, image sizes.
+
+Owns measuring rows of a source; `mix.py` holds assumed sizes for when there is no data at hand, and
+the simulation of packing that both feed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from llave_jax.data.mix import PairSizes
+from llave_jax.data.pipeline import sides_of
+from llave_jax.data.sources import PairSource
+from llave_jax.inputs import taps as T
+from llave_jax.inputs.anyres import best_canvas, image_taps
+from llave_jax.inputs.images import image_size
+from llave_jax.inputs.item import Item
+from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder
+
+
+class LayoutBuilder(SequenceBuilder):
+    """Builds sequences whose crops have no pixels: [C, 0, 0, 3]; images are read to their header."""
+
+    def _visuals(self, item: Item) -> list[tuple[np.ndarray, T.Taps]]:
+        if item.video is not None:
+            crops, taps = super()._visuals(item)[0]
+            return [(_no_pixels(len(crops)), taps)]
+        visuals = []
+        for source in item.images:
+            size = image_size(source, item.name)
+            visuals.append((_no_pixels(self.num_crops(*size)), self._taps(*size)))
+        return visuals
+
+    def num_crops(self, width: int, height: int) -> int:
+        """Crops of an image: the whole and its tiles."""
+        pinpoints = self.config.inputs.pinpoints
+        if not pinpoints:
+            return 1
+        rows, columns = best_canvas(width, height, pinpoints)
+        return 1 + rows * columns // self.config.vision.image_size**2
+
+    def _taps(self, width: int, height: int) -> T.Taps:
+        vision = self.config.vision
+        return image_taps(
+            width, height, self.config.inputs, vision.image_size, vision.patches_per_side
+        )
+
+
+def _no_pixels(count: int) -> np.ndarray:
+    return np.zeros((count, 0, 0, 3), np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """n pairs of one subset; Z sides each: query, target, negatives (0 where there is none).
+
+    Attributes:
+      rows: rows the subset has in all.
+      text: int [n, Z], tokens that are not visual.
+      lengths: int [n, Z], all tokens, cut to the model's length.
+      crops: int [n, Z].
+      taps: the most taps any visual token has.
+      images: (width, height) of every image.
+      with_negative: pairs that name a hard negative.
+      unusable: pair id -> reason.
+    """
+
+    rows: int
+    text: np.ndarray
+    lengths: np.ndarray
+    crops: np.ndarray
+    taps: int
+    images: list[tuple[int, int]]
+    with_negative: int
+    unusable: dict[str, str]
+
+
+def measure_subset(
+    source: PairSource, subset: str, builder: SequenceBuilder, count: int, sides: int = 2
+) -> Measured:
+    """Measures at most `count` rows of a subset, evenly spread over it, with `sides` of each."""
+    layout = LayoutBuilder(builder.tokenizer, builder.config)
+    indices = source.subsets[subset]
+    chosen = indices[:: -(-len(indices) // count)]
+    sequences: list[list[Sequence | None]] = []
+    images: list[tuple[int, int]] = []
+    unusable: dict[str, str] = {}
+    with_negative = 0
+    for index in chosen:
+        try:
+            pair = source[index]
+            items = sides_of(pair, sides)
+            sequences.append([None if item is None else layout(item) for item in items])
+        except ValueError as error:
+            unusable[source.pair_id(index)] = str(error)
+            continue
+        images += [image_size(i, item.name) for item in items if item for i in item.images]
+        with_negative += bool(pair.negatives)
+
+    def table(value: Callable[[Sequence], int]) -> np.ndarray:
+        values = [[0 if s is None else value(s) for s in pair] for pair in sequences]
+        return np.array(values, int).reshape(len(sequences), sides)
+
+    return Measured(
+        rows=len(indices),
+        text=table(lambda s: np.count_nonzero(s.tokens != VISUAL_SLOT)),
+        lengths=table(len),
+        crops=table(lambda s: len(s.crops)),
+        taps=max((s.taps.width for pair in sequences for s in pair if s), default=1),
+        images=images,
+        with_negative=with_negative,
+        unusable=unusable,
+    )
+
+
+def mixed_sizes(measured: dict[str, Measured], count: int, seed: int = 0) -> PairSizes:
+    """Sizes of `count` pairs drawn from all rows, each subset standing for its measured ones."""
+    usable = {name: part for name, part in measured.items() if len(part.lengths)}
+    rows = np.array([part.rows for part in usable.values()], float)
+    rng = np.random.default_rng(seed)
+    lengths, crops = [], []
+    for choice in rng.choice(len(rows), size=count, p=rows / rows.sum()):
+        part = list(usable.values())[choice]
+        index = rng.integers(len(part.lengths))
+        lengths.append(part.lengths[index])
+        crops.append(part.crops[index])
+    return PairSizes(np.array(lengths), np.array(crops))
