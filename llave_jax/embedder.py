@@ -73,6 +73,7 @@ class Embedder:
         dtype: str | None = None,
         attention: str = "xla",
         mesh: jax.sharding.Mesh | None = None,
+        max_length: int | None = None,
         **options: Any,
     ) -> Embedder:
         """Load a converted model directory, or the latest checkpoint of a training run.
@@ -81,6 +82,8 @@ class Embedder:
           directory: made by `tools/convert_hf.py`, or the `--workdir` of a run.
           dtype: of parameters and activations; None: bfloat16 on accelerators, float32 on CPUs.
           attention: implementation (`llave_jax.ops.attention`).
+          max_length: tokens of the longest sequence; None: as the model was trained. Videos of 32
+            frames need 8192.
         """
         from llave_jax import model_dir
 
@@ -88,6 +91,9 @@ class Embedder:
         if dtype is None:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         config = model_dir.load_config(directory)
+        if max_length is not None:
+            inputs = dataclasses.replace(config.inputs, max_length=max_length)
+            config = dataclasses.replace(config, inputs=inputs)
         model = Llave(
             config,
             dtype=jnp.dtype(dtype),

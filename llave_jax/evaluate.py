@@ -2,7 +2,9 @@
 
     python -m llave_jax.evaluate --model DIR --benchmark mmeb --data DIR --output DIR
 
-Owns the sequence of steps; each benchmark is a module of `llave_jax.benchmarks`.
+Writes scores, predictions, a table and a page to look at (report.html). Running the same command
+again continues where it was stopped. Owns the sequence of steps; each benchmark is a module of
+`llave_jax.benchmarks`.
 """
 
 from __future__ import annotations
@@ -14,51 +16,82 @@ from pathlib import Path
 
 import jax
 
+from llave_jax import distributed
 from llave_jax.benchmarks import cache as caching
-from llave_jax.benchmarks import digits
+from llave_jax.benchmarks import digits, report, video_retrieval
+from llave_jax.benchmarks.cache import EmbeddingCache, Encode
 from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.mmeb import evaluate_mmeb
 from llave_jax.benchmarks.mmeb_data import DatasetInfo
+from llave_jax.benchmarks.retrieval import evaluate_retrieval, read_task
 from llave_jax.embedder import Embedder
 
-BENCHMARKS = ("mmeb", "digits")
+BENCHMARKS = ("mmeb", "digits", "retrieval", *video_retrieval.READERS)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m llave_jax.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m llave_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--model", required=True, help="converted model directory, or a training run's directory"
     )
     parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
     parser.add_argument("--output", required=True, help="where scores and tables are written")
     parser.add_argument("--data", help="the benchmark's directory (digits: built there if absent)")
-    parser.add_argument("--images", help="image folder or zip archive, if it is not in --data")
-    parser.add_argument("--subsets", help="comma-separated dataset names; default: all present")
+    parser.add_argument("--images", help="mmeb: image folder or zip archive, if not in --data")
+    parser.add_argument("--subsets", help="mmeb: comma-separated datasets; default: all in --data")
     parser.add_argument(
         "--cache", help="directory of embeddings to reuse; default: <output>/embeddings"
     )
     parser.add_argument("--batch_size", type=int, help="items encoded together; default: automatic")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        help=f"tokens of an item; default: the model's, {video_retrieval.MAX_LENGTH} for "
+        f"{', '.join(video_retrieval.READERS)}",
+    )
+    distributed.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.data is None and args.benchmark != "digits":
         parser.error(f"--benchmark {args.benchmark} needs --data")
+    if args.max_length is None and args.benchmark in video_retrieval.READERS:
+        args.max_length = video_retrieval.MAX_LENGTH
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    distributed.initialize(args)
     first = jax.process_index() == 0
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    output = Path(args.output)
 
-    embedder = Embedder.from_pretrained(args.model)
-    cache = caching.EmbeddingCache(
-        (args.cache or output / "embeddings") if first else None,
-        caching.fingerprint(caching.model_files(args.model), embedder.model.dtype),
-    )
+    embedder = Embedder.from_pretrained(args.model, max_length=args.max_length)
+    cache = EmbeddingCache()
+    if first:
+        settings = (embedder.model.dtype, embedder.config)
+        fingerprint = caching.fingerprint(caching.model_files(args.model), *settings)
+        cache = EmbeddingCache(args.cache or Path(args.output) / "embeddings", fingerprint)
 
     def encode(items):
         return embedder.encode(items, batch_size=args.batch_size, show_progress=first)
 
+    if args.benchmark in video_retrieval.READERS:
+        table = evaluate_videos(encode, cache, args)
+    elif args.benchmark == "retrieval":
+        table = evaluate_own_corpus(encode, cache, args)
+    else:
+        table = evaluate_rows(encode, cache, args)
+    if first:
+        print(table)
+        write_text(Path(args.output) / "table.txt", table + "\n")
+
+
+def evaluate_rows(encode: Encode, cache: EmbeddingCache, args: argparse.Namespace) -> str:
+    """MMEB, or the bundled benchmark in its form. Returns the table."""
+    output = Path(args.output)
     datasets = [name.strip() for name in args.subsets.split(",")] if args.subsets else None
     data, infos = args.data, None
     if args.benchmark == "digits":
@@ -67,9 +100,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = evaluate_mmeb(
         encode, data, datasets, output, images=args.images, cache=cache, infos=infos
     )
-    if first:
-        print(results.table())
-        write_text(output / "table.txt", results.table() + "\n")
+    if jax.process_index() == 0:
+        page, title = output / "report.html", args.benchmark
+        report.write_mmeb_report(
+            page, results, data, images=args.images, title=title, model=args.model
+        )
+    return results.table()
+
+
+def evaluate_videos(encode: Encode, cache: EmbeddingCache, args: argparse.Namespace) -> str:
+    """Text-video retrieval. Returns the table."""
+    dataset = video_retrieval.READERS[args.benchmark](args.data)
+    result = video_retrieval.evaluate_video(encode, dataset, args.output, cache=cache)
+    if jax.process_index() == 0:
+        report.write_video_report(
+            Path(args.output) / "report.html", dataset, result, model=args.model
+        )
+    return result.table()
+
+
+def evaluate_own_corpus(encode: Encode, cache: EmbeddingCache, args: argparse.Namespace) -> str:
+    """Retrieval in BEIR's layout. Returns the table."""
+    task = read_task(args.data)
+    result = evaluate_retrieval(encode, task, args.output, cache=cache)
+    if jax.process_index() == 0:
+        report.write_retrieval_report(
+            Path(args.output) / "report.html", task, result, title=args.data, model=args.model
+        )
+    return result.table()
 
 
 if __name__ == "__main__":

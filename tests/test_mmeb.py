@@ -96,6 +96,7 @@ def row(query, targets, query_image="", images=None):
     }
 
 
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=9), min_size=1))
 def test_first_maximum_wins_and_repeats_tie(tmp_path_factory, lists):
     root = tmp_path_factory.mktemp("rows")

@@ -20,7 +20,6 @@ from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first
 from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, ImageStore
 from llave_jax.benchmarks.results import DatasetResult, Results
-from llave_jax.benchmarks.similarity import SimilarityStats, similarity_overlap
 
 
 def evaluate_mmeb(
@@ -173,28 +172,11 @@ def _write_scores(path: Path, result: DatasetResult) -> None:
     temporary.replace(path)
 
 
-def read_scores(path: str | os.PathLike) -> tuple[np.ndarray, ...]:
-    """Scores per row of a `<dataset>_scores.npz`: float32 [candidates] each."""
-    return _read_rows(path, "scores")
-
-
-def read_similarity(output_dir: str | os.PathLike, names: Sequence[str]) -> SimilarityStats:
-    """Positives, hard and easy negatives over all queries of datasets that were scored.
+def read_scores(path: str | os.PathLike, values: str = "scores") -> tuple[np.ndarray, ...]:
+    """Rows of a `<dataset>_scores.npz`: one array [candidates] each.
 
     Args:
-      output_dir: of `evaluate_mmeb`.
-      names: datasets; their queries count alike.
+      values: "scores" (float32 cosines) or "candidates" (int32 ids, equal for repeated contents).
     """
-    scores, candidates = [], []
-    for name in names:
-        path = Path(output_dir) / f"{name}_scores.npz"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no scores; evaluate {name} with this --output first")
-        scores += _read_rows(path, "scores")
-        candidates += _read_rows(path, "candidates")
-    return similarity_overlap(scores, [0] * len(scores), candidates=candidates)
-
-
-def _read_rows(path: str | os.PathLike, name: str) -> tuple[np.ndarray, ...]:
     with np.load(path) as file:
-        return tuple(np.split(file[name], file["offsets"][1:-1]))
+        return tuple(np.split(file[values], file["offsets"][1:-1]))

@@ -5,6 +5,7 @@ Owns the selection of what is shown for each benchmark; how it looks is `report_
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,11 @@ from llave_jax.benchmarks import report_html as html
 from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.report_html import Bar, Candidate, Card, Example
 from llave_jax.benchmarks.results import DatasetResult, Results, percent
+from llave_jax.benchmarks.retrieval import RetrievalResult, RetrievalTask
 from llave_jax.benchmarks.similarity import SimilarityStats, similarity_overlap
+from llave_jax.benchmarks.video_retrieval import VideoDataset, VideoResult
+from llave_jax.inputs import video_decode
+from llave_jax.inputs.item import Item
 
 # Right and wrong answers shown for each dataset, and candidates for each of them.
 EXAMPLES = 4
@@ -165,9 +170,7 @@ def _mmeb_example(
     targets, scores = dataset.target_ids[row], result.scores[row]
 
     def card(content_id: int) -> Card:
-        item = mmeb_data.make_item(dataset, int(content_id), store)
-        picture = html.thumbnail(item.images[0], item.name) if item.images else None
-        return Card(readable(item.text), picture)
+        return _item_card(mmeb_data.make_item(dataset, int(content_id), store))
 
     # Repeated candidates are one answer: shown once, at the first of their places.
     _, first = np.unique(targets, return_index=True)
@@ -182,6 +185,99 @@ def _mmeb_example(
             for place, rank in ranked
         ],
     )
+
+
+def write_video_report(
+    path: str | os.PathLike, dataset: VideoDataset, result: VideoResult, *, model: str
+) -> None:
+    """Write the page of a text-video evaluation. First process only."""
+    similarity, owners = result.similarity, dataset.owners
+    matches = np.take_along_axis(similarity, owners[:, None], axis=1)
+    right = np.count_nonzero(similarity > matches, axis=1) == 0
+
+    @functools.cache
+    def frame(video: int) -> str:
+        source = dataset.videos[video]
+        (picture,) = video_decode.decode_frames(source, lambda count, fps: [count // 2])
+        return html.thumbnail(picture, str(source))
+
+    def make(row: int) -> Example:
+        order = np.argsort(-similarity[row], kind="stable")
+        ranked = [
+            (int(video), rank)
+            for rank, video in enumerate(order, 1)
+            if rank <= CANDIDATES or video == owners[row]
+        ]
+        return Example(
+            query=Card(dataset.captions[row]),
+            candidates=[
+                Candidate(
+                    Card(dataset.videos[video].stem, frame(video)),
+                    float(similarity[row, video]),
+                    rank,
+                    positive=video == owners[row],
+                )
+                for video, rank in ranked
+            ],
+        )
+
+    note = f"{np.count_nonzero(right)} of {len(right)} captions find their video first"
+    sections = [("Metrics", html.table(result.rows()))]
+    if len(dataset.videos) > 1:
+        stats = similarity_overlap(similarity, owners)
+        sections.append(("Similarity of positives and negatives", html.histogram(stats)))
+    sections.append(("Answers", _gallery("Text to video", note, right, make, shown=True)))
+    subtitle = f"{model}: {len(dataset.captions)} captions, {len(dataset.videos)} videos"
+    write_text(Path(path), html.page(dataset.name, subtitle, sections))
+
+
+def write_retrieval_report(
+    path: str | os.PathLike,
+    task: RetrievalTask,
+    result: RetrievalResult,
+    *,
+    title: str,
+    model: str,
+) -> None:
+    """Write the page of a retrieval over one's own corpus. First process only."""
+    documents = dict(zip(task.document_ids, task.documents, strict=True))
+
+    def relevant(query: str, document: str) -> bool:
+        return task.qrels[query].get(document, 0) > 0
+
+    def make(row: int) -> Example:
+        query = task.query_ids[row]
+        ranking = list(enumerate(result.ranking[query], 1))
+        found = [entry for entry in ranking if relevant(query, entry[1][0])]
+        # The best of the relevant ones is shown even if it is far down.
+        entries = ranking[:CANDIDATES] + [e for e in found[:1] if e[0] > CANDIDATES]
+        return Example(
+            query=_item_card(task.queries[row]),
+            candidates=[
+                Candidate(_item_card(documents[document]), score, rank, relevant(query, document))
+                for rank, (document, score) in entries
+            ],
+        )
+
+    first = [result.ranking[query][0][0] for query in task.query_ids]
+    right = np.array(list(map(relevant, task.query_ids, first)))
+    note = f"{np.count_nonzero(right)} of {len(right)} queries find a relevant document first"
+    sections = [
+        ("Metrics", html.table(result.rows())),
+        ("Answers", _gallery("Rankings", note, right, make, shown=True)),
+    ]
+    subtitle = f"{model}: {len(task.queries)} queries, {len(documents)} documents"
+    write_text(Path(path), html.page(title, subtitle, sections))
+
+
+def _item_card(item: Item) -> Card:
+    """Text with the first image, or the middle frame of the video."""
+    if item.images:
+        return Card(readable(item.text), html.thumbnail(item.images[0], item.name))
+    if isinstance(item.video, str):
+        frames = video_decode.decode_frames(item.video, lambda n, fps: [n // 2], item.name)
+        return Card(readable(item.text), html.thumbnail(frames[0], item.name))
+    return Card(readable(item.text))
 
 
 def readable(text: str) -> str:

@@ -77,14 +77,14 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A query, its best candidates in order of rank, and always the best-ranked positive."""
+    """A query and its best candidates in order of rank, with the best-ranked positive if known."""
 
     query: Card
     candidates: Sequence[Candidate]
 
     @property
-    def positive_rank(self) -> int:
-        return min(c.rank for c in self.candidates if c.positive)
+    def positive_rank(self) -> int | None:
+        return min((c.rank for c in self.candidates if c.positive), default=None)
 
 
 def thumbnail(image: ImageLike, name: str) -> str:
@@ -256,10 +256,11 @@ def gallery(name: str, note: str, groups: Mapping[str, Sequence[Example]], *, sh
 
 def _example(example: Example) -> str:
     rank = example.positive_rank
+    place = "not found" if rank is None else f"at rank {rank}"
     verdict = (
         '<span class="score good">right</span>'
         if rank == 1
-        else f'<span class="score bad">right answer at rank {rank}</span>'
+        else f'<span class="score bad">right answer {place}</span>'
     )
     candidates = []
     for candidate in example.candidates:

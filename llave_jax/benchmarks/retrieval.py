@@ -23,6 +23,7 @@ import numpy as np
 
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first_process
 from llave_jax.benchmarks.files import write_text
+from llave_jax.benchmarks.results import align
 from llave_jax.benchmarks.search import search
 from llave_jax.inputs.item import Item
 
@@ -51,14 +52,17 @@ class RetrievalResult:
     metrics: dict[str, float]
     ranking: dict[str, list[tuple[str, float]]] | None
 
+    def rows(self) -> list[list[str]]:
+        """Heading and cells of the table, in percent."""
+        return [["metric", "%"], *([n, f"{100 * v:.1f}"] for n, v in self.metrics.items())]
+
     def table(self) -> str:
-        width = max(map(len, self.metrics))
-        return "\n".join(f"{n.ljust(width)}  {100 * v:5.1f}" for n, v in self.metrics.items())
+        return align(self.rows())
 
 
 def evaluate_retrieval(
     encode: Encode,
-    data_dir: str | os.PathLike,
+    task: RetrievalTask,
     output_dir: str | os.PathLike | None = None,
     *,
     cache: EmbeddingCache | None = None,
@@ -70,15 +74,11 @@ def evaluate_retrieval(
 
     Args:
       encode: items -> float32 [n, D], L2-normalised.
-      data_dir: holds the three files.
+      task: of `read_task`.
       output_dir: where `retrieval_score.json` and `retrieval_run.tsv` (TREC's form) go, if given.
       cache: embeddings of earlier runs.
       cutoffs: of recall and nDCG; the largest is the depth of the ranking.
-
-    Raises:
-      FileNotFoundError, ValueError: missing or malformed data, naming file and line.
     """
-    task = read_task(data_dir)
     cache = EmbeddingCache() if cache is None else cache
     queries = embed(encode, len(task.queries), task.queries.__getitem__, cache)
     documents = embed(encode, len(task.documents), task.documents.__getitem__, cache)
@@ -137,7 +137,11 @@ def ranking_metrics(
 
 
 def read_task(data_dir: str | os.PathLike) -> RetrievalTask:
-    """Read the three files; queries without judgements are left out."""
+    """Read the three files; queries without judgements are left out.
+
+    Raises:
+      FileNotFoundError, ValueError: missing or malformed data, naming file and line.
+    """
     data_dir = Path(data_dir)
     qrels_path = data_dir / "qrels.tsv"
     if not qrels_path.is_file():

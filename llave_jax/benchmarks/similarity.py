@@ -2,11 +2,14 @@
 
 From each query's cosines to its candidates: the positive, the most similar and the least similar
 negatives; their distributions, means and overlaps, as numbers and as a picture. Cosines are made
-elsewhere (`mmeb.py`).
+elsewhere (`mmeb.py`); the command line compares evaluations that were written before:
+
+    python -m llave_jax.benchmarks.similarity --evaluations InfoNCE=DIR LLaVE=DIR --output DIR
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -20,6 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llave_jax.benchmarks.files import write_text
+from llave_jax.benchmarks.mmeb import read_scores
+from llave_jax.benchmarks.results import align
 
 # Negatives of each kind and query, as in the paper.
 NEGATIVES = 5
@@ -209,3 +214,97 @@ def _limits(stats: Iterable[SimilarityStats]) -> tuple[float, float]:
     bins = np.flatnonzero(used)
     width = EDGES[1] - EDGES[0]
     return EDGES[bins[0]] - width, EDGES[bins[-1] + 1] + width
+
+
+_SCORES = "_scores.npz"
+
+
+def scored_datasets(directory: str | os.PathLike) -> list[str]:
+    """Datasets whose scores `evaluate_mmeb` left in a directory, by name."""
+    return sorted(path.name[: -len(_SCORES)] for path in Path(directory).glob(f"*{_SCORES}"))
+
+
+def read_similarity(directory: str | os.PathLike, datasets: Sequence[str]) -> SimilarityStats:
+    """Statistics over all queries of datasets that `evaluate_mmeb` scored.
+
+    Args:
+      directory: its `output_dir`.
+      datasets: names; every query counts alike.
+
+    Raises:
+      FileNotFoundError: a dataset was not scored there.
+    """
+    scores, candidates = [], []
+    for name in datasets:
+        path = Path(directory) / f"{name}{_SCORES}"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; evaluate {name} into {directory} first"
+            )
+        scores += read_scores(path)
+        candidates += read_scores(path, "candidates")
+    return similarity_overlap(scores, [0] * len(scores), candidates=candidates)
+
+
+def comparison_rows(stats: Mapping[str, Mapping[str, SimilarityStats]]) -> list[list[str]]:
+    """Cells of the paper's Table 1, with the overlap: one row a dataset and label.
+
+    Args:
+      stats: by dataset, then by label.
+    """
+    rows = [["dataset", "model", *_KINDS, "overlap of positive and hard"]]
+    for dataset, by_label in stats.items():
+        for label, values in by_label.items():
+            # Adding zero makes a rounded -0.00 plain.
+            means = [f"{round(values.mean(kind), 2) + 0.0:.2f}" for kind in _KINDS]
+            rows.append([dataset, label, *means, f"{values.overlap('positive', 'hard'):.2f}"])
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llave_jax.benchmarks.similarity",
+        description="Compare how evaluated models tell positives from negatives.",
+    )
+    parser.add_argument(
+        "--evaluations",
+        nargs="+",
+        required=True,
+        metavar="LABEL=DIR",
+        help="outputs of llave_jax.evaluate, with a name for each",
+    )
+    parser.add_argument("--subsets", help="comma-separated datasets; default: those in all outputs")
+    parser.add_argument("--output", required=True, help="for similarity.png, .json and .txt")
+    args = parser.parse_args(argv)
+    pairs = [entry.partition("=") for entry in args.evaluations]
+    if not all(label and directory for label, _, directory in pairs):
+        parser.error(f"--evaluations takes LABEL=DIR, found {' '.join(args.evaluations)}")
+    directories = {label: directory for label, _, directory in pairs}
+    if args.subsets:
+        names = args.subsets.split(",")
+    else:
+        names = sorted(set.intersection(*(set(scored_datasets(d)) for d in directories.values())))
+    if not names:
+        parser.error(f"no dataset was scored in each of {', '.join(directories.values())}")
+
+    groups = {name: [name] for name in names}
+    if len(names) > 1:
+        groups["all"] = names
+    stats = {
+        group: {label: read_similarity(path, members) for label, path in directories.items()}
+        for group, members in groups.items()
+    }
+    output = Path(args.output)
+    *_, together = stats.values()
+    plot_histograms(together, output / "similarity.png")
+    write_numbers(
+        {f"{label}/{group}": s for group, entry in stats.items() for label, s in entry.items()},
+        output / "similarity.json",
+    )
+    table = align(comparison_rows(stats))
+    write_text(output / "similarity.txt", table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

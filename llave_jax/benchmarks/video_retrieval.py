@@ -47,13 +47,21 @@ class VideoDataset:
 
 @dataclasses.dataclass(frozen=True)
 class VideoResult:
-    """Metrics of both directions, by `METRICS`; recalls are fractions, ranks count from 1."""
+    """Metrics of both directions, by `METRICS`; recalls are fractions, ranks count from 1.
+
+    `similarity` is float32 [captions, videos]; None on processes other than the first.
+    """
 
     name: str
     text_to_video: dict[str, float]
     video_to_text: dict[str, float]
+    similarity: np.ndarray | None
 
     def table(self) -> str:
+        return align(self.rows())
+
+    def rows(self) -> list[list[str]]:
+        """Heading and cells of the table; recalls in percent."""
         rows = [[self.name, *METRICS]]
         for label, metrics in (
             ("text -> video", self.text_to_video),
@@ -64,7 +72,7 @@ class VideoResult:
         if self.name in published.LLAVE_7B_VIDEO:
             values = [f"{value:.1f}" for value in published.LLAVE_7B_VIDEO[self.name]]
             rows.append(["LLaVE-7B published, text -> video", *values, "-", "-"])
-        return align(rows)
+        return rows
 
 
 def evaluate_video(
@@ -102,9 +110,8 @@ def evaluate_video(
         both = both_directions(similarity, dataset.owners)
         values = np.array([[metrics[name] for name in METRICS] for metrics in both])
     values = from_first_process(values)
-    result = VideoResult(
-        dataset.name, *(dict(zip(METRICS, row.tolist(), strict=True)) for row in values)
-    )
+    metrics = [dict(zip(METRICS, row.tolist(), strict=True)) for row in values]
+    result = VideoResult(dataset.name, *metrics, similarity)
     if output_dir is not None and jax.process_index() == 0:
         output_dir = Path(output_dir)
         scores = {"text_to_video": result.text_to_video, "video_to_text": result.video_to_text}
