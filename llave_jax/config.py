@@ -19,6 +19,7 @@ from llave_jax import optim, sharding
 from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import PRESETS, LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params
+from llave_jax.train_step import LossConfig
 
 
 def default_config() -> ConfigDict:
@@ -28,8 +29,8 @@ def default_config() -> ConfigDict:
     # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take.
     config.steps = placeholder(int)
 
-    # A converted model directory, or the name of a preset to be trained from scratch with the
-    # tokenizer found in `tokenizer` (a directory). `inputs` overrides fields of InputConfig.
+    # A converted model directory; without one, the name of a preset to be trained from scratch with
+    # the tokenizer found in `tokenizer` (a directory). `inputs` overrides fields of InputConfig.
     config.model = ConfigDict()
     config.model.path = placeholder(str)
     config.model.preset = placeholder(str)
@@ -144,14 +145,13 @@ def model_config(config: ConfigDict) -> LlaveConfig:
     """Sizes and input settings of the model the run trains.
 
     Raises:
-      ValueError: not exactly one of `model.path` and `model.preset` is set, or no such preset.
+      ValueError: neither `model.path` nor `model.preset` is set, or there is no such preset.
     """
     path, preset = config.model.path, config.model.preset
-    if (path is None) == (preset is None):
+    if path is None and preset is None:
         raise ValueError(
-            "set one of config.model.path (a converted model directory, see tools/convert_hf.py) "
-            f"and config.model.preset ({', '.join(PRESETS)}); found path={path!r}, "
-            f"preset={preset!r}"
+            "set config.model.path (a converted model directory, see tools/convert_hf.py) or "
+            f"config.model.preset ({', '.join(PRESETS)})"
         )
     if path is not None:
         from llave_jax import model_dir
@@ -197,3 +197,8 @@ def make_optimizer(config: ConfigDict, schedule: Any, factors: dict[str, float |
         if key not in ("learning_rate", "warmup_fraction", "rates")
     }
     return optim.make_optimizer(schedule, factors, **settings)
+
+
+def loss_config(config: ConfigDict) -> LossConfig:
+    settings = {key: value for key, value in config.loss.items() if key != "hard_negatives"}
+    return LossConfig(**settings)

@@ -77,7 +77,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     state = make_state(config, model, optimizer, factors, mesh, checkpoints, iterator)
     step_function = jax.jit(
         train_step.make_train_step(
-            model, mesh, optimizer, factors, loss_config(config), config.remat
+            model, mesh, optimizer, factors, config_lib.loss_config(config), config.remat
         ),
         donate_argnums=0,
     )
@@ -246,11 +246,6 @@ def make_iterator(
         skip_file=workdir / f"skipped_{process}.jsonl" if skips else None,
         max_skip_share=data.max_skip_share,
     )
-
-
-def loss_config(config: ConfigDict) -> train_step.LossConfig:
-    settings = {key: value for key, value in config.loss.items() if key != "hard_negatives"}
-    return train_step.LossConfig(**settings)
 
 
 def make_state(

@@ -1,0 +1,376 @@
+"""Proof before a pod is rented: compile a config for a TPU topology and say what it will take.
+
+Owns compiling without the hardware, chips' published figures, and what the compiled program's
+costs mean for speed. Counting what the program executes is `hlo.py`, the work the model needs is
+`flops.py`, the sizes of the data are `data/mix.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from llave_jax import config as config_lib
+from llave_jax import flops, hlo, optim, sharding, train_step
+from llave_jax.data import mix
+from llave_jax.inputs.packing import Budget, PackedBatch, empty_batch
+from llave_jax.models.config import LlaveConfig
+from llave_jax.models.llave import Llave, abstract_params
+
+GIB = 2**30
+# Pairs whose sizes stand for the data, and those of which packing is simulated.
+SAMPLE = 4000
+# A process packs for so many shards: the chips of a TPU host.
+SHARDS_PER_PROCESS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of one chip (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+
+    Attributes:
+      flops: bf16 operations a second.
+      hbm: bytes of memory.
+      ici: bytes a second between chips, all links together.
+      clock: cycles a second of XLA's estimates: what makes its matrix units reach `flops`.
+      options: of the topology description; one device a chip, as slices present v4 and v5p.
+    """
+
+    flops: float
+    hbm: int
+    ici: float
+    clock: float
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * GIB, 300e9, 1.05e9, {"chip_config_name": "megacore"}),
+    "v5e": Chip(197e12, 16 * GIB, 200e9, 1.5e9),
+    "v5p": Chip(459e12, 95 * GIB, 600e9, 1.75e9, {"chip_config_name": "megacore"}),
+    "v6e": Chip(918e12, 32 * GIB, 448e9, 1.75e9),
+}
+# A collective over one mesh axis can use this share of a chip's links.
+ICI_SHARE = 0.5
+# Attention kernels reach this share of the matrix units' rate on heads padded to full lanes; the
+# rest goes to the softmax on the vector units.
+KERNEL_RATE = 0.5
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program for a topology, before anything is read off it."""
+
+    program: Any
+    mesh: jax.sharding.Mesh
+    chip: Chip
+    budget: Budget
+    model: Llave
+    config: ConfigDict
+
+
+class DoesNotFit(Exception):
+    """The program needs more memory than a device has; says what XLA says, largest buffers too."""
+
+
+def topology_devices(topology: str) -> tuple[list[Any], Chip]:
+    """Devices of a TPU slice such as "v4:4x4x4", none of which need exist.
+
+    Raises:
+      ValueError: not a known chip.
+    """
+    kind = topology.split(":")[0]
+    if kind not in CHIPS or ":" not in topology:
+        raise ValueError(f"topology {topology!r}: expected CHIP:SHAPE with CHIP of {list(CHIPS)}")
+    # libtpu asks the cloud what machine this is, and locks the chips it does not find here.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    chip = CHIPS[kind]
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)
+    return described.devices, chip
+
+
+def compile_train_step(config: ConfigDict, topology: str) -> Compiled:
+    """The whole training step of a config, compiled for a slice.
+
+    Raises:
+      DoesNotFit: it needs more memory than the chips have.
+    """
+    devices, chip = topology_devices(topology)
+    mesh = sharding.make_mesh(dict(config.mesh), devices)
+    model, factors, optimizer = _make(config)
+    step = train_step.make_train_step(
+        model, mesh, optimizer, factors, config_lib.loss_config(config), config.remat
+    )
+    state = jax.eval_shape(
+        lambda params: train_step.init_state(params, optimizer, factors),
+        abstract_params(model),
+    )
+    places = train_step.state_shardings(state, mesh)
+    budget = config_lib.batch_budget(config, sharding.num_shards(mesh))
+    batch = _abstract_batch(model.config, budget, mesh, (config.batch.micro_batches,))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    program = _compile(jitted, _placed(state, places), batch)
+    return Compiled(program, mesh, chip, budget, model, config)
+
+
+def compile_embedding_step(config: ConfigDict, topology: str) -> Compiled:
+    """The forward pass alone, with bfloat16 parameters, on one micro-batch of the config's budget."""
+    devices, chip = topology_devices(topology)
+    mesh = sharding.make_mesh(dict(config.mesh), devices)
+    model, _, _ = _make(config)
+    model = model.clone(param_dtype=model.dtype)
+    params = abstract_params(model)
+    budget = config_lib.batch_budget(config, sharding.num_shards(mesh))
+    batch = _abstract_batch(model.config, budget, mesh, ())
+
+    def embed(params: Any, batch: PackedBatch) -> jax.Array:
+        with sharding.use_mesh(mesh):
+            return model.apply({"params": params}, batch)
+
+    jitted = jax.jit(embed, out_shardings=sharding.batch_sharding(mesh))
+    program = _compile(jitted, _placed(params, sharding.param_shardings(params, mesh)), batch)
+    return Compiled(program, mesh, chip, budget, model, config)
+
+
+def _make(config: ConfigDict) -> tuple[Llave, dict[str, float | None], Any]:
+    """Model, learning-rate factors and optimiser, with the attention that TPUs get."""
+    config = config.copy_and_resolve_references()
+    for field in ("attention", "vision_attention"):
+        if config[field] == "auto":
+            config[field] = "splash"
+    model, factors = config_lib.make_model(config, config_lib.model_config(config))
+    schedule = optim.learning_rate_schedule(
+        config.optim.learning_rate, config.steps or 1000, config.optim.warmup_fraction
+    )
+    return model, factors, config_lib.make_optimizer(config, schedule, factors)
+
+
+def _abstract_batch(
+    config: LlaveConfig, budget: Budget, mesh: jax.sharding.Mesh, leading: tuple[int, ...]
+) -> PackedBatch:
+    shards = sharding.num_shards(mesh)
+    place = sharding.batch_sharding(mesh, len(leading))
+    empty = empty_batch(budget, 1, config.vision.num_patches, config.vision.patch_dim)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*leading, shards, *x.shape[1:]), x.dtype, sharding=place),
+        empty,
+    )
+
+
+def _placed(tree: Any, places: Any) -> Any:
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+    )
+
+
+def _compile(jitted: Any, *arguments: Any) -> Any:
+    lowered = jitted.lower(*arguments)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(_out_of_memory_message(str(error))) from None
+
+
+def _out_of_memory_message(text: str) -> str:
+    """XLA's account of an overflow: totals, then the largest buffers."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    wanted = re.compile(
+        r"RESOURCE_EXHAUSTED|Used|Program hbm|Exceeded|Size:|Shape:|Operator:|\d+\."
+    )
+    return "\n".join(line for line in lines if wanted.search(line))[:4000]
+
+
+def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
+    """What a run of the program takes, and the speed to expect, as plain numbers.
+
+    Times are predictions. Fusions take XLA's own cycle estimates; attention kernels run at
+    KERNEL_RATE; a collective moves its bytes over ICI_SHARE of the links; those XLA made
+    asynchronous cost nothing, the others add up. Nothing waits for the host.
+    """
+    config, chip, mesh, model = compiled.config, compiled.chip, compiled.mesh, compiled.model
+    devices = mesh.devices.size
+    cost = hlo.cost(compiled.program.as_text(), devices)
+    micro_batches = config.batch.micro_batches if training else 1
+    packing = mix.simulate(
+        mix.sample_pairs(model.config, SAMPLE), compiled.budget, SHARDS_PER_PROCESS
+    )
+    pairs = packing.pairs * compiled.budget.groups * sharding.num_shards(mesh) * micro_batches
+    necessary = pairs * flops_per_pair(model, training=training)
+    kernels = _kernel_costs(cost, chip)
+    executed = devices * (cost.product_flops + kernels["flops"])
+    collectives = _collective_table(cost, chip)
+    seconds = {
+        "fusions": cost.cycles / chip.clock,
+        "attention_kernels": kernels["seconds"],
+        "collectives_waited_for": sum(c["seconds"] for c in collectives if not c["hidden"]),
+    }
+    step = sum(seconds.values())
+    memory = compiled.program.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(model)))
+    return {
+        "program": "training step" if training else "embedding step",
+        "devices": devices,
+        "mesh": dict(mesh.shape),
+        "parameters": parameters,
+        "budget": dataclasses.asdict(compiled.budget),
+        "micro_batches": micro_batches,
+        "memory_gib": {
+            "arguments": memory.argument_size_in_bytes / GIB,
+            "temporaries": memory.temp_size_in_bytes / GIB,
+            "program": memory.generated_code_size_in_bytes / GIB,
+            "peak": peak / GIB,
+            "hbm": chip.hbm / GIB,
+            "margin": 1 - peak / chip.hbm,
+        },
+        "packing": dataclasses.asdict(packing),
+        "pairs": pairs,
+        "necessary_flops": necessary,
+        "executed_flops": executed,
+        "executed_over_necessary": executed / necessary,
+        "kernels": {name: sum(n for _, n in calls) for name, calls in cost.kernels.items()},
+        "collectives": collectives,
+        "seconds": seconds,
+        "step_seconds": step,
+        "pairs_per_second_per_chip": pairs / step / devices,
+        "mfu": necessary / step / devices / chip.flops,
+    }
+
+
+def flops_per_pair(model: Llave, *, training: bool) -> float:
+    """Necessary operations of an average pair of the mix."""
+    sizes = mix.sample_pairs(model.config, SAMPLE)
+    lengths, crops = sizes.lengths.ravel(), float(sizes.crops.sum())
+    if training:
+        total = flops.training(model.config, lengths, crops, freeze_vision=model.freeze_vision)
+    else:
+        total = flops.embedding(model.config, lengths, crops)
+    return total / SAMPLE
+
+
+# Matrix products over the scores in each of splash attention's kernels, by their names.
+_KERNEL_PRODUCTS = {"fwd": 2, "dkv_fused": 5, "dkv": 4, "dq": 3}
+
+
+def _kernel_costs(cost: hlo.Cost, chip: Chip) -> dict[str, float]:
+    """Operations and seconds of all attention kernels on one device."""
+    total = {"flops": 0.0, "seconds": 0.0}
+    fused = not any("_dq" in name for name in cost.kernels)
+    for name, calls in cost.kernels.items():
+        phase = re.search(r"_(fwd|dkv|dq)_", name).group(1)
+        products = _KERNEL_PRODUCTS["dkv_fused" if phase == "dkv" and fused else phase]
+        for operands, times in calls:
+            rows, heads, length, head_dim = next(shape for shape in operands if len(shape) == 4)
+            # The grid of blocks; a causal mask leaves out those above the diagonal.
+            blocks = operands[0][-1]
+            causal = blocks > 1 and _is_causal(operands, length)
+            computed = (blocks + 1) / (2 * blocks) if causal else 1.0
+            scores = times * rows * heads * length**2 * computed
+            padded = -(-head_dim // LANES) * LANES
+            total["flops"] += 2 * products * scores * head_dim
+            total["seconds"] += 2 * products * scores * padded / (chip.flops * KERNEL_RATE)
+    return total
+
+
+def _is_causal(operands: tuple[tuple[int, ...], ...], length: int) -> bool:
+    """Only a causal kernel is given the positions of its queries, [T, lanes] or [sublanes, T]."""
+    return len(operands[-1]) == 2 and length in operands[-1]
+
+
+def _collective_table(cost: hlo.Cost, chip: Chip) -> list[dict[str, Any]]:
+    """Collectives by kind and purpose, most bytes first."""
+    groups: dict[tuple, list[hlo.Collective]] = collections.defaultdict(list)
+    for collective in cost.collectives:
+        groups[collective.kind, purpose(collective), collective.group, collective.hidden].append(
+            collective
+        )
+    table = [
+        {
+            "kind": kind,
+            "purpose": why,
+            "group": group,
+            "hidden": hidden,
+            "count": sum(c.count for c in members),
+            "gib": sum(c.wire_bytes for c in members) / GIB,
+            "seconds": sum(c.wire_bytes for c in members) / (chip.ici * ICI_SHARE),
+        }
+        for (kind, why, group, hidden), members in groups.items()
+    ]
+    return sorted(table, key=lambda row: -row["gib"])
+
+
+# What an exchange is for, by where it comes from in the program; the first match counts.
+_PURPOSES = (
+    (r"embed_tokens/", "token embedding lookup"),
+    (r"transpose\(.*rematted_computation.*/sharding_constraint", "parameter gather"),
+    (r"transpose\(", "gradient scatter"),
+    (r"/sharding_constraint", "parameter gather"),
+    (r"\)/shard_map/", "embedding gather and loss"),
+)
+# An exchange of a few norms, biases and metrics: nothing to plan for.
+SMALL_BYTES = 64 * 1024
+UNACCOUNTED = "UNACCOUNTED"
+
+
+def purpose(collective: hlo.Collective) -> str:
+    for pattern, name in _PURPOSES:
+        if re.search(pattern, collective.op_name):
+            return name
+    if collective.result_bytes / collective.count <= SMALL_BYTES:
+        return "scalars and vectors"
+    return UNACCOUNTED
+
+
+def table(values: dict[str, Any]) -> str:
+    """A report for people."""
+    memory, packing, seconds = values["memory_gib"], values["packing"], values["seconds"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in values["mesh"].items())
+    budget = values["budget"]
+    lines = [
+        f"{values['program']} on {values['devices']} chips ({mesh})",
+        f"  parameters            {values['parameters'] / 1e9:.3f} billion",
+        f"  a chip and micro-batch {budget['rows']} rows of {budget['row_length']} tokens, "
+        f"{budget['crops']} crops, {budget['groups']} pair slots; "
+        f"{values['micro_batches']} micro-batches",
+        f"  memory a chip         arguments {memory['arguments']:.2f}, temporaries "
+        f"{memory['temporaries']:.2f}, program {memory['program']:.2f}, peak {memory['peak']:.2f} "
+        f"of {memory['hbm']:.0f} GiB ({memory['margin']:.0%} free)",
+        f"  packing (simulated)   {packing['tokens']:.1%} of row tokens, {packing['crops']:.1%} of "
+        f"crops, {packing['pairs']:.1%} of pair slots filled: {values['pairs']:.0f} pairs a step",
+        f"  operations            {values['executed_flops'] / 1e15:.2f} executed, "
+        f"{values['necessary_flops'] / 1e15:.2f} necessary (10^15): "
+        f"ratio {values['executed_over_necessary']:.2f}",
+        "  attention kernels     "
+        + ", ".join(f"{name} x {count}" for name, count in sorted(values["kernels"].items())),
+        f"  {'collective':<20}{'purpose':<28}{'group':>6}{'count':>8}{'GiB':>9}{'s':>8}",
+    ]
+    for row in values["collectives"]:
+        kind = row["kind"] + (" (async)" if row["hidden"] else "")
+        lines.append(
+            f"  {kind:<20.20}{row['purpose']:<28}{row['group']:>6}{row['count']:>8}"
+            f"{row['gib']:>9.3f}{row['seconds']:>8.3f}"
+        )
+    lines += [
+        f"  predicted step        {values['step_seconds']:.2f} s: "
+        + ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in seconds.items()),
+        f"  predicted speed       {values['pairs_per_second_per_chip']:.2f} pairs/s a chip, "
+        f"MFU {values['mfu']:.1%}",
+    ]
+    return "\n".join(lines)

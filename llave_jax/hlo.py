@@ -1,0 +1,297 @@
+"""What a compiled XLA program executes: products, kernels, collectives, XLA's own cycle estimates.
+
+Reads the text of an optimised module and counts the body of a loop as often as it runs, which
+XLA's `cost_analysis` does not. Knows nothing of models; what numbers mean is `aot.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+DTYPE_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+_ARRAY = re.compile(r"\b(" + "|".join(DTYPE_BYTES) + r")\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """`shape` is the text of its result's shape, `attributes` what follows its operands."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    def attribute(self, key: str) -> str | None:
+        """A called computation's name, as in `body=%name`."""
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        return found and found.group(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of exchange, over all its executions.
+
+    Attributes:
+      kind: one of COLLECTIVES.
+      op_name: where it comes from in the traced program.
+      shape: of its result on one device (several joined by "+").
+      group: devices that exchange with each other.
+      count: executions.
+      result_bytes: bytes of the results, all executions.
+      hidden: runs while other operations do (XLA made it asynchronous).
+    """
+
+    kind: str
+    op_name: str
+    shape: str
+    group: int
+    count: int
+    result_bytes: int
+    hidden: bool
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes a device receives, by the usual ring algorithms."""
+        others = (self.group - 1) / self.group
+        factor = {
+            "all-gather": others,
+            "all-reduce": 2 * others,
+            "reduce-scatter": self.group - 1,
+            "all-to-all": others,
+            "collective-permute": 1,
+        }[self.kind]
+        return factor * self.result_bytes
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one device executes in one run of the program.
+
+    Attributes:
+      product_flops: of matrix products and convolutions outside kernels.
+      kernels: name -> [(operand shapes, executions)] of hand-written kernels.
+      collectives: all exchanges between devices.
+      cycles: XLA's estimates for fusions and plain operations, kernels and exchanges excluded.
+    """
+
+    product_flops: float = 0
+    kernels: dict[str, list[tuple[tuple[tuple[int, ...], ...], int]]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(list)
+    )
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    cycles: float = 0
+
+
+def cost(text: str, num_devices: int) -> Cost:
+    """Cost of an optimised module, as printed by `compiled.as_text()`.
+
+    Raises:
+      ValueError: a loop whose number of runs cannot be read off its condition.
+    """
+    program = Program(text)
+    total = Cost()
+    _add(program, program.entry, 1, total, num_devices)
+    return total
+
+
+class Program:
+    """Computations of a module: name -> instructions, and which one is the entry."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if line.startswith(("%", "ENTRY")) and line.endswith("{"):
+                name = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line).group(1)
+                current = self.computations[name] = []
+                if line.startswith("ENTRY"):
+                    self.entry = name
+            elif line.startswith("  ") and " = " in line:
+                current.append(_parse(line))
+
+    @functools.cache  # noqa: B019 (one program, short-lived)
+    def shapes(self, computation: str) -> dict[str, str]:
+        return {i.name: i.shape for i in self.computations[computation]}
+
+    def trip_count(self, loop: Instruction) -> int:
+        condition = self.computations[loop.attribute("condition")]
+        root = next(i for i in condition if i.is_root)
+        values = {i.name: i for i in condition}
+        limits = [values[name] for name in root.operands if values[name].opcode == "constant"]
+        if root.opcode != "compare" or "direction=LT" not in root.attributes or len(limits) != 1:
+            raise ValueError(f"loop {loop.name}: its condition is not a comparison with a constant")
+        return int(limits[0].operands[0])
+
+
+def _parse(line: str) -> Instruction:
+    left, right = re.sub(r"/\*.*?\*/", "", line).strip().split(" = ", 1)
+    is_root = left.startswith("ROOT ")
+    if right.startswith("("):
+        end = _closing(right, 0) + 1
+    else:
+        end = right.index(" ")
+    shape, rest = right[:end], right[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    operands = tuple(
+        part.strip().split(" ")[-1].lstrip("%") for part in rest[opening + 1 : closing].split(",")
+    )
+    return Instruction(
+        name=left.removeprefix("ROOT ").lstrip("%"),
+        shape=shape,
+        opcode=rest[:opening],
+        operands=operands,
+        attributes=rest[closing + 1 :],
+        is_root=is_root,
+    )
+
+
+def _closing(text: str, opening: int) -> int:
+    depth = 0
+    for i in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i
+    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """[(dtype, dimensions)] of a shape or of a tuple of shapes."""
+    return [
+        (dtype, tuple(int(d) for d in dims.split(",") if d))
+        for dtype, dims in _ARRAY.findall(shape)
+    ]
+
+
+def num_bytes(shape: str) -> int:
+    return sum(DTYPE_BYTES[dtype] * math.prod(dims) for dtype, dims in arrays(shape))
+
+
+def _add(program: Program, computation: str, times: int, total: Cost, num_devices: int) -> None:
+    shapes = program.shapes(computation)
+    for i in program.computations[computation]:
+        if i.opcode == "while":
+            runs = times * program.trip_count(i)
+            _add(program, i.attribute("body"), runs, total, num_devices)
+            continue
+        base = i.opcode.removesuffix("-start")
+        if base in COLLECTIVES:
+            total.collectives.append(_collective(i, base, times, num_devices))
+            continue
+        if i.opcode == "custom-call" and "tpu_custom_call" in i.attributes:
+            operands = tuple(arrays(shapes[name])[0][1] for name in i.operands)
+            total.kernels[re.sub(r"[.\d]+$", "", i.name)].append((operands, times))
+            continue
+        if i.opcode in ("convolution", "dot"):
+            total.product_flops += times * _product_flops(i, shapes)
+        called = i.attribute("calls") or (i.opcode == "call" and i.attribute("to_apply"))
+        if called and i.opcode == "fusion":
+            total.product_flops += times * _flops_within(program, called)
+        elif called:
+            _add(program, called, times, total, num_devices)
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+        if cycles:
+            total.cycles += times * int(cycles.group(1))
+
+
+def _flops_within(program: Program, computation: str) -> float:
+    flops = 0.0
+    shapes = program.shapes(computation)
+    for i in program.computations[computation]:
+        if i.opcode in ("convolution", "dot"):
+            flops += _product_flops(i, shapes)
+        elif i.opcode == "fusion":
+            flops += _flops_within(program, i.attribute("calls"))
+    return flops
+
+
+def _product_flops(i: Instruction, shapes: dict[str, str]) -> float:
+    left, right = (arrays(shapes[name])[0][1] for name in i.operands)
+    result = arrays(i.shape)[0][1]
+    if i.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes).group(1)
+        return 2 * math.prod(result) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+    return _convolution_flops(i, left, right, result)
+
+
+def _convolution_flops(i: Instruction, left, right, result) -> float:
+    """TPUs express all products as convolutions; only taps inside the (dilated) input count."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
+    lhs, rhs, out = (dict(zip(text, dims, strict=True)) for text, dims in
+                     zip(labels, (left, right, result), strict=True))  # fmt: skip
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _window(i.attributes)))
+    pairs = 1
+    spatial = sorted(key for key in rhs if key.isdigit())
+    for n, key in enumerate(spatial):
+
+        def setting(name: str, default: str, n: int = n) -> str:
+            return window[name].split("x")[n] if name in window else default
+
+        stride = int(setting("stride", "1"))
+        low = int(setting("pad", "0_0").split("_")[0])
+        spread, reach = int(setting("lhs_dilate", "1")), int(setting("rhs_dilate", "1"))
+        pairs *= _valid_taps(lhs[key], rhs[key], out[key], stride, low, spread, reach)
+    return 2 * out["b"] * out["f"] * rhs["i"] * pairs
+
+
+def _window(attributes: str) -> str:
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    return found.group(1) if found else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _valid_taps(size, kernel, outputs, stride, low, spread, reach) -> int:
+    count = 0
+    for o in range(outputs):
+        for k in range(kernel):
+            at = o * stride - low + k * reach
+            count += at % spread == 0 and 0 <= at // spread < size
+    return count
+
+
+def _collective(i: Instruction, kind: str, times: int, num_devices: int) -> Collective:
+    found = arrays(i.shape)
+    hidden = i.opcode.endswith("-start")
+    if hidden and kind in ("all-gather", "collective-permute"):
+        # The result is a tuple of operand, result and handles of the transfer.
+        found = found[1:2]
+    shape = "+".join(f"{dtype}[{','.join(map(str, dims))}]" for dtype, dims in found)
+    op_name = re.search(r'op_name="([^"]*)"', i.attributes)
+    return Collective(
+        kind=kind,
+        op_name=op_name.group(1) if op_name else "",
+        shape=shape,
+        group=_group_size(i.attributes, num_devices),
+        count=times,
+        result_bytes=times * num_bytes(shape),
+        hidden=hidden,
+    )
+
+
+def _group_size(attributes: str, num_devices: int) -> int:
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return found.group(1).count(",") + 1
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
+        return int(found.group(2))
+    # mesh['a'=4,'b'=4] {'b'}: the axes named after the mesh.
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
+    return num_devices
