@@ -6,7 +6,6 @@ model does not implement is an error, never ignored.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import re
@@ -315,15 +314,20 @@ def read_inputs(
     max_length = settings.get("tokenizer_model_max_length") or text.get(
         "max_position_embeddings", _TEXT_DEFAULTS["max_position_embeddings"]
     )
-    return InputConfig(
-        pinpoints=pinpoints,
-        anyres_max=_anyres_max(aspect_ratio, where),
-        newline_position=settings.get("mm_newline_position") or "one_token",
-        pool_mode=settings.get("mm_spatial_pool_mode") or "bilinear",
-        pool_stride=settings.get("mm_spatial_pool_stride") or 2,
-        max_length=max_length,
-        max_text_length=text_limit or max(max_length, _TEXT_DEFAULTS["max_position_embeddings"]),
-    )
+    anyres_max = _anyres_max(aspect_ratio, where)
+    try:
+        return InputConfig(
+            pinpoints=pinpoints,
+            anyres_max=anyres_max,
+            newline_position=settings.get("mm_newline_position") or "one_token",
+            pool_mode=settings.get("mm_spatial_pool_mode") or "bilinear",
+            pool_stride=settings.get("mm_spatial_pool_stride") or 2,
+            max_length=max_length,
+            max_text_length=text_limit
+            or max(max_length, _TEXT_DEFAULTS["max_position_embeddings"]),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _llave_pinpoints(listed: Any, image_size: int, where: str) -> tuple[tuple[int, int], ...]:
@@ -332,24 +336,22 @@ def _llave_pinpoints(listed: Any, image_size: int, where: str) -> tuple[tuple[in
     "(1x1),...,(2x3)" means every canvas from the first to the last, in tiles; the first number runs
     slowest.
     """
-    if isinstance(listed, str) and "x" in listed:
-        ends = [(int(w), int(h)) for w, h in re.findall(r"\((\d+)x(\d+)\)", listed)]
-        if not ends:
-            raise CheckpointError(
-                f"{where}: image_grid_pinpoints is {listed!r}; expected a list of [width, height] "
-                'or a range such as "(1x1),...,(2x2)"'
-            )
-        (first_w, first_h), (last_w, last_h) = ends[0], ends[-1]
-        listed = [
-            (w * image_size, h * image_size)
-            for w in range(first_w, last_w + 1)
-            for h in range(first_h, last_h + 1)
-        ]
-    elif isinstance(listed, str):
-        listed = ast.literal_eval(listed)
+    original = listed
+    if isinstance(listed, str):
+        ranged = [(int(w), int(h)) for w, h in re.findall(r"\((\d+)x(\d+)\)", listed)]
+        if ranged:
+            (first_w, first_h), (last_w, last_h) = ranged[0], ranged[-1]
+            listed = [
+                (w * image_size, h * image_size)
+                for w in range(first_w, last_w + 1)
+                for h in range(first_h, last_h + 1)
+            ]
+        else:
+            listed = re.findall(r"[\[(]\s*(\d+)\s*,\s*(\d+)\s*[\])]", listed)
     if not listed:
         raise CheckpointError(
-            f"{where}: image_grid_pinpoints is {listed!r}; expected a list of [width, height]"
+            f"{where}: image_grid_pinpoints is {json.dumps(original)}; expected a list of "
+            '[width, height] or a range such as "(1x1),...,(2x2)"'
         )
     return tuple((int(height), int(width)) for width, height in listed)
 
