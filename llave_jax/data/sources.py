@@ -232,7 +232,7 @@ def open_source(
 
     limits = dict(max_rows) if isinstance(max_rows, Mapping) else dict.fromkeys(names, max_rows)
     limits = {name: limits.get(name) for name in names}
-    if all(found[name][0].name == "dataset_info.json" for name in names):
+    if found[names[0]][0].name == "dataset_info.json":
         folders = {name: found[name][0].parent for name in names}
         return RecordSource(folders, split, limits)
     tables = {name: read_table(found[name], limits[name]) for name in names}
@@ -247,6 +247,9 @@ def find_subsets(path: Path, split: str) -> dict[str, list[Path]]:
     """Subset name -> its files: parquet files in order, one JSON file, or a dataset_info.json."""
     if path.is_file():
         return {path.stem: [path]}
+    prepared = {file.parent.name: [file] for file in path.glob("*/dataset_info.json")}
+    if prepared:  # other files there are no rows, such as the list of skipped ones
+        return prepared
     parquet: dict[str, list[Path]] = {}
     for file in sorted(path.glob(f"*/{split}-*.parquet")):
         parquet.setdefault(file.parent.name, []).append(file)
@@ -254,7 +257,6 @@ def find_subsets(path: Path, split: str) -> dict[str, list[Path]]:
         {file.stem: [file] for file in path.glob("*.json") if _is_list(file)}
         | {file.stem: [file] for file in path.glob("*.jsonl")}
         | parquet
-        | {file.parent.name: [file] for file in path.glob("*/dataset_info.json")}
     )
 
 
