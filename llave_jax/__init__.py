@@ -1,0 +1,20 @@
+"""LLaVE: large language and vision embedding models in JAX.
+
+from llave_jax import Embedder
+from llave_jax.loss import hardness_weighted_contrastive_loss
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["Embedder"]
+
+
+def __getattr__(name: str) -> Any:
+    # The loss alone is of use without the model; importing it should not cost the model's imports.
+    if name == "Embedder":
+        from llave_jax.embedder import Embedder
+
+        return Embedder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

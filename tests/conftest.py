@@ -7,10 +7,16 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+
+from llave_jax import model_dir
+from llave_jax.convert.from_hf import convert_from_hf
+from llave_jax.models.config import LlaveConfig
 
 # Compilation makes the first example slow, and the machines are shared: no deadlines.
 hypothesis.settings.register_profile("llave", deadline=None, derandomize=True)
@@ -23,3 +29,25 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden() -> Path:
     """Reference numbers recorded from the authors' code; see golden/README.md."""
     return GOLDEN
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldenModel:
+    """The reference's tiny random checkpoint, converted."""
+
+    directory: Path
+    config: LlaveConfig
+    params: dict
+    tokenizer: Any
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden, tmp_path_factory) -> GoldenModel:
+    directory = tmp_path_factory.mktemp("golden") / "model"
+    convert_from_hf(golden / "checkpoint", directory, show_progress=False)
+    return GoldenModel(
+        directory=directory,
+        config=model_dir.load_config(directory),
+        params=model_dir.load_params(directory),
+        tokenizer=model_dir.load_tokenizer(directory),
+    )

@@ -55,10 +55,12 @@ class Projection(nn.Module):
             return jax.random.normal(key, shape, dtype) * (self.init_scale / math.sqrt(fan_in))
 
         kernel = self.param("kernel", initial, (*inputs, *self.features), self.param_dtype)
+        # Tied to x, or all layers' parameters would be gathered ahead of a loop over batches.
+        x, kernel = jax.lax.optimization_barrier((x.astype(self.dtype), kernel))
         kernel = gather_for_use(kernel.astype(self.dtype), "/".join((*self.path, "kernel")))
         axes = tuple(range(x.ndim - self.in_axes, x.ndim))
         y = jax.lax.dot_general(
-            x.astype(self.dtype),
+            x,
             kernel,
             ((axes, tuple(range(self.in_axes))), ((), ())),
         )

@@ -1,0 +1,50 @@
+"""Prompt text and image markers."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llave_jax.inputs import chat
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "content"),
+    [
+        ("no image", 0, "no image"),
+        ("<|image_1|>\nRepresent it.", 1, "<image>\nRepresent it."),
+        ("<image> at the start", 1, "<image> at the start"),
+        ("What is in <|image_1|> here?", 1, "<image>\nWhat is in  here?"),
+        ("<|image_1|>", 1, "<image>"),
+        ("<|image_1|> and <|image_2|>", 2, "<image> and <image>"),
+        ("two in front", 2, "<image>\n<image>\ntwo in front"),
+        ("", 1, "<image>"),
+    ],
+)
+def test_markers(text, images, content):
+    assert chat.place_markers(text, images) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "images"), [("<image> x", 0), ("<image><image>", 1), ("<image>", 2)]
+)
+def test_wrong_number_of_markers(text, images):
+    with pytest.raises(ValueError, match=r"row 7: the text has \d image marker"):
+        chat.place_markers(text, images, "row 7")
+
+
+@given(st.text(max_size=50).filter(lambda s: "<" not in s), st.integers(0, 3))
+def test_one_marker_for_each_image(text, images):
+    assert chat.place_markers(text, images).count(chat.IMAGE_MARKER) == images
+
+
+def test_prompt_is_the_trained_one():
+    assert chat.chat_text("Hi") == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
+    )
+
+
+def test_cut_counts_an_image_as_one_token(golden_model):
+    ids = chat.chat_ids(golden_model.tokenizer, "<image>\nlong " + "text " * 50, 30)
+    assert len(ids) == 30
+    assert (ids == chat.IMAGE_TOKEN).sum() == 1

@@ -1,0 +1,184 @@
+"""The Embedder and its command line: order, forms of items, batches, continuing."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llave_jax import embed
+from llave_jax.embedder import Embedder, as_item
+from llave_jax.inputs.item import Item
+
+
+@pytest.fixture(scope="module")
+def embedder(golden_model):
+    return Embedder.from_pretrained(golden_model.directory)
+
+
+@pytest.fixture(scope="module")
+def reference(golden):
+    """Cases of the authors' dataset code: items and their embeddings."""
+    cases = json.loads((golden / "cases.json").read_text())["cases"]
+    embeddings = np.load(golden / "embeddings.npz")
+    cases = [
+        case
+        for case in cases
+        if case["route"] in ("dataset", "multi") and not case["name"].startswith("quirk")
+    ]
+    items = [
+        {"text": case["text"], "images": [str(golden / "images" / name) for name in case["images"]]}
+        for case in cases
+    ]
+    return items, np.stack([embeddings[f"{case['name']}/embedding"] for case in cases])
+
+
+def test_reference(embedder, reference):
+    items, expected = reference
+    actual = embedder.encode(items)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(actual, axis=1), 1, atol=1e-6)
+
+
+@settings(max_examples=5)
+@given(data=st.data(), batch_size=st.sampled_from([None, 1, 3]))
+def test_any_mix_in_any_order(data, batch_size, embedder, reference):
+    items, expected = reference
+    chosen = data.draw(st.lists(st.integers(0, len(items) - 1), min_size=1, max_size=12))
+    actual = embedder.encode([items[i] for i in chosen], batch_size=batch_size)
+    np.testing.assert_allclose(actual, expected[chosen], rtol=0, atol=1e-5)
+
+
+def test_forms_of_items(embedder, golden):
+    path = golden / "images" / "small.png"
+    picture = PIL.Image.open(path)
+    text = "Represent the given image."
+    forms = [
+        {"text": text, "image": str(path)},
+        {"text": text, "image": picture},
+        {"text": f"<image>\n{text}", "images": [path]},
+        {"text": f"<|image_1|>\n{text}", "images": [path.read_bytes()]},
+        Item(text, images=(path,)),
+    ]
+    vectors = embedder.encode(forms)
+    np.testing.assert_allclose(vectors, np.broadcast_to(vectors[0], vectors.shape), atol=1e-6)
+    assert np.abs(embedder.encode([picture]) - vectors[:1]).max() > 1e-3
+
+
+def test_nothing_to_encode(embedder):
+    assert embedder.encode([]).shape == (0, embedder.config.text.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (7, "row 3: is int"),
+        ({"txt": "a"}, r"row 3: unknown key\(s\) \['txt'\]"),
+        ({"image": "a.png", "images": ["b.png"]}, "row 3: has both"),
+        ({"text": 3}, "row 3: text is int"),
+    ],
+)
+def test_what_is_no_item(item, message):
+    with pytest.raises(ValueError, match=message):
+        as_item(item, "row 3")
+
+
+def test_unreadable_item_is_named(embedder):
+    with pytest.raises(ValueError, match=r"item 1.*nowhere\.png"):
+        embedder.encode(["fine", {"image": "nowhere.png"}])
+
+
+@pytest.fixture
+def input_file(tmp_path, golden):
+    picture = PIL.Image.open(golden / "images" / "tiny.png")
+    picture.save(tmp_path / "tiny.png")
+    lines = [{"text": f"caption {i}", "id": f"c{i}"} for i in range(5)]
+    lines.insert(2, {"image": "tiny.png", "id": "picture"})
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(embedder, path, output, **options):
+    items, ids = embed.read_items(path)
+    return np.load(embed.embed_file(embedder, items, ids, output, "model", **options))
+
+
+def test_file(embedder, input_file, tmp_path):
+    vectors = run(embedder, input_file, tmp_path / "out")
+    items, ids = embed.read_items(input_file)
+    np.testing.assert_allclose(vectors, embedder.encode(items), atol=1e-6)
+    written = [
+        json.loads(line) for line in (tmp_path / "out" / "ids.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert written == ids == ["c0", "c1", "picture", "c2", "c3", "c4"]
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2])
+def test_continues_where_it_was_stopped(embedder, input_file, tmp_path, monkeypatch, stop_after):
+    monkeypatch.setattr(embed, "CHUNK", 2)
+    calls = []
+
+    class Stopping:
+        config = embedder.config
+
+        def encode(self, items, **options):
+            if len(calls) == stop_after:
+                raise KeyboardInterrupt
+            calls.append(len(items))
+            return embedder.encode(items, **options)
+
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(Stopping(), input_file, output)
+    assert not (output / "embeddings.npy").exists()
+    encoded = []
+    monkeypatch.setattr(
+        embedder,
+        "encode",
+        lambda items, **o: encoded.append(len(items)) or Embedder.encode(embedder, items, **o),
+    )
+    vectors = run(embedder, input_file, output)
+    assert sum(encoded) == 6 - 2 * stop_after
+    monkeypatch.undo()
+    np.testing.assert_allclose(vectors, embedder.encode(embed.read_items(input_file)[0]), atol=1e-6)
+
+
+def test_lines_added_later(embedder, input_file, tmp_path):
+    first = run(embedder, input_file, tmp_path / "out")
+    with open(input_file, "a") as file:
+        file.write('{"text": "one more"}\n')
+    vectors = run(embedder, input_file, tmp_path / "out")
+    np.testing.assert_array_equal(vectors[:6], first)
+    np.testing.assert_allclose(vectors[6], embedder.encode(["one more"])[0], atol=1e-6)
+
+
+def test_other_work_is_not_continued(embedder, input_file, tmp_path):
+    run(embedder, input_file, tmp_path / "out")
+    lines = input_file.read_text().splitlines(keepends=True)
+    input_file.write_text("".join(lines[::-1]))
+    with pytest.raises(ValueError, match="other items"):
+        run(embedder, input_file, tmp_path / "out")
+    items, ids = embed.read_items(input_file)
+    with pytest.raises(ValueError, match="another model"):
+        embed.embed_file(embedder, items, ids, tmp_path / "out", "other")
+
+
+def test_bad_lines_are_named(tmp_path):
+    path = tmp_path / "items.jsonl"
+    for line, message in [("{", "not JSON"), ("[]", "is list"), ('{"txt": ""}', "unknown key")]:
+        path.write_text('{"text": "fine"}\n' + line + "\n")
+        with pytest.raises(ValueError, match=rf"items\.jsonl:2.*{message}"):
+            embed.read_items(path)
+
+
+def test_command_line(golden_model, input_file, tmp_path):
+    command = [sys.executable, "-m", "llave_jax.embed", "--model", str(golden_model.directory)]
+    command += ["--input", str(input_file), "--output", str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    assert np.load(tmp_path / "out" / "embeddings.npy").shape == (6, 64)
