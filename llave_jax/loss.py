@@ -121,7 +121,7 @@ def row_losses(
     check_parameters(alpha, temperature)
     rows, is_positive, is_negative = _roles(similarity, positive, columns, negatives)
     # Before any arithmetic: a nan in an empty slot would survive a mask applied later, in the
-    # gradient if not in the value.
+    # gradient of the temperature if not in the value.
     similarity = jnp.where(is_positive | is_negative, similarity, 0)
     positives = jnp.sum(jnp.where(is_positive, similarity, 0), axis=1, keepdims=True)
     logits = (similarity - positives) / temperature + hardness(similarity, alpha)

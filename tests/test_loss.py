@@ -138,6 +138,19 @@ def test_empty_slots_have_no_influence(case, alpha, temperature, garbage):
     reference.assert_close_gradient(np.asarray(gradient)[valid][:, valid], kept_gradient, error)
 
 
+def test_empty_slots_have_no_influence_on_a_learned_temperature():
+    similarity = np.random.default_rng(0).uniform(-1, 1, (5, 5)).astype(np.float32)
+    valid = np.array([True, False, True, True, False])
+
+    @jax.jit
+    @jax.grad
+    def slope(temperature, similarity):
+        return hardness_weighted_contrastive_loss(similarity, temperature=temperature, valid=valid)
+
+    garbage = np.where(valid[:, None] & valid, similarity, np.nan)
+    assert slope(0.1, garbage) == slope(0.1, similarity) != 0
+
+
 @hypothesis.given(
     masked_matrices(),
     st.floats(-FLOAT32_MAX, FLOAT32_MAX, width=32),
@@ -161,7 +174,7 @@ def test_nothing_overflows(case, alpha, temperature):
 def test_nan_in_a_real_pair_is_not_hidden():
     similarity = np.eye(4, dtype=np.float32)
     similarity[1, 2] = np.nan
-    assert np.isnan(hardness_weighted_contrastive_loss(similarity))
+    assert np.isnan(value_and_grad(similarity, 9.0, 0.02)[0])
 
 
 def test_half_precision_is_computed_in_float32():
