@@ -22,7 +22,6 @@ from llave_jax.benchmarks import digits, report, video_retrieval
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode
 from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.mmeb import evaluate_mmeb
-from llave_jax.benchmarks.mmeb_data import DatasetInfo
 from llave_jax.benchmarks.retrieval import evaluate_retrieval, read_task
 from llave_jax.embedder import Embedder
 
@@ -96,7 +95,7 @@ def evaluate_rows(encode: Encode, cache: EmbeddingCache, args: argparse.Namespac
     data, infos = args.data, None
     if args.benchmark == "digits":
         data = digits.build(data or output / "digits") / "eval"
-        infos = tuple(DatasetInfo(name, task) for name, task in digits.SUBSETS.items())
+        infos = digits.INFOS
     results = evaluate_mmeb(
         encode, data, datasets, output, images=args.images, cache=cache, infos=infos
     )

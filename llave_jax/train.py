@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from llave_jax import config as config_lib
 from llave_jax import distributed, model_dir, optim, sharding, train_step
 from llave_jax.benchmarks import digits, digits_tokenizer
 from llave_jax.benchmarks.during_training import TrainingEvaluation
+from llave_jax.benchmarks.mmeb_data import DatasetInfo
 from llave_jax.checkpoint import Checkpoints
 from llave_jax.data.pipeline import Composition, TrainBatch, train_iterator
 from llave_jax.data.sources import PairSource, open_source, split_held_out
@@ -85,7 +86,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     start = int(state.step)
     writer = MetricsWriter(workdir, first_step=start, enabled=first_process)
     evaluation = TrainingEvaluation(
-        config.eval, model, tokenizer, mesh, workdir, locate_benchmark(config, workdir)
+        config.eval, model, tokenizer, mesh, workdir, *locate_benchmark(config, workdir)
     )
     if evaluation.due(start, total_steps):
         evaluation.run(state.params, start, writer)
@@ -169,13 +170,15 @@ def locate_data(config: ConfigDict, workdir: Path) -> tuple[Path, Path | None]:
     return data_path, Path(tokenizer_path) if tokenizer_path else None
 
 
-def locate_benchmark(config: ConfigDict, workdir: Path) -> Path | None:
-    """Directory of what the run is scored on."""
+def locate_benchmark(
+    config: ConfigDict, workdir: Path
+) -> tuple[Path | None, Sequence[DatasetInfo] | None]:
+    """Directory of what the run is scored on, and its datasets where it is not MMEB."""
     if config.eval.benchmark is None:
-        return None
+        return None, None
     if config.eval.benchmark == DIGITS:
-        return workdir / DIGITS / "eval"
-    return Path(config.eval.benchmark)
+        return workdir / DIGITS / "eval", digits.INFOS
+    return Path(config.eval.benchmark), None
 
 
 def wait_for_first_process(what: str) -> None:

@@ -27,9 +27,10 @@ import pyarrow
 import pyarrow.parquet
 
 from llave_jax.benchmarks import digits_scenes as S
+from llave_jax.benchmarks.mmeb_data import DatasetInfo
 
 # Raise it with every change of what is built: directories built before are then rebuilt.
-VERSION = 1
+VERSION = 3
 
 CLASSIFICATION = "Digits-Classification"
 VQA = "Digits-VQA"
@@ -45,6 +46,7 @@ SUBSETS: dict[str, str] = {
     RETRIEVAL_T2I: "retrieval",
     GROUNDING: "grounding",
 }
+INFOS = tuple(DatasetInfo(name, meta_task) for name, meta_task in SUBSETS.items())
 # Pictures that several subsets share.
 SCENES = "Digits-Scenes"
 
@@ -59,13 +61,13 @@ CLASS = "the digit {}"
 
 # Candidates of a query; classification has the ten classes.
 CANDIDATES = 20
-_READINGS = CANDIDATES - len(S.DIGITS) - len(S.CELLS)
-_TRAIN_FAMILY, _EVAL_FAMILY = 2, 4
+# Scenes come in pairs of the same scans in other places: each other's hard negatives.
+_FAMILY = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Rows of every training subset, queries of every eval subset (even; a multiple of 4).
+    """Rows of every training subset, queries of every eval subset; scenes come in pairs.
 
     Classification has at most one query for each held-out scan.
     """
@@ -74,10 +76,10 @@ class Sizes:
     eval: int = 400
 
     def __post_init__(self):
-        for name, value, step in (("train", self.train, 2), ("eval", self.eval, 4)):
-            if value < 10 * step or value % step:
+        for name, value, least in (("train", self.train, _FAMILY), ("eval", self.eval, 40)):
+            if value < least or value % _FAMILY:
                 raise ValueError(
-                    f"sizes: {name} is {value}; expected a multiple of {step}, at least {10 * step}"
+                    f"sizes: {name} is {value}; expected a multiple of {_FAMILY}, at least {least}"
                 )
 
 
@@ -187,27 +189,21 @@ class _Picture(NamedTuple):
     scene: S.Scene
     pixels: np.ndarray
     path: str
-    family: tuple[int, ...]  # the other pictures of the same scans
+    twin: int  # index of the picture of the same scans in other places
 
 
 def _draw_pictures(
-    scans: S.Scans,
-    members: np.ndarray,
-    count: int,
-    family: int,
-    rng: np.random.Generator,
-    images: _Images,
+    scans: S.Scans, members: np.ndarray, count: int, rng: np.random.Generator, images: _Images
 ) -> list[_Picture]:
-    """`count` scenes in families of `family`, saved."""
+    """`count` scenes of the scans `members`, saved."""
     pools = [members[scans.labels[members] == digit] for digit in range(10)]
-    pictures = []
-    for start in range(0, count, family):
-        block = range(start, start + family)
-        for index, scene in zip(block, S.make_family(rng, pools, family), strict=True):
+    pictures: list[_Picture] = []
+    while len(pictures) < count:
+        for scene in S.make_family(rng, pools, _FAMILY):
+            index = len(pictures)
             pixels = S.draw_scene(scene, scans, rng)
             path = images.save(SCENES, f"{index:05d}", pixels, scene.scans, scene.digits)
-            others = tuple(other for other in block if other != index)
-            pictures.append(_Picture(scene, pixels, path, others))
+            pictures.append(_Picture(scene, pixels, path, twin=index ^ 1))
     return pictures
 
 
@@ -248,10 +244,10 @@ def _train_rows(
         path = images.save(CLASSIFICATION, f"{number:05d}", pixels, [index], [digit])
         rows[CLASSIFICATION].append(_train_row(CLASSIFY, path, CLASS.format(S.DIGITS[digit]), ""))
 
-    pictures = _draw_pictures(scans, members, count, _TRAIN_FAMILY, rng, images)
+    pictures = _draw_pictures(scans, members, count, rng, images)
     for number, picture in enumerate(pictures):
         scene, path = picture.scene, picture.path
-        twin = pictures[picture.family[0]]
+        twin = pictures[picture.twin]
         question, answer = S.ask(scene, rng)
         rows[VQA].append(_train_row(ANSWER.format(question), path, answer, ""))
 
@@ -317,7 +313,7 @@ def _eval_rows(
     scans: S.Scans, members: np.ndarray, count: int, rng: np.random.Generator, images: _Images
 ) -> dict[str, list[dict[str, Any]]]:
     """`count` queries of every subset, each with its candidates: the positive first."""
-    pictures = _draw_pictures(scans, members, count, _EVAL_FAMILY, rng, images)
+    pictures = _draw_pictures(scans, members, count, rng, images)
     return {
         CLASSIFICATION: _classification(scans, rng.permutation(members)[:count], rng, images),
         VQA: [_vqa(picture.scene, picture.path, rng) for picture in pictures],
@@ -342,50 +338,48 @@ def _classification(
 
 
 def _vqa(scene: S.Scene, path: str, rng: np.random.Generator) -> dict[str, Any]:
-    """All words and places are candidates, and readings: of the scene's lines, either way round."""
+    """All ten words are candidates, and readings: first of the scene's lines, either way round."""
     question, answer = S.ask(scene, rng)
     lines = [reading for _, reading in S.questions(scene)["reading"]]
     backwards = [" ".join(reversed(reading.split())) for reading in lines]
-    readings = [r for r in dict.fromkeys([*lines, *backwards]) if r != answer]
-    hard = [*S.DIGITS, *S.CELLS, *rng.permutation(readings)[:_READINGS].tolist()]
+    hard = [text for text in (*S.DIGITS, *lines, *backwards) if text != answer]
 
     def draw() -> str:
         return " ".join(rng.choice(S.DIGITS, 2))
 
-    texts = _candidates(answer, [text for text in hard if text != answer], draw, rng)
+    texts = _candidates(answer, hard, draw, rng)
     return _eval_row(ANSWER.format(question), path, [(text, "") for text in texts])
 
 
 def _image_to_text(
     picture: _Picture, pictures: Sequence[_Picture], rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Hard negatives say of the same cells what stands there in the other arrangements."""
-    family = [pictures[index].scene for index in picture.family]
-    facts = S.choose_facts(picture.scene, family, rng)
-    cells = [fact.cell for fact in facts]
+    """The hard negative says of the same cells what stands there in the twin."""
+    twin = pictures[picture.twin].scene
+    facts = S.choose_facts(picture.scene, [twin], rng)
+    swapped = S.describe(twin, [fact.cell for fact in facts])
 
     def draw() -> str | None:
         other = pictures[rng.integers(len(pictures))].scene
         wrong = S.choose_facts(other, [], rng)
         return None if S.holds(wrong, picture.scene) else S.caption(wrong)
 
-    hard = [S.caption(S.describe(scene, cells)) for scene in family]
-    texts = _candidates(S.caption(facts), hard, draw, rng)
+    texts = _candidates(S.caption(facts), [S.caption(swapped)], draw, rng)
     return _eval_row(FIND_CAPTION, picture.path, [(text, "") for text in texts])
 
 
 def _text_to_image(
     picture: _Picture, pictures: Sequence[_Picture], rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Hard negatives are the other arrangements of the same scans."""
-    family = [pictures[index] for index in picture.family]
-    facts = S.choose_facts(picture.scene, [other.scene for other in family], rng)
+    """The hard negative is the twin."""
+    twin = pictures[picture.twin]
+    facts = S.choose_facts(picture.scene, [twin.scene], rng)
 
     def draw() -> str | None:
         other = pictures[rng.integers(len(pictures))]
         return None if S.holds(facts, other.scene) else other.path
 
-    paths = _candidates(picture.path, [other.path for other in family], draw, rng)
+    paths = _candidates(picture.path, [twin.path], draw, rng)
     query = FIND_IMAGE.format(S.caption(facts))
     return _eval_row(query, "", [(IMAGE, path) for path in paths])
 

@@ -7,7 +7,7 @@ with the untrained model and chance, and a picture shows both models' similariti
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ import jax
 from ml_collections import ConfigDict
 
 from llave_jax.benchmarks import mmeb, similarity
+from llave_jax.benchmarks.mmeb_data import DatasetInfo
 from llave_jax.benchmarks.results import Results, align
 from llave_jax.embedder import Embedder
 from llave_jax.metrics import MetricsWriter
 from llave_jax.models.llave import Llave
-
-log = logging.getLogger(__name__)
 
 
 class TrainingEvaluation:
@@ -34,13 +33,16 @@ class TrainingEvaluation:
         mesh: jax.sharding.Mesh,
         workdir: Path,
         data_dir: Path | None,
+        infos: Sequence[DatasetInfo] | None = None,
     ):
         """Args:
         config: the run's `config.eval`.
         data_dir: the benchmark's directory, in MMEB's form; None: no evaluation.
+        infos: its datasets' meta-tasks, where it is not MMEB.
         """
         self._config = config
         self._data_dir = data_dir
+        self._infos = infos
         self._directory = workdir / "eval"
         self._workdir = workdir
         self._embedder = Embedder(model, None, tokenizer, mesh)
@@ -60,6 +62,7 @@ class TrainingEvaluation:
             self._data_dir,
             self._config.datasets or None,
             self._summary(step).parent,
+            infos=self._infos,
         )
         self._embedder.params = None
         writer.write(step, {f"eval/{name}": value for name, value in results.metrics().items()})

@@ -26,23 +26,15 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
-def residual_scale(num_layers: int) -> float:
-    """Initial scale of what a block adds to the residual stream: the sum over all blocks, two
-    additions each, has the size of the stream's first value."""
-    return 1.0 / math.sqrt(2 * num_layers)
-
-
 class Projection(nn.Module):
     """Linear map over the trailing `in_axes` axes of its input to axes `features`.
 
-    Kernel [*in, *features], bias [*features]. `init_scale` is the standard deviation of an output
-    when training starts from scratch, for inputs of standard deviation 1.
+    Kernel [*in, *features], bias [*features].
     """
 
     features: tuple[int, ...]
     in_axes: int = 1
     use_bias: bool = True
-    init_scale: float = 1.0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -52,7 +44,7 @@ class Projection(nn.Module):
         fan_in = math.prod(inputs)
 
         def initial(key, shape, dtype):
-            return jax.random.normal(key, shape, dtype) * (self.init_scale / math.sqrt(fan_in))
+            return jax.random.normal(key, shape, dtype) / math.sqrt(fan_in)
 
         kernel = self.param("kernel", initial, (*inputs, *self.features), self.param_dtype)
         # Tied to x, or all layers' parameters would be gathered ahead of a loop over batches.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llave_jax.models.config import TextConfig
-from llave_jax.models.layers import Dtype, Projection, RMSNorm, residual_scale, scan_blocks
+from llave_jax.models.layers import Dtype, Projection, RMSNorm, scan_blocks
 from llave_jax.ops.attention import attention
 from llave_jax.ops.rope import apply_rotary, rotary_tables
 
@@ -41,7 +41,6 @@ class SelfAttention(nn.Module):
             (config.hidden_size,),
             in_axes=2,
             use_bias=False,
-            init_scale=residual_scale(config.num_layers),
             name="o_proj",
             **kinds,
         )
@@ -59,8 +58,7 @@ class Mlp(nn.Module):
         features = (self.config.intermediate_size,)
         gate = Projection(features, name="gate_proj", **kinds)(x)
         up = Projection(features, name="up_proj", **kinds)(x)
-        scale = residual_scale(self.config.num_layers)
-        down = Projection((self.config.hidden_size,), init_scale=scale, name="down_proj", **kinds)
+        down = Projection((self.config.hidden_size,), name="down_proj", **kinds)
         return down(nn.silu(gate) * up)
 
 
@@ -98,7 +96,7 @@ class Qwen2(nn.Module):
         self.embed_tokens = nn.Embed(
             config.vocab_size,
             config.hidden_size,
-            embedding_init=nn.initializers.normal(1.0),
+            embedding_init=nn.initializers.normal(config.hidden_size**-0.5),
             **kinds,
         )
         self.layers = Block(config, implementation=self.attention, **kinds)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llave_jax.models.config import VisionConfig
-from llave_jax.models.layers import Dtype, Projection, residual_scale, scan_blocks
+from llave_jax.models.layers import Dtype, Projection, scan_blocks
 from llave_jax.ops.attention import attention
 
 
@@ -34,7 +34,6 @@ class SelfAttention(nn.Module):
         output = Projection(
             (config.hidden_size,),
             in_axes=2,
-            init_scale=residual_scale(config.num_layers),
             name="out_proj",
             **kinds,
         )
@@ -51,8 +50,7 @@ class Mlp(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = Projection((self.config.intermediate_size,), name="fc1", **kinds)(x)
         x = nn.gelu(x, approximate=True)
-        scale = residual_scale(self.config.num_layers)
-        return Projection((self.config.hidden_size,), init_scale=scale, name="fc2", **kinds)(x)
+        return Projection((self.config.hidden_size,), name="fc2", **kinds)(x)
 
 
 class Block(nn.Module):
@@ -95,7 +93,7 @@ class SiglipTower(nn.Module):
         x = Projection((config.hidden_size,), name="patch_embedding", **kinds)(pixels)
         position = self.param(
             "position_embedding",
-            nn.initializers.normal(1.0),
+            nn.initializers.normal(config.hidden_size**-0.5),
             (config.num_patches, config.hidden_size),
             self.param_dtype,
         )
