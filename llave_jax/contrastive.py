@@ -60,7 +60,7 @@ def contrastive_loss(
       mesh: the mesh; axes of it that are not in `axes` (tensor) do the same work redundantly.
       axes: the mesh axes that split the batch. An axis left out would not lose negatives, only
         repeat work.
-      alpha: hardness; 0 is InfoNCE.
+      alpha: hardness; 0 is InfoNCE. A constant of the program, like the temperature.
       temperature: positive.
       extra_targets: [K, D] further negatives of every query (hard negatives), K a multiple of the
         number of shards. They are no rows: the target -> query direction does not see them.
