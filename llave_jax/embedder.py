@@ -11,17 +11,19 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+from jax.experimental import multihost_utils
 
 from llave_jax import sharding
 from llave_jax.inputs.item import Item
-from llave_jax.inputs.packing import Budget, PackedBatch, Packer, Planner
+from llave_jax.inputs.packing import Budget, PackedBatch, Packer, Planner, empty_batch
 from llave_jax.inputs.sequence import Sequence, SequenceBuilder
+from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave
 from llave_jax.progress import Progress
 
@@ -60,10 +62,12 @@ class Embedder:
         self.mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
         self.builder = SequenceBuilder(tokenizer, model.config)
         self._tokens_per_batch = tokens_per_batch
-        self._apply = jax.jit(
-            lambda params, batch: model.apply({"params": params}, batch)[:, 0],
-            out_shardings=sharding.replicated(self.mesh),
-        )
+
+        def apply(params: Any, batch: PackedBatch) -> jax.Array:
+            with sharding.use_mesh(self.mesh):
+                return model.apply({"params": params}, batch)[:, 0]
+
+        self._apply = jax.jit(apply, out_shardings=sharding.replicated(self.mesh))
 
     @classmethod
     def from_pretrained(
@@ -71,7 +75,7 @@ class Embedder:
         directory: str | os.PathLike,
         *,
         dtype: str | None = None,
-        attention: str = "xla",
+        attention: str = "auto",
         mesh: jax.sharding.Mesh | None = None,
         max_length: int | None = None,
         **options: Any,
@@ -99,6 +103,7 @@ class Embedder:
             dtype=jnp.dtype(dtype),
             param_dtype=jnp.dtype(dtype),
             attention=attention,
+            vision_attention=attention,
             freeze_vision=True,
         )
         params = model_dir.load_params(directory, mesh=mesh, dtype=jnp.dtype(dtype))
@@ -112,6 +117,8 @@ class Embedder:
     ) -> np.ndarray:
         """Embeddings of items: float32 [n, D], L2-normalised, in the items' order.
 
+        In a job of several processes all call this with the same items, and all get the result.
+
         Args:
           items: each a text, an image, or a dict with any of `text`, `image`, `images`, `video`
             (paths or PIL images; a video may be a list of frames). Text is user content as in
@@ -124,25 +131,27 @@ class Embedder:
         """
         items = [as_item(item, f"item {i}") for i, item in enumerate(items)]
         result = np.zeros((len(items), self.config.text.hidden_size), np.float32)
+        # Each process reads its share of the items; all get all embeddings.
+        share = range(jax.process_index(), len(items), jax.process_count())
+        batches = self._batches(self._sequences(items, share), batch_size)
+        if jax.process_count() > 1:
+            batches = _in_step(batches, self._num_shards, self.config)
         with Progress(len(items), "encoding", enabled=show_progress) as progress:
-            for batch, ids in self._batches(self._sequences(items), batch_size):
-                batch = sharding.device_put_batch(batch, self.mesh)
+            for packed, indices in batches:
+                batch = sharding.device_put_batch(packed, self.mesh)
                 vectors = np.asarray(self._apply(self.params, batch))
-                filled = [
-                    (s, g, int(i)) for s, row in enumerate(ids) for g, i in enumerate(row) if i
-                ]
-                shards, slots, indices = zip(*filled, strict=True)
-                result[list(indices)] = vectors[list(shards), list(slots)]
-                progress.update(len(indices))
+                filled = indices >= 0
+                result[indices[filled]] = vectors[filled]
+                progress.update(int(filled.sum()))
         return result
 
-    def _sequences(self, items: list[Item]) -> Iterator[tuple[int, Sequence]]:
+    def _sequences(self, items: list[Item], share: range) -> Iterator[tuple[int, Sequence]]:
         """Read and lay out items in threads, a bounded number ahead of the device."""
         workers = os.cpu_count() or 1
         waiting: collections.deque = collections.deque()
         with ThreadPoolExecutor(workers) as pool:
-            for i, item in enumerate(items):
-                waiting.append((i, pool.submit(self.builder, item)))
+            for i in share:
+                waiting.append((i, pool.submit(self.builder, items[i])))
                 if len(waiting) > 4 * workers:
                     index, future = waiting.popleft()
                     yield index, future.result()
@@ -151,7 +160,7 @@ class Embedder:
 
     def _batches(
         self, sequences: Iterable[tuple[int, Sequence]], batch_size: int | None
-    ) -> Iterator[tuple[PackedBatch, list[list[str]]]]:
+    ) -> Iterator[Indexed]:
         """Sequences of a kind in batches of a fixed shape, the last ones in smaller ones."""
         packers: dict[Budget, Packer] = {}
         members: dict[Budget, list[tuple[int, Sequence]]] = collections.defaultdict(list)
@@ -160,7 +169,7 @@ class Embedder:
             if budget not in packers:
                 packers[budget] = Packer(budget, self._num_shards, self.config)
             if not packers[budget].add([sequence], str(index)):
-                yield packers[budget].emit()
+                yield _emit(packers[budget])
                 members[budget].clear()
                 packers[budget].add([sequence], str(index))
             members[budget].append((index, sequence))
@@ -169,11 +178,11 @@ class Embedder:
             packer = Packer(small, self._num_shards, self.config)
             for index, sequence in rest:
                 packer.add([sequence], str(index))
-            yield packer.emit()
+            yield _emit(packer)
 
     @property
     def _num_shards(self) -> int:
-        return sharding.num_shards(self.mesh)
+        return len(sharding.local_shards(self.mesh))
 
     def _budget(self, sequence: Sequence, batch_size: int | None) -> Budget:
         """The full-size batch for sequences of this one's kind."""
@@ -216,6 +225,55 @@ class Embedder:
                 crops=min(all_crops, 2 * budget.crops),
                 groups=2 * budget.groups if self._num_shards > 1 else budget.groups,
             )
+
+
+class Indexed(NamedTuple):
+    """A batch, and which item each of its slots holds: int [S, G], -1 where empty."""
+
+    packed: PackedBatch
+    indices: np.ndarray
+
+
+def _emit(packer: Packer) -> Indexed:
+    packed, ids = packer.emit()
+    indices = [[int(index) if index else -1 for index in shard] for shard in ids]
+    return Indexed(packed, np.array(indices, np.int32))
+
+
+def _in_step(batches: Iterator[Indexed], num_shards: int, config: LlaveConfig) -> Iterator[Indexed]:
+    """Batches of the same shapes, and as many of them, in every process.
+
+    In each round the first process that has something left decides the shape; the others join
+    with a batch of that shape or an empty one. Indices are those of all processes' shards.
+    """
+    waiting = next(batches, None)
+    while True:
+        offers = multihost_utils.process_allgather(_shape_of(waiting))
+        offers = offers[offers.any(axis=1)]
+        if not len(offers):
+            return
+        shape = offers[0]
+        if waiting is not None and np.array_equal(_shape_of(waiting), shape):
+            packed, indices = waiting
+            waiting = next(batches, None)
+        else:
+            budget = Budget(*map(int, shape[:-2]), sides=1, taps=int(shape[-1]))
+            vision = config.vision
+            packed = empty_batch(budget, num_shards, vision.num_patches, vision.patch_dim)
+            indices = np.full((num_shards, budget.groups), -1, np.int32)
+        everyone = multihost_utils.process_allgather(indices)
+        yield Indexed(packed, everyone.reshape(-1, everyone.shape[-1]))
+
+
+def _shape_of(batch: Indexed | None) -> np.ndarray:
+    """rows, row length, crops, groups, sides, taps; zeros for None."""
+    if batch is None:
+        return np.zeros(6, np.int32)
+    packed = batch.packed
+    rows, length, taps = packed.tap_index.shape[1:]
+    crops, groups = packed.patches.shape[1], packed.valid.shape[1]
+    return np.array([rows, length, crops, groups, 1, taps], np.int32)
+
 
 def as_item(item: ItemLike, name: str) -> Item:
     """Any form of item that `Embedder.encode` takes, as an Item."""

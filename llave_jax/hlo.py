@@ -131,6 +131,8 @@ class Program:
         return {i.name: i.shape for i in self.computations[computation]}
 
     def trip_count(self, loop: Instruction) -> int:
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known.group(1))
         condition = self.computations[loop.attribute("condition")]
         root = next(i for i in condition if i.is_root)
         values = {i.name: i for i in condition}

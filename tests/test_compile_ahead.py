@@ -1,0 +1,166 @@
+"""Compiling ahead: what is counted is what runs, and the tiny model compiles for a TPU slice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llave_jax import aot, flops, hlo, sharding
+from llave_jax.models.config import PRESETS
+from llave_jax.models.llave import Llave, abstract_params
+
+ROOT = Path(__file__).parents[1]
+COMPILE = [sys.executable, str(ROOT / "tools/compile_ahead.py"), "--json"]
+
+
+def test_loop_bodies_count_as_often_as_they_run():
+    def layers(x, weights):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
+
+    arguments = (jnp.ones((32, 64)), jnp.ones((10, 64, 64)))
+    text = jax.jit(layers).lower(*arguments).compile().as_text()
+    assert hlo.cost(text, 1).product_flops == 10 * 2 * 32 * 64 * 64
+
+
+def test_collectives_are_counted_with_their_bytes():
+    mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
+    split = sharding.batch_sharding(mesh)
+    x = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=split)
+    gather = jax.jit(lambda x: x * 2, out_shardings=sharding.replicated(mesh))
+    (found,) = hlo.cost(gather.lower(x).compile().as_text(), 8).collectives
+    assert (found.kind, found.group, found.count) == ("all-gather", 8, 1)
+    assert found.result_bytes == 16 * 4 * 4
+    assert found.wire_bytes == 16 * 4 * 4 * 7 / 8
+
+
+TPU_PROGRAM = """\
+HloModule m, is_scheduled=true
+
+%cond (p: (s32[], bf16[8,16,1152,1])) -> pred[] {
+  %p = (s32[], bf16[8,16,1152,1]) parameter(0)
+  %n = s32[]{:T(128)} constant(3)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (q: (s32[], bf16[8,16,1152,1])) -> (s32[], bf16[8,16,1152,1]) {
+  %q = (s32[], bf16[8,16,1152,1]) parameter(0)
+  %x = bf16[8,16,1152,1]{2,1,0,3:T(8,128)(2,1)} get-tuple-element(%q), index=1
+  %w = bf16[1152,16,72,1]{2,1,0,3} constant({...})
+  %heads = bf16[8,16,16,72]{1,3,2,0:T(8,128)(2,1)} convolution(%x, %w), window={size=1x16 pad=0_0x15_15 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f, backend_config={"window_config":{"estimated_cycles":"100"}}
+  ROOT %t = (s32[], bf16[8,16,1152,1]) tuple(%q, /*index=1*/%x)
+}
+
+ENTRY %main (a: bf16[8,16,1152,1]) -> (s32[], bf16[8,16,1152,1]) {
+  %a = bf16[8,16,1152,1] parameter(0)
+  %z = s32[] constant(0)
+  %s = (s32[], bf16[8,16,1152,1]) tuple(%z, %a)
+  ROOT %while = (s32[], bf16[8,16,1152,1]) while(%s), condition=%cond, body=%body
+}
+"""
+
+
+def test_products_that_tpus_write_as_convolutions():
+    """A projection to 16 heads is a convolution whose window meets the input in one place each."""
+
+    cost = hlo.cost(TPU_PROGRAM, 1)
+    assert cost.cycles == 300
+    assert cost.product_flops == 3 * 2 * 8 * 16 * 16 * 72 * 1152
+
+
+def test_necessary_operations_are_those_of_the_parameters():
+    """Two operations for each weight and token, but for embeddings, norms and biases."""
+    config = PRESETS["llave-2b"]
+    shapes = sharding.flatten(abstract_params(Llave(config)))
+
+    def weights(prefix):
+        return sum(
+            int(np.prod(leaf.shape))
+            for path, leaf in shapes.items()
+            if path.startswith(prefix) and path.endswith("kernel")
+        )
+
+    tokens = 10
+    linear = flops.text_forward(config, np.ones(tokens))
+    scores = 4 * tokens * config.text.num_layers * config.text.hidden_size
+    assert linear - scores == 2 * tokens * weights("language_model/")
+    patches, width = config.vision.num_patches, config.vision.hidden_size
+    scores = 4 * config.vision.num_layers * patches**2 * width
+    assert flops.vision_forward(config, 1) - scores == 2 * patches * weights("vision_tower/")
+    assert flops.projector_forward(config, 1) == 2 * patches * weights("projector/")
+
+
+def test_attention_counts_pairs_within_sequences():
+    config = PRESETS["tiny"]
+    joined = flops.text_forward(config, np.array([300]))
+    apart = flops.text_forward(config, np.array([100, 200]))
+    pairs = 300 * 301 / 2 - 100 * 101 / 2 - 200 * 201 / 2
+    text = config.text
+    assert joined - apart == 4 * pairs * text.num_layers * text.num_heads * text.head_dim
+
+
+def test_frozen_tower_has_no_backward_pass():
+    config = PRESETS["llave-0.5b"]
+    lengths = np.array([100.0])
+    trained = flops.training(config, lengths, 2, freeze_vision=False)
+    frozen = flops.training(config, lengths, 2, freeze_vision=True)
+    assert trained == pytest.approx(3 * flops.embedding(config, lengths, 2))
+    assert trained - frozen > 2 * flops.vision_forward(config, 2)
+
+
+def test_unknown_topologies_are_refused():
+    with pytest.raises(ValueError, match="expected CHIP:SHAPE"):
+        aot.topology_devices("v99:2x2")
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory):
+    """The tiny model in bfloat16, everything that large configs do."""
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(
+        "from configs.tpu_v4 import get_config as large\n"
+        "def get_config():\n"
+        "    config = large()\n"
+        "    config.model.preset = 'tiny'\n"
+        "    config.batch.pairs, config.batch.micro_batches = 64, 2\n"
+        "    config.batch.row_length = 512\n"
+        "    config.batch.tokens_per_pair = 256.0\n"
+        "    return config\n"
+    )
+    return path
+
+
+def compile_tiny(config, *arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [*COMPILE, f"--config={config}", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_tiny_model_compiles_for_a_tpu_slice(tiny_config):
+    pytest.importorskip("libtpu", reason="needs the libtpu wheel: pip install llave_jax[tpu]")
+    done = compile_tiny(tiny_config, "--topology=v4:2x2x1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert values["devices"] == 4
+    assert values["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert any("splash_mha_fwd" in name for name in values["kernels"])
+    assert any("splash_mha_dkv" in name for name in values["kernels"])
+    purposes = {row["purpose"] for row in values["collectives"]}
+    assert aot.UNACCOUNTED not in purposes
+    assert {"parameter gather", "gradient scatter", "embedding gather and loss"} <= purposes
+    assert 0 < values["memory_gib"]["peak"] < values["memory_gib"]["hbm"]
+    assert values["executed_over_necessary"] > 1
+
+
+@pytest.mark.slow
+def test_overflow_is_reported(tiny_config):
+    pytest.importorskip("libtpu", reason="needs the libtpu wheel: pip install llave_jax[tpu]")
+    done = compile_tiny(tiny_config, "--topology=v5e:2x2", "--config.batch.pairs=1048576")
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "RESOURCE_EXHAUSTED" in json.loads(done.stdout.splitlines()[-1])["does_not_fit"]

@@ -1,0 +1,64 @@
+"""The assumed mix of MMEB and how well the configs' budgets fit it."""
+
+import importlib
+
+import numpy as np
+import pytest
+
+from llave_jax import config as config_lib
+from llave_jax.data import mix
+from llave_jax.data.sources import MMEB_TRAIN_SUBSETS
+from llave_jax.inputs.packing import Budget
+from llave_jax.models.config import PRESETS
+
+CONFIG = PRESETS["llave-0.5b"]
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    return mix.sample_pairs(CONFIG, 3000)
+
+
+def test_the_mix_is_the_papers():
+    assert sorted(mix.SUBSETS) == sorted(MMEB_TRAIN_SUBSETS)
+    assert sum(subset.rows for subset in mix.SUBSETS.values()) == pytest.approx(662_000, abs=500)
+    for subset in mix.SUBSETS.values():
+        for side in (subset.query, subset.target):
+            assert side.images is None or sum(s for *_, s in side.images) == pytest.approx(1)
+
+
+def test_sizes_are_those_of_the_models_inputs(sizes):
+    assert mix.image_cost(640, 480, CONFIG) == (2929, 5)
+    assert mix.image_cost(500, 375, CONFIG) == (1728, 3)
+    assert sizes.lengths.min() > mix.CHAT_TOKENS
+    assert sizes.lengths.max() <= CONFIG.inputs.max_length
+    np.testing.assert_array_equal(
+        mix.sample_pairs(CONFIG, 50).lengths, mix.sample_pairs(CONFIG, 50).lengths
+    )
+
+
+@pytest.mark.parametrize("size", ["0.5b", "2b", "7b"])
+def test_budgets_of_the_configs_are_well_filled(sizes, size):
+    module = importlib.import_module("configs.tpu_v4")
+    config = module.get_config(size)
+    chips = 64 if size == "7b" else 16
+    packing = mix.simulate(sizes, config_lib.batch_budget(config, chips), shards=4)
+    assert packing.tokens > 0.93
+    assert packing.crops > 0.9
+    assert packing.carried_twice <= 0.01
+
+
+def test_simulation_counts_what_it_packs():
+    """Pairs of one size that fill a row exactly: nothing is wasted, nothing waits."""
+    lengths = np.tile([60, 40], (100, 1))
+    sizes = mix.PairSizes(lengths, np.tile([1, 0], (100, 1)))
+    packing = mix.simulate(sizes, Budget(rows=2, row_length=100, crops=2, groups=2), shards=2)
+    assert packing.tokens == packing.crops == packing.pairs == 1
+    assert packing.carried_twice == 0
+    assert packing.attention == pytest.approx(100 * 101 / (60 * 61 + 40 * 41))
+
+
+def test_too_few_pairs_are_refused(sizes):
+    few = mix.PairSizes(sizes.lengths[:10], sizes.crops[:10])
+    with pytest.raises(ValueError, match="too few pairs"):
+        mix.simulate(few, Budget(rows=40, row_length=4096, crops=400, groups=64), shards=2)
