@@ -167,6 +167,14 @@ def test_missing_data_is_named(tmp_path):
         mmeb.evaluate_mmeb(HashEncoder(), tmp_path / "..", [])
 
 
+def test_images_outside_the_root_are_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"x")
+    write_rows(tmp_path, "Own", [row("q", ["a"], "../secret.png")])
+    with pytest.raises(ValueError, match=r"Own.json: row 0: image path '../secret.png' leaves"):
+        mmeb.evaluate_mmeb(HashEncoder(), tmp_path)
+
+
 def test_the_benchmark_is_complete():
     groups = {}
     for info in MMEB_DATASETS:

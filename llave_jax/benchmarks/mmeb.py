@@ -18,7 +18,7 @@ import numpy as np
 from llave_jax.benchmarks import mmeb_data
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first_process
 from llave_jax.benchmarks.files import write_text
-from llave_jax.benchmarks.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, ImageStore
+from llave_jax.benchmarks.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, EvalImages
 from llave_jax.benchmarks.results import DatasetResult, Results
 
 
@@ -86,7 +86,7 @@ def evaluate_mmeb(
 def evaluate_dataset(
     encode: Encode,
     dataset: EvalDataset,
-    store: ImageStore,
+    store: EvalImages,
     cache: EmbeddingCache,
     info: DatasetInfo,
 ) -> DatasetResult:

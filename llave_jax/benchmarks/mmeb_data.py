@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet
 
+from llave_jax.data.image_store import check_relative
 from llave_jax.inputs.item import ImageLike, Item
 
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
@@ -84,11 +85,13 @@ class EvalDataset:
         return len(self.query_ids)
 
 
-class ImageStore:
+class EvalImages:
     """Image files below a folder, or inside a zip archive, by their path in the rows.
 
-    Inside an archive a path may be prefixed by folders ("images/..."): the prefix is found once,
-    from the first image asked for.
+    Files of a folder stay paths, read only when they are encoded: a benchmark's images need not fit
+    into memory. (Training's `data.image_store` gives bytes, for worker processes.) Inside an archive
+    a path may be prefixed by folders ("images/..."): the prefix is found once, from the first image
+    asked for.
     """
 
     def __init__(self, root: str | Path):
@@ -106,7 +109,9 @@ class ImageStore:
 
         Raises:
             FileNotFoundError: no such image; names the row.
+            ImageError: the path is absolute or leaves the image root.
         """
+        check_relative(path, name)
         if self._archive is None:
             file = self.root / path
             if not file.is_file():
@@ -129,17 +134,17 @@ class ImageStore:
         return min(found, key=len)[: -len(path)] if found else ""
 
 
-def open_images(data_dir: str | Path, images: str | Path | None = None) -> ImageStore:
+def open_images(data_dir: str | Path, images: str | Path | None = None) -> EvalImages:
     """The images of a benchmark directory: `images/`, `eval_images/`, `images.zip`, or as given."""
     data_dir = Path(data_dir)
     if images is not None:
         if not Path(images).exists():
             raise FileNotFoundError(f"image folder or archive {images} does not exist")
-        return ImageStore(images)
+        return EvalImages(images)
     for name in ("images", "eval_images", "images.zip"):
         if (data_dir / name).exists():
-            return ImageStore(data_dir / name)
-    return ImageStore(data_dir)
+            return EvalImages(data_dir / name)
+    return EvalImages(data_dir)
 
 
 def dataset_names(data_dir: str | Path, infos: Sequence[DatasetInfo] = MMEB_DATASETS) -> list[str]:
@@ -242,7 +247,7 @@ def _parse_row(row: dict[str, Any], where: str) -> tuple[Content, list[Content]]
     return query, targets
 
 
-def make_item(dataset: EvalDataset, index: int, images: ImageStore) -> Item:
+def make_item(dataset: EvalDataset, index: int, images: EvalImages) -> Item:
     """The item of one unique content; its image is looked up in the store."""
     content = dataset.contents[index]
     name = f"{dataset.source}: row {dataset.first_row[index]}"

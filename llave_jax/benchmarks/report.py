@@ -126,7 +126,7 @@ def _stats(results: Sequence[DatasetResult]) -> SimilarityStats | None:
     return similarity_overlap(scores, [0] * len(scores), candidates=candidates)
 
 
-def _galleries(results: Results, data_dir: str | os.PathLike, store: mmeb_data.ImageStore) -> str:
+def _galleries(results: Results, data_dir: str | os.PathLike, store: mmeb_data.EvalImages) -> str:
     content = html.paragraph(
         "Queries taken evenly from each dataset, with their best-ranked candidates. Green: the "
         "right answer; red: a wrong one that was chosen; below each its rank and cosine."
@@ -165,7 +165,7 @@ def _spread(rows: np.ndarray) -> np.ndarray:
 
 
 def _mmeb_example(
-    row: int, result: DatasetResult, dataset: mmeb_data.EvalDataset, store: mmeb_data.ImageStore
+    row: int, result: DatasetResult, dataset: mmeb_data.EvalDataset, store: mmeb_data.EvalImages
 ) -> Example:
     targets, scores = dataset.target_ids[row], result.scores[row]
 
