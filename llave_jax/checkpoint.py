@@ -1,12 +1,16 @@
 """Checkpoints of a run: parameters, optimiser state and the data iterator, by orbax.
 
     WORKDIR/checkpoints/STEP/{params,optimizer,data}
+    WORKDIR/best/checkpoints/STEP/params                the best by a metric, a model of its own
 
 A checkpoint appears under its name only when all of it is written.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from llave_jax import sharding
+from llave_jax.benchmarks.files import write_text
 from llave_jax.train_step import TrainState
 
 DIRECTORY = "checkpoints"
+BEST = "best"
 
 
 class Checkpoints:
@@ -78,6 +84,43 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for files still being written."""
         self._manager.wait_until_finished()
+        self._manager.close()
+
+
+class BestCheckpoint:
+    """The parameters that scored best by one metric, kept in `WORKDIR/best`."""
+
+    def __init__(self, workdir: Path, metric: str):
+        self._metric = metric
+        self._record = workdir / BEST / "best.json"
+        self._manager = ocp.CheckpointManager(
+            (workdir / BEST / DIRECTORY).resolve(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=1),
+        )
+        self._value = -math.inf
+        if self._record.exists():
+            self._value = json.loads(self._record.read_text())["value"]
+
+    def offer(self, step: int, params: Any, scores: Mapping[str, float]) -> None:
+        """Keep these parameters if they score higher than any before.
+
+        Raises:
+          KeyError: there is no such metric; it names those there are.
+        """
+        if self._metric not in scores:
+            raise KeyError(
+                f"checkpoint.best_metric {self._metric!r} is not scored; there are {sorted(scores)}"
+            )
+        if scores[self._metric] <= self._value:
+            return
+        self._value = scores[self._metric]
+        self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            record = {"metric": self._metric, "value": self._value, "step": step}
+            write_text(self._record, json.dumps(record, indent=2) + "\n")
+
+    def close(self) -> None:
         self._manager.close()
 
 

@@ -106,6 +106,8 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 1000
     config.checkpoint.keep = 2
+    # Score by which the best parameters are kept in WORKDIR/best ("average/overall"); None: not kept.
+    config.checkpoint.best_metric = placeholder(str)
     config.log_every = 10
 
     # Evaluation at the start and the end of the run, and every `every` steps (0: no). `benchmark`

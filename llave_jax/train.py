@@ -28,7 +28,7 @@ from llave_jax import distributed, model_dir, optim, sharding, train_step
 from llave_jax.benchmarks import digits, digits_tokenizer
 from llave_jax.benchmarks.during_training import TrainingEvaluation
 from llave_jax.benchmarks.mmeb_data import DatasetInfo
-from llave_jax.checkpoint import Checkpoints
+from llave_jax.checkpoint import BEST, BestCheckpoint, Checkpoints
 from llave_jax.data.pipeline import Composition, TrainBatch, train_iterator
 from llave_jax.data.sources import PairSource, open_source, split_held_out
 from llave_jax.inputs.sequence import SequenceBuilder
@@ -88,8 +88,15 @@ def train(config: ConfigDict, workdir: Path) -> None:
     evaluation = TrainingEvaluation(
         config.eval, model, tokenizer, mesh, workdir, *locate_benchmark(config, workdir)
     )
+    best = make_best(config, workdir)
+
+    def evaluate(step: int) -> None:
+        scores = evaluation.run(state.params, step, writer)
+        if best is not None:
+            best.offer(step, state.params, scores)
+
     if evaluation.due(start, total_steps):
-        evaluation.run(state.params, start, writer)
+        evaluate(start)
     watch = Watch(config, writer, schedule, total_steps, start)
     with watch.progress:
         for step in range(start + 1, total_steps + 1):
@@ -109,9 +116,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 break
             if evaluation.due(step, total_steps):
                 watch.drain()
-                evaluation.run(state.params, step, writer)
+                evaluate(step)
                 watch.restart_clock()
     checkpoints.close()
+    if best is not None:
+        best.close()
     writer.close()
     if int(state.step) == total_steps:
         evaluation.report(total_steps)
@@ -281,6 +290,20 @@ def make_state(
         return from_params(model.init(key, example_batch(model.config))["params"])
 
     return sharding.init_sharded(from_seed, shardings, jax.random.key(config.seed))
+
+
+def make_best(config: ConfigDict, workdir: Path) -> BestCheckpoint | None:
+    """The keeper of the best parameters, in a folder that is a model like the run's own."""
+    if config.checkpoint.best_metric is None:
+        return None
+    if config.eval.benchmark is None:
+        raise ValueError("config.checkpoint.best_metric needs config.eval.benchmark")
+    if jax.process_index() == 0:
+        folder = workdir / BEST
+        folder.mkdir(exist_ok=True)
+        model = workdir / "model"
+        model_dir.write_template(folder / "model", model_dir.load_config(model), source=model)
+    return BestCheckpoint(workdir, config.checkpoint.best_metric)
 
 
 class Watch:

@@ -149,7 +149,9 @@ def test_frozen_parameters_stay(make_workdir, finished):
 @pytest.mark.slow
 def test_quickstart_scores_and_draws(make_workdir, capsys):
     workdir = make_workdir("scored")
-    train.train(quickstart(eval__benchmark="digits", eval__every=2), workdir)
+    config = quickstart(eval__benchmark="digits", eval__every=2)
+    config.checkpoint.best_metric = "average/overall"
+    train.train(config, workdir)
     table = (workdir / "results.txt").read_text()
     assert table.strip() in capsys.readouterr().out
     for name in ("Digits-Classification", "Digits-VQA", "Digits-Retrieval_i2t", "Digits-Grounding"):
@@ -157,6 +159,14 @@ def test_quickstart_scores_and_draws(make_workdir, capsys):
     assert (workdir / "similarity.png").stat().st_size > 1000
     evaluated = [line["step"] for line in read_metrics(workdir) if "eval/average/overall" in line]
     assert evaluated == [0, 2, 4]
+    scores = {
+        line["step"]: line["eval/average/overall"]
+        for line in read_metrics(workdir)
+        if line["step"] in evaluated and "eval/average/overall" in line
+    }
+    best = json.loads((workdir / "best" / "best.json").read_text())
+    assert best["value"] == max(scores.values()) == scores[best["step"]]
+    assert Embedder.from_pretrained(workdir / "best").encode(["nine"]).shape == (1, 96)
 
 
 def test_budget_follows_from_pairs():

@@ -55,7 +55,8 @@ class TrainingEvaluation:
         wanted = step in (0, last_step) or bool(every and step % every == 0)
         return wanted and not self._summary(step).exists()
 
-    def run(self, params: Any, step: int, writer: MetricsWriter) -> None:
+    def run(self, params: Any, step: int, writer: MetricsWriter) -> dict[str, float]:
+        """Score `params`; returns the scores by name, as `Results.metrics`."""
         self._embedder.params = params
         results = mmeb.evaluate_mmeb(
             self._embedder.encode,
@@ -65,9 +66,11 @@ class TrainingEvaluation:
             infos=self._infos,
         )
         self._embedder.params = None
-        writer.write(step, {f"eval/{name}": value for name, value in results.metrics().items()})
+        scores = results.metrics()
+        writer.write(step, {f"eval/{name}": value for name, value in scores.items()})
         if jax.process_index() == 0:
             _write_summary(self._summary(step), results)
+        return scores
 
     def report(self, last_step: int) -> None:
         """Print and keep the final table; draw the similarity histograms."""
