@@ -14,15 +14,6 @@ def get_config():
     config.data.num_workers = 0
     config.steps = 900
 
-    # Single digits are the quickest to learn, and what the scenes are made of: more of them.
-    config.data.weights = (
-        ("Digits-Classification", 0.28),
-        ("Digits-VQA", 0.18),
-        ("Digits-Retrieval_i2t", 0.18),
-        ("Digits-Retrieval_t2i", 0.18),
-        ("Digits-Grounding", 0.18),
-    )
-
     # Room for any 32 pairs, so that a step is the same pairs on any number of devices.
     config.batch.pairs = 32
     config.batch.row_length = 128
@@ -32,7 +23,7 @@ def get_config():
     config.loss.alpha = 9.0
     # Ten class names and a few answers: most batches hold the same target several times.
     config.loss.mask_false_negatives = True
-    config.optim.learning_rate = 2e-3
+    config.optim.learning_rate = 1e-3
     # Gradients shrink a hundredfold while all of a task's embeddings are still alike, and grow again
     # when they part: the default's memory of 1000 steps would hold the run there.
     config.optim.beta2 = 0.95
