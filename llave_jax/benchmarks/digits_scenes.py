@@ -33,7 +33,7 @@ TEST_SHARE = 0.22
 _ROTATION_DEGREES = 10.0
 _SCALE = 0.1
 _SHIFT_PIXELS = 1.5
-_CROP_PIXELS = 2
+_CROP = 2  # pixels
 
 
 class Scans(NamedTuple):
@@ -97,16 +97,14 @@ def draw_scene(scene: Scene, scans: Scans, rng: np.random.Generator) -> np.ndarr
 
 
 def crop_cell(picture: np.ndarray, cell: int, rng: np.random.Generator) -> np.ndarray:
-    """A box around one cell of a scene; its edges are not exact: about uint8 [24, 24]."""
-    row, column = divmod(cell, 2)
-    edges = np.array([row, column, row + 1, column + 1]) * CELL_PIXELS
-    edges = edges + rng.integers(-_CROP_PIXELS, _CROP_PIXELS + 1, 4)
-    top, left, bottom, right = np.clip(edges, 0, SCENE_PIXELS)
-    return picture[top:bottom, left:right]
+    """A cell cut out of a scene, not quite in place: uint8 [22 to 24, 22 to 24]."""
+    top, left = np.array(divmod(cell, 2)) * CELL_PIXELS + rng.integers(-_CROP, _CROP + 1, 2)
+    bottom, right = top + CELL_PIXELS, left + CELL_PIXELS
+    return picture[max(top, 0) : bottom, max(left, 0) : right]
 
 
 def make_family(rng: np.random.Generator, pools: Sequence[np.ndarray], size: int) -> list[Scene]:
-    """`size` (at most 4) scenes of the same four scans in different places: each other's hard negatives.
+    """`size` (at most 4) scenes of the same four scans in different places.
 
     Three families of ten have only two different digits, so that there is something to count.
 
@@ -138,8 +136,8 @@ def make_family(rng: np.random.Generator, pools: Sequence[np.ndarray], size: int
 def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
     """Every question with its one right answer, by kind; a kind may be empty.
 
-    Answers are digit words, places ("top left"), or what two cells read ("three seven"): a question
-    has no second right answer among them.
+    Answers are digit words or what two cells read ("three seven"): a question has no second right
+    answer among them.
     """
     word = [DIGITS[digit] for digit in scene.digits]
     unique = [cell for cell in range(4) if len(scene.cells_of(scene.digits[cell])) == 1]
@@ -155,7 +153,6 @@ def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
             (f"How many times does {DIGITS[digit]} appear?", DIGITS[len(scene.cells_of(digit))])
             for digit in range(10)
         ],
-        "where": [(f"Where is the {word[cell]}?", CELLS[cell]) for cell in unique],
         "reading": [
             (f"What does the {line} read?", f"{word[first]} {word[second]}")
             for line, (first, second) in LINES.items()
