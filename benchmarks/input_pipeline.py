@@ -1,0 +1,298 @@
+"""Speed of the host's input path on MMEB-like pairs, against transformers' processor.
+
+    python benchmarks/input_pipeline.py [--pairs 200] [--model llave-0.5b] [--tokenizer DIR]
+    python benchmarks/input_pipeline.py --workers 1 2 4      # the whole stream, by worker processes
+    python benchmarks/input_pipeline.py --memory --rows 50000  # resident memory over an epoch
+
+Pairs have the image sizes and text lengths of `llave_jax.data.mix`; photographs are cut from the
+two that scikit-learn ships, so that JPEG decoding does realistic work. Rates are per second of CPU
+time, which other work on the machine hardly changes; both sides run in one thread. The peer is
+LlavaOnevisionProcessor with the same canvases, to uint8-exact Pillow crops and, if torchvision is
+installed, with its torch backend; it needs the `torch` of the parity tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import sklearn.datasets
+import transformers
+
+from llave_jax.data import mix
+from llave_jax.data.pipeline import train_iterator
+from llave_jax.data.sources import PairSource
+from llave_jax.inputs import anyres, chat
+from llave_jax.inputs.images import load_image
+from llave_jax.inputs.item import Item, Pair
+from llave_jax.inputs.packing import Budget, Packer
+from llave_jax.inputs.sequence import SequenceBuilder
+from llave_jax.models.config import PRESETS, LlaveConfig
+
+TEXT = "a red tram stands beside the old harbour wall while two people walk their dog at dawn"
+WORDS = TEXT.split()
+
+
+class MixedPairs(PairSource):
+    """Pairs drawn from the mix, in memory: `images` files are shared by the rows."""
+
+    def __init__(self, count: int, images: int, config: LlaveConfig, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.subsets = {"Mix": range(count)}
+        rows = np.array([subset.rows for subset in mix.SUBSETS.values()], float)
+        choices = rng.choice(len(rows), size=count, p=rows / rows.sum())
+        photos = [PIL.Image.fromarray(p) for p in sklearn.datasets.load_sample_images().images]
+        self._files: dict[tuple[int, int], list[bytes]] = collections.defaultdict(list)
+        self._rows = []
+        for choice in choices:
+            subset = list(mix.SUBSETS.values())[choice]
+            sides = [
+                self._side(side, photos, images, rng) for side in (subset.query, subset.target)
+            ]
+            self._rows.append(sides)
+
+    def _side(self, side: mix.Side, photos: list, images: int, rng: np.random.Generator) -> tuple:
+        mean = np.log(side.text) - mix.TEXT_SPREAD**2 / 2
+        text = " ".join(rng.choice(WORDS, max(1, round(rng.lognormal(mean, mix.TEXT_SPREAD)))))
+        if side.images is None:
+            return text, None, 0
+        sizes = [image[:2] for image in side.images]
+        size = sizes[rng.choice(len(sizes), p=[image[2] for image in side.images])]
+        files = self._files[size]
+        if len(files) < images:
+            files.append(photograph(photos[rng.integers(2)], size, rng))
+        return text, size, int(rng.integers(len(files)))
+
+    def __getitem__(self, index: int) -> Pair:
+        query, target = (self._item(index, *side) for side in self._rows[index])
+        return Pair(self.pair_id(index), query, target, subset="Mix")
+
+    def _item(self, index: int, text: str, size: tuple[int, int] | None, file: int) -> Item:
+        images = (self._files[size][file],) if size else ()
+        return Item(text=("<|image_1|>\n" if images else "") + text, images=images, name=f"{index}")
+
+    def pair_id(self, index: int) -> str:
+        return f"Mix:{index}"
+
+    def digest(self, index: int) -> int:
+        return index
+
+
+def photograph(photo: PIL.Image.Image, size: tuple[int, int], rng: np.random.Generator) -> bytes:
+    """A part of a photograph at the wanted size, as JPEG."""
+    width, height = size
+    scale = max(width / photo.width, height / photo.height) * rng.uniform(1.0, 1.6)
+    grown = photo.resize((round(photo.width * scale) + 1, round(photo.height * scale) + 1))
+    x, y = rng.integers(grown.width - width + 1), rng.integers(grown.height - height + 1)
+    buffer = io.BytesIO()
+    grown.crop((x, y, x + width, y + height)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Least CPU time of several runs."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def budget_for(config: LlaveConfig, pairs: int) -> Budget:
+    sizes = mix.sample_pairs(config, 2000)
+    rows = -(-int(1.1 * pairs * sizes.lengths.sum(1).mean()) // 4096)
+    crops = int(1.1 * pairs * sizes.crops.sum(1).mean())
+    return Budget(rows=max(rows, 4), row_length=4096, crops=max(crops, 10), groups=pairs)
+
+
+def compare(source: MixedPairs, builder: SequenceBuilder, repeats: int) -> None:
+    """One core: our path by stages, then the peer's on the same items."""
+    config = builder.config
+    items = [item for i in range(len(source)) for item in (source[i].query, source[i].target)]
+    images = [image for item in items for image in item.images]
+    decoded = [load_image(image) for image in images]
+    sequences = [builder(item) for item in items]
+    size, side = config.vision.image_size, config.vision.patches_per_side
+    budget = budget_for(config, 8)
+
+    def pack() -> None:
+        packer = Packer(budget, 1, config)
+        for query, target in zip(sequences[::2], sequences[1::2], strict=True):
+            if not packer.add([query, target]):
+                packer.emit()
+                packer.add([query, target])
+
+    contents = [chat.place_markers(item.text, len(item.images)) for item in items]
+    tokenizer = builder.tokenizer
+    stages = {
+        "decode": lambda: [load_image(image) for image in images],
+        "resize and tile": lambda: [anyres.image_crops(i, config.inputs, size) for i in decoded],
+        "layout": lambda: [anyres.image_taps(*i.size, config.inputs, size, side) for i in decoded],
+        "tokenise": lambda: [chat.chat_ids(tokenizer, content) for content in contents],
+        "all of a sequence": lambda: [builder(item) for item in items],
+        "pack": pack,
+    }
+    print(f"{len(source)} pairs, {len(images)} images, {len(decoded)} decoded in one thread")
+    seconds = {name: cpu_seconds(work, repeats) for name, work in stages.items()}
+    total = seconds["all of a sequence"] + seconds["pack"]
+    for name, value in seconds.items():
+        print(f"  {name:20}{1000 * value / len(source):8.2f} ms a pair{value / total:8.1%}")
+    kernel = (seconds["decode"] + seconds["resize and tile"]) / total
+    print(f"  decoding and resizing are {kernel:.1%} of the whole")
+    report("llave_jax, packed", total, len(images), len(source), total)
+    compare_peers(source, items, images, builder, repeats, total)
+
+
+def report(name: str, seconds: float, images: int, pairs: int, ours: float) -> None:
+    print(
+        f"{name:42}{images / seconds:8.1f} images/s{pairs / seconds:8.1f} pairs/s a core"
+        f"{seconds / ours:8.2f} x our time"
+    )
+
+
+def compare_peers(source, items, images, builder, repeats, ours) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    for name, image_processor in peers(builder.config):
+        processor = transformers.LlavaOnevisionProcessor(
+            image_processor=image_processor,
+            tokenizer=builder.tokenizer,
+            video_processor=None,
+            num_image_tokens=builder.config.vision.num_patches,
+            vision_feature_select_strategy="full",
+            image_token="<image>",
+        )
+
+        def run(processor=processor) -> None:
+            for item in items:
+                content = chat.place_markers(item.text, len(item.images))
+                opened = [PIL.Image.open(io.BytesIO(i)).convert("RGB") for i in item.images]
+                processor(images=opened or None, text=chat.chat_text(content), return_tensors="pt")
+
+        seconds = cpu_seconds(run, repeats)
+        report(f"LlavaOnevisionProcessor, {name}", seconds, len(images), len(source), ours)
+        print(f"  {same_crops(images, image_processor, builder.config)}")
+
+
+def peers(config: LlaveConfig) -> list[tuple[str, object]]:
+    size = {"height": config.vision.image_size, "width": config.vision.image_size}
+    options = {"size": size, "image_grid_pinpoints": [list(p) for p in config.inputs.pinpoints]}
+    found = [("Pillow", transformers.LlavaOnevisionImageProcessorPil(**options))]
+    if transformers.utils.is_torchvision_available():
+        found.append(("torchvision", transformers.LlavaOnevisionImageProcessor(**options)))
+    return found
+
+
+def same_crops(images: list[bytes], image_processor, config: LlaveConfig) -> str:
+    """How many uint8 crops of the peer equal ours."""
+    equal = total = largest = 0
+    for data in images:
+        image = load_image(data)
+        pixels = np.asarray(image_processor(image, return_tensors="np")["pixel_values"])[0]
+        mean, std = np.float32(image_processor.image_mean), np.float32(image_processor.image_std)
+        theirs = np.rint((np.moveaxis(pixels, 1, -1) * std + mean) * 255).astype(int)
+        ours = anyres.image_crops(image, config.inputs, config.vision.image_size).astype(int)
+        difference = np.abs(theirs[: len(ours)] - ours).reshape(len(ours), -1).max(1)
+        equal += int((difference == 0).sum())
+        total += len(ours)
+        largest = max(largest, int(difference.max()))
+    return f"{equal} of {total} uint8 crops equal ours, largest difference {largest}"
+
+
+def scale(source: MixedPairs, builder: SequenceBuilder, workers: list[int], pairs: int) -> None:
+    """The whole stream in wall-clock time, after the first batches."""
+    for count in workers:
+        iterator = train_iterator(
+            source, builder, budget_for(builder.config, 8), seed=0, num_shards=1, num_workers=count
+        )
+        for _ in range(3):
+            next(iterator)
+        start, done = time.monotonic(), 0
+        while done < pairs:
+            done += int(next(iterator).packed.valid.sum())
+        seconds = time.monotonic() - start
+        iterator.close()
+        print(f"{count} worker processes: {done / seconds:.1f} pairs/s, {done} pairs")
+
+
+def memory(builder: SequenceBuilder, rows: int) -> None:
+    """Resident memory of one process over an epoch."""
+    source = MixedPairs(rows, 4, builder.config)
+    budget = budget_for(builder.config, 8)
+    iterator = train_iterator(source, builder, budget, seed=0, num_shards=1, epochs=1)
+    done, shown = 0, 0
+    for batch in iterator:
+        done += int(batch.packed.valid.sum())
+        if done >= shown:
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            print(f"{done:8} pairs: {resident / 2**20:.0f} MiB", flush=True)
+            shown += rows // 20
+
+
+def make_builder(name: str, tokenizer: Path | None) -> SequenceBuilder:
+    if tokenizer is None:
+        return SequenceBuilder(words_tokenizer(), PRESETS[name])
+    return SequenceBuilder(transformers.AutoTokenizer.from_pretrained(tokenizer), PRESETS[name])
+
+
+def words_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A small byte-level BPE trained on the spot; the real one's speed is about the same."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([" ".join(WORDS)] * 10, vocab_size=600, special_tokens=special)
+    with tempfile.TemporaryDirectory() as folder:
+        bpe.save(f"{folder}/tokenizer.json")
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_file=f"{folder}/tokenizer.json",
+            pad_token=special[0],
+            additional_special_tokens=special[1:3],
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="llave-0.5b", choices=list(PRESETS))
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a tokenizer's folder; a small one by default"
+    )
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--images", type=int, default=4, help="different images of each size")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="*", help="measure the stream instead")
+    parser.add_argument("--memory", action="store_true", help="watch memory over an epoch instead")
+    parser.add_argument("--rows", type=int, default=50_000, help="with --memory")
+    args = parser.parse_args()
+    print(f"{platform.machine()}, {cpu_name()}, Pillow {PIL.__version__}")
+    builder = make_builder(args.model, args.tokenizer)
+    if args.memory:
+        memory(builder, args.rows)
+        return
+    source = MixedPairs(args.pairs, args.images, builder.config)
+    if args.workers:
+        scale(source, builder, args.workers, 2 * args.pairs)
+    else:
+        compare(source, builder, args.repeats)
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return "unknown processor"
+
+
+if __name__ == "__main__":
+    main()
