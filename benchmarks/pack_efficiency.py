@@ -1,0 +1,71 @@
+"""How well batches of fixed budgets are filled by MMEB's mix of images and texts.
+
+    python benchmarks/pack_efficiency.py                      # the budgets of the configs
+    python benchmarks/pack_efficiency.py --row-lengths        # why rows have the length they have
+
+The mix is the table of assumptions in llave_jax/data/mix.py; batches are filled as training fills
+them, 4 devices to a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configs import gpu_h100, llave_0_5b, tpu_v4
+from llave_jax import config as config_lib
+from llave_jax.data import mix
+from llave_jax.inputs.packing import Budget
+from llave_jax.models.config import PRESETS
+
+# (name, config, devices it is for)
+CONFIGS = [
+    ("llave_0_5b, llave_2b", llave_0_5b.get_config(), 8),
+    ("tpu_v4:0.5b, :2b", tpu_v4.get_config("2b"), 16),
+    ("tpu_v4:7b", tpu_v4.get_config("7b"), 64),
+    ("gpu_h100", gpu_h100.get_config("2b"), 8),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=6000, help="pairs drawn from the mix")
+    parser.add_argument("--row-lengths", action="store_true", help="compare lengths of rows")
+    args = parser.parse_args()
+    sizes = mix.sample_pairs(PRESETS["llave-0.5b"], args.pairs)
+    print(
+        f"{args.pairs} pairs: mean {sizes.lengths.sum(1).mean():.0f} tokens and "
+        f"{sizes.crops.sum(1).mean():.2f} crops a pair, longest {sizes.lengths.max()}"
+    )
+    print(
+        f"{'':24}{'rows':>5}{'length':>8}{'crops':>6}{'slots':>6}{'tokens':>9}{'crops':>8}"
+        f"{'slots':>8}{'carried twice':>15}{'attention':>11}"
+    )
+    if not args.row_lengths:
+        for name, config, devices in CONFIGS:
+            show(name, sizes, config_lib.batch_budget(config, devices))
+        return
+    groups = 8
+    for length in (3840, 4096, 5952, 6144, 8192, 9088, 12288):
+        rows = max(1, math.floor(groups * 2976 / length))
+        show("", sizes, Budget(rows, length, math.ceil(groups * 5.1), groups))
+
+
+def show(name: str, sizes: mix.PairSizes, budget: Budget) -> None:
+    packing = mix.simulate(sizes, budget, shards=4)
+    print(
+        f"{name:24}{budget.rows:5}{budget.row_length:8}{budget.crops:6}{budget.groups:6}"
+        f"{packing.tokens:9.1%}{packing.crops:8.1%}{packing.pairs:8.1%}"
+        f"{packing.carried_twice:15.2%}{packing.attention:11.2f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""Speed of the whole training step, and of embedding, on this machine, beside PyTorch's.
+
+    python benchmarks/train_step.py --preset llave-0.5b                  # one GPU, bfloat16
+    python benchmarks/train_step.py --preset llave-2b --torch            # and transformers, same items
+    python benchmarks/train_step.py --preset llave-0.5b --embed --torch
+    python benchmarks/train_step.py --preset tiny --pairs 8 --micro-batches 2 --dtype float32 --torch
+
+Pairs have the sizes of MMEB's mix (llave_jax/data/mix.py), random pixels and random tokens; weights
+are random. transformers' LlavaOnevision gets the same items as the authors feed it: padded, queries
+and targets apart, SDPA, gradient checkpointing, frozen tower, AdamW. MFU counts necessary operations
+(llave_jax/flops.py) of both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llave_jax import flops, optim, sharding, train_step
+from llave_jax.data import mix
+from llave_jax.inputs.anyres import image_taps
+from llave_jax.inputs.packing import Budget, PackedBatch, Packer, stack_batches
+from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence
+from llave_jax.inputs.taps import newlines
+from llave_jax.models.config import PRESETS, LlaveConfig
+from llave_jax.models.llave import Llave, example_batch
+
+# Dense bfloat16 operations a second, as published, by a part of the device's name.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
+FROZEN = (("vision_tower/.*", None), (".*", 1.0))
+
+
+def main() -> None:
+    args = parse_arguments()
+    config = PRESETS[args.preset]
+    pairs = [random_pair(config, i) for i in range(args.pairs)]
+    batch = pack(config, pairs, args)
+    lengths = np.array([len(s) for pair in pairs for s in pair])
+    crops = sum(len(s.crops) for pair in pairs for s in pair)
+    if args.embed:
+        needed = flops.embedding(config, lengths, crops)
+    else:
+        needed = flops.training(config, lengths, crops, freeze_vision=True)
+    runs = {"llave_jax": jax_run}
+    if args.torch:
+        runs["transformers"] = torch_run
+    for name, run in runs.items():
+        seconds, memory = run(config, pairs, batch, args)
+        row = {
+            "program": name,
+            "what": "embed" if args.embed else "train",
+            "preset": args.preset,
+            "device": jax.devices()[0].device_kind,
+            "seconds": seconds,
+            "pairs_per_second": len(pairs) / seconds,
+            "tokens_per_second": float(lengths.sum()) / seconds,
+            "tflops_per_second": needed / seconds / 1e12,
+            "mfu": mfu(needed / seconds),
+            "peak_memory_gib": memory,
+        }
+        print(json.dumps(row), flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="llave-0.5b")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs of a step")
+    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--row-length", type=int, default=5952)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--remat", default="block", choices=train_step.REMATS)
+    parser.add_argument("--embed", action="store_true", help="the forward pass only")
+    parser.add_argument("--torch", action="store_true", help="also run transformers")
+    parser.add_argument(
+        "--torch-batch", type=int, default=4, help="pairs at a time, as the authors"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
+def random_pair(config: LlaveConfig, seed: int) -> tuple[Sequence, Sequence]:
+    """Query and target of MMEB's sizes with random content."""
+    rng = np.random.default_rng(seed)
+    shares = np.array([subset.rows for subset in mix.SUBSETS.values()], float)
+    subset = list(mix.SUBSETS.values())[rng.choice(len(shares), p=shares / shares.sum())]
+    return random_side(config, subset.query, rng), random_side(config, subset.target, rng)
+
+
+def random_side(config: LlaveConfig, side: mix.Side, rng: np.random.Generator) -> Sequence:
+    vision = config.vision
+    size = vision.image_size
+    text = rng.integers(1, config.text.vocab_size - 8, mix.CHAT_TOKENS + round(side.text))
+    if side.images is None:
+        return Sequence(text.astype(np.int32), np.zeros((0, size, size, 3), np.uint8), newlines(0))
+    shares = [share for *_, share in side.images]
+    width, height, _ = side.images[rng.choice(len(shares), p=shares)]
+    taps = image_taps(width, height, config.inputs, size, vision.patches_per_side)
+    _, count = mix.image_cost(width, height, config)
+    tokens = np.concatenate([np.full(taps.shape, VISUAL_SLOT), text]).astype(np.int32)
+    crops = rng.integers(0, 256, (count, size, size, 3), np.uint8)
+    return Sequence(tokens, crops, taps, name=f"{width}x{height}")
+
+
+def pack(config: LlaveConfig, pairs: list, args: argparse.Namespace) -> PackedBatch:
+    """All pairs in the fewest rows that hold each micro-batch: arrays [M, 1, ...]."""
+    groups = -(-len(pairs) // args.micro_batches)
+    parts = [pairs[i : i + groups] for i in range(0, len(pairs), groups)]
+    crops = max(sum(len(s.crops) for pair in part for s in pair) for part in parts)
+    rows = 1
+    while True:
+        budget = Budget(rows, args.row_length, crops, groups)
+        packers = [Packer(budget, 1, config) for _ in parts]
+        if all(
+            packer.add(pair) for packer, part in zip(packers, parts, strict=True) for pair in part
+        ):
+            return stack_batches([packer.emit()[0] for packer in packers])
+        rows += 1
+
+
+def jax_run(config, pairs, batch, args) -> tuple[float, float | None]:
+    """(seconds of a step, peak GiB)."""
+    del pairs
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    model = Llave(
+        config,
+        dtype=jnp.dtype(args.dtype),
+        param_dtype=jnp.dtype(args.dtype) if args.embed else jnp.float32,
+        attention=args.attention,
+        vision_attention=args.attention,
+        remat="full" if args.remat in ("block", "both") else None,
+        freeze_vision=True,
+    )
+    params = jax.jit(lambda key: model.init(key, example_batch(config))["params"])(
+        jax.random.key(0)
+    )
+    if args.embed:
+
+        def embed(params, batch):
+            def one(_, micro_batch):
+                with sharding.use_mesh(mesh):
+                    return None, model.apply({"params": params}, micro_batch)
+
+            return jax.lax.scan(one, None, batch)[1]
+
+        run = jax.jit(embed)
+        batch = jax.device_put(batch)
+        return timed(lambda: jax.block_until_ready(run(params, batch)), args.repeats), peak_memory()
+    factors = optim.rate_factors(list(sharding.flatten(params)), FROZEN)
+    optimizer = optim.make_optimizer(1e-5, factors)
+    state = train_step.init_state(params, optimizer, factors)
+    step = jax.jit(
+        train_step.make_train_step(
+            model, mesh, optimizer, factors, train_step.LossConfig(), args.remat
+        ),
+        donate_argnums=0,
+    )
+    batch = sharding.device_put_batch(batch, mesh, leading_axes=1)
+
+    def run_step():
+        nonlocal state
+        state, metrics = step(state, batch)
+        float(metrics["loss"])
+
+    return timed(run_step, args.repeats), peak_memory()
+
+
+def torch_run(config, pairs, batch, args) -> tuple[float, float | None]:
+    """The same for transformers: micro-batches of `--torch-batch` pairs, gradients added up."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = torch_model(config).to(device, getattr(torch, args.dtype))
+    model.train()
+    model.vision_tower.requires_grad_(False)
+    model.language_model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0
+    )
+    parts = [
+        [torch_inputs(model, [pair[side] for pair in pairs[i : i + args.torch_batch]], device)
+         for side in (0, 1)]
+        for i in range(0, len(pairs), args.torch_batch)
+    ]  # fmt: skip
+
+    def step():
+        for sides in parts:
+            with torch.set_grad_enabled(not args.embed):
+                query, target = (torch_embed(model, inputs) for inputs in sides)
+            if not args.embed:
+                torch_loss(query, target).backward()
+        if not args.embed:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    seconds = timed(step, args.repeats)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    return seconds, memory
+
+
+def torch_model(config: LlaveConfig):
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionModel, Qwen2Config
+    from transformers import SiglipVisionConfig as VisionConfig
+
+    text, vision = config.text, config.vision
+    return LlavaOnevisionModel(
+        LlavaOnevisionConfig(
+            text_config=Qwen2Config(
+                hidden_size=text.hidden_size,
+                num_hidden_layers=text.num_layers,
+                num_attention_heads=text.num_heads,
+                num_key_value_heads=text.num_kv_heads,
+                intermediate_size=text.intermediate_size,
+                vocab_size=text.vocab_size,
+            ),
+            vision_config=VisionConfig(
+                hidden_size=vision.hidden_size,
+                num_hidden_layers=vision.num_layers,
+                num_attention_heads=vision.num_heads,
+                intermediate_size=vision.intermediate_size,
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
+                vision_use_head=False,
+            ),
+            image_grid_pinpoints=[list(p) for p in config.inputs.pinpoints],
+            image_token_index=text.vocab_size - 2,
+            video_token_index=text.vocab_size - 1,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def torch_inputs(model, sequences: list[Sequence], device: str) -> dict:
+    """Sequences padded on the right to the longest, their crops to the most."""
+    import torch
+
+    length = max(len(s) for s in sequences)
+    tokens = np.zeros((len(sequences), length), np.int64)
+    attended = np.zeros((len(sequences), length), np.int64)
+    for row, sequence in enumerate(sequences):
+        ids = np.where(sequence.tokens == VISUAL_SLOT, model.config.image_token_id, sequence.tokens)
+        tokens[row, : len(ids)], attended[row, : len(ids)] = ids, 1
+    inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(attended)}
+    pictures = [s for s in sequences if len(s.crops)]
+    if pictures:
+        most = max(len(s.crops) for s in pictures)
+        pixels = np.zeros((len(pictures), most, 3, *pictures[0].crops.shape[1:3]), np.float32)
+        for row, s in enumerate(pictures):
+            pixels[row, : len(s.crops)] = s.crops.transpose(0, 3, 1, 2) / 127.5 - 1
+        sizes = [list(map(int, s.name.split("x")))[::-1] for s in pictures]
+        dtype = next(model.parameters()).dtype
+        inputs |= {
+            "pixel_values": torch.tensor(pixels).to(dtype),
+            "image_sizes": torch.tensor(sizes),
+        }
+    return {name: x.to(device) for name, x in inputs.items()}
+
+
+def torch_embed(model, inputs: dict):
+    import torch
+
+    hidden = model(**inputs, use_cache=False).last_hidden_state
+    last = inputs["attention_mask"].sum(1) - 1
+    pooled = hidden[torch.arange(len(last), device=last.device), last].float()
+    return torch.nn.functional.normalize(pooled, dim=-1)
+
+
+def torch_loss(query, target, alpha: float = 9.0, temperature: float = 0.02):
+    import torch
+
+    similarity = query @ target.T
+    weights = alpha * similarity.detach() * (1 - torch.eye(len(query), device=query.device))
+    logits = similarity / temperature + weights
+    labels = torch.arange(len(query), device=query.device)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return 0.5 * (cross_entropy(logits, labels) + cross_entropy(logits.T, labels))
+
+
+def timed(run: Callable[[], None], repeats: int) -> float:
+    """Median seconds, after one run that compiles."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
+def peak_memory() -> float | None:
+    """GiB, where the device says so."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    peak = statistics.get("peak_bytes_in_use")
+    return peak and peak / 2**30
+
+
+def mfu(rate: float) -> float | None:
+    kind = jax.devices()[0].device_kind
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+    return peak and rate / peak
+
+
+if __name__ == "__main__":
+    main()
