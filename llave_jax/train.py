@@ -358,7 +358,12 @@ class Watch:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # absl's handler is installed already; orbax and jax tell every detail.
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for name in ("absl", "jax"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     distributed.initialize()
     train(_CONFIG.value, Path(_WORKDIR.value))
 
