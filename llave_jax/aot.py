@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import os
 import re
 from typing import Any
@@ -209,7 +210,7 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     necessary = pairs * flops_per_pair(model, training=training)
     kernels = _kernel_costs(cost, chip)
     executed = devices * (cost.product_flops + kernels["flops"])
-    collectives = _collective_table(cost, chip)
+    collectives = _collective_table(cost, chip, compiled)
     seconds = {
         "fusions": cost.cycles / chip.clock,
         "attention_kernels": kernels["seconds"],
@@ -294,13 +295,13 @@ def _is_causal(operands: tuple[tuple[int, ...], ...], length: int) -> bool:
     return len(operands[-1]) == 2 and length in operands[-1]
 
 
-def _collective_table(cost: hlo.Cost, chip: Chip) -> list[dict[str, Any]]:
+def _collective_table(cost: hlo.Cost, chip: Chip, compiled: Compiled) -> list[dict[str, Any]]:
     """Collectives by kind and purpose, most bytes first."""
+    pool = compiled.config.batch.pairs * compiled.model.config.text.hidden_size
     groups: dict[tuple, list[hlo.Collective]] = collections.defaultdict(list)
     for collective in cost.collectives:
-        groups[collective.kind, purpose(collective), collective.group, collective.hidden].append(
-            collective
-        )
+        why = purpose(collective, pool)
+        groups[collective.kind, why, collective.group, collective.hidden].append(collective)
     table = [
         {
             "kind": kind,
@@ -329,12 +330,17 @@ SMALL_BYTES = 64 * 1024
 UNACCOUNTED = "UNACCOUNTED"
 
 
-def purpose(collective: hlo.Collective) -> str:
+def purpose(collective: hlo.Collective, pool: int) -> str:
+    """What an exchange is for; `pool` is the number of values in the gathered embeddings of one
+    side, whose gradients XLA reduces without saying where they come from."""
     for pattern, name in _PURPOSES:
         if re.search(pattern, collective.op_name):
             return name
     if collective.result_bytes / collective.count <= SMALL_BYTES:
         return "scalars and vectors"
+    sizes = {math.prod(dims) for _, dims in hlo.arrays(collective.shape)}
+    if collective.kind == "all-reduce" and sizes == {pool}:
+        return "embedding gather and loss"
     return UNACCOUNTED
 
 

@@ -16,7 +16,7 @@ from llave_jax.ops.attention import attention, xla_attention
 from llave_jax.ops.splash import LARGEST_BLOCK, TILE, splash_attention, tiling
 from llave_jax.ops.triton import triton_attention
 
-# Rounding of float32 sums over at most 800 terms of order 1.
+# Rounding of float32 sums over at most 1000 terms of order 1.
 TOLERANCE = 2e-5
 KERNELS = {"splash": splash_attention, "triton": triton_attention}
 
@@ -96,7 +96,7 @@ def test_xla_in_blocks_is_xla(causal, monkeypatch):
 @pytest.mark.parametrize(
     ("length", "heads", "groups", "head_dim", "causal"),
     [
-        pytest.param(256, 4, 2, 64, True, id="0.5b"),
+        pytest.param(1000, 2, 1, 64, True, id="0.5b"),
         pytest.param(300, 3, 1, 128, True, id="2b-ragged"),
         pytest.param(729, 1, 1, 72, False, id="siglip"),
         pytest.param(40, 2, 1, 32, True, id="tiny"),

@@ -58,6 +58,9 @@ def splash_attention(
 
 def _kernel(length: int, block: int, heads: int, causal: bool, interpret: bool):
     mask = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
+    # The backward kernel writes a query gradient for each block of keys, to be added up afterwards:
+    # blocks twice as long halve that traffic, and compute little more of what the mask hides.
+    backward_block = 2 * block if length % (2 * block) == 0 else block
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask((length, length))] * heads),
         head_shards=1,
@@ -66,7 +69,8 @@ def _kernel(length: int, block: int, heads: int, causal: bool, interpret: bool):
             block_q=block,
             block_kv=block,
             block_q_dkv=block,
-            block_kv_dkv=block,
+            block_kv_dkv=backward_block,
+            block_kv_dkv_compute=block,
             # One backward kernel for all three gradients computes the scores once, not twice.
             use_fused_bwd_kernel=True,
         ),
