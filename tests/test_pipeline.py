@@ -89,7 +89,7 @@ class TestRowOrder:
         epochs=st.integers(1, 3),
         seed=st.integers(0, 2**31),
     )
-    @hypothesis.settings(max_examples=25)
+    @hypothesis.settings(max_examples=12)
     def test_every_epoch_has_every_row_once(self, sizes, sub_batch, processes, epochs, seed):
         source = Pairs({f"s{i}": size for i, size in enumerate(sizes)})
         composition = Composition(sub_batch=sub_batch)
@@ -120,17 +120,17 @@ class TestRowOrder:
         first = [[int(o[i][0]) for i in range(160)] for o in (order, other, again)]
         assert first[0] != first[1] == first[2]
 
-    @pytest.mark.parametrize("processes", [1, 2, 4])
+    @pytest.mark.parametrize("processes", [1, 4])
     def test_weights_are_the_shares_of_every_process(self, processes):
         source = Pairs({"a": 1000, "b": 100, "c": 500})
         composition = Composition(weights={"a": 3.0, "b": 1.0})
         order = row_order(source, seed=0, epochs=None, composition=composition)
         for process in range(processes):
             part = order[process::processes]
-            shares = collections.Counter(source.subset(int(part[i][0])) for i in range(1000))
+            shares = collections.Counter(source.subset(int(part[i][0])) for i in range(400))
             assert set(shares) == {"a", "b"}
-            # A binomial share of 1 000 draws deviates by 0.014.
-            assert abs(shares["a"] / 1000 - 0.75) < 0.05
+            # A binomial share of 400 draws deviates by 0.022.
+            assert abs(shares["a"] / 400 - 0.75) < 0.08
 
     def test_weighted_rows_come_once_before_any_comes_again(self, monkeypatch):
         monkeypatch.setattr(pipeline, "_MIXTURE_WINDOW", 400)
