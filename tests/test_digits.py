@@ -286,7 +286,7 @@ def test_files_show_what_is_annotated(built, annotations):
             votes = scans.labels[np.argsort(likeness)[-9:]]
             read.append(np.bincount(votes).argmax() == digit)
             ranks.append(np.count_nonzero(likeness > likeness[scan]))
-    assert np.mean(read) > 0.8
+    assert np.mean(read) > 0.9
     # Turned and shifted, a scan may be more like another one; a wrong one would rank about 900th.
     assert np.median(ranks) < 20
 
@@ -298,8 +298,8 @@ def test_drawing_keeps_the_ink(index, seed):
     drawn = scenes.draw_scan(pixels, np.random.default_rng(seed))
     assert drawn.shape == (scenes.CELL_PIXELS,) * 2
     assert drawn.dtype == np.uint8
-    # Enlarged 2.4 times and scaled by +-10% a side; the rest is bicubic's overshoot, clipped.
-    assert 0.75 < drawn.sum() / (pixels.sum() * 2.4**2) < 1.3
+    # Enlarged 2.4 times and scaled by +-5% a side; clipping bicubic lobes adds some.
+    assert 0.85 < drawn.sum() / (pixels.sum() * 2.4**2) < 1.25
 
 
 @given(st.integers(0, 2**32), st.integers(2, 4))
@@ -356,7 +356,7 @@ def test_rows_belong_to_the_version(built):
     """Where this fails, what is built has changed: raise VERSION, or old directories stay in use."""
     rows = [all_rows(built, subset, s) for subset in digits.SUBSETS for s in ("train", "eval")]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    assert (digits.VERSION, digest[:16]) == (3, "5eb078b509e458a6")
+    assert (digits.VERSION, digest[:16]) == (4, "5eb078b509e458a6")
 
 
 def test_foreign_directories_are_left_alone(tmp_path):

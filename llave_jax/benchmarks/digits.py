@@ -30,7 +30,7 @@ from llave_jax.benchmarks import digits_scenes as S
 from llave_jax.benchmarks.mmeb_data import DatasetInfo
 
 # Raise it with every change of what is built: directories built before are then rebuilt.
-VERSION = 3
+VERSION = 4
 
 CLASSIFICATION = "Digits-Classification"
 VQA = "Digits-VQA"

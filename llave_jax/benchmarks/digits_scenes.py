@@ -30,9 +30,9 @@ SCENE_PIXELS = 2 * CELL_PIXELS
 TEST_SHARE = 0.22
 
 # How far drawing and cropping stray from the exact place: about what handwriting does by itself.
-_ROTATION_DEGREES = 10.0
-_SCALE = 0.1
-_SHIFT_PIXELS = 1.5
+_ROTATION_DEGREES = 5.0
+_SCALE = 0.05
+_SHIFT_PIXELS = 1.0
 _CROP = 2  # pixels
 
 
