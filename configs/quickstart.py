@@ -12,16 +12,7 @@ def get_config():
     config.model.tokenizer = "digits"
     config.data.path = "digits"
     config.data.num_workers = 0
-    config.steps = 1100
-
-    # Single digits are what the scenes are made of: a little more of them.
-    config.data.weights = (
-        ("Digits-Classification", 0.24),
-        ("Digits-VQA", 0.19),
-        ("Digits-Retrieval_i2t", 0.19),
-        ("Digits-Retrieval_t2i", 0.19),
-        ("Digits-Grounding", 0.19),
-    )
+    config.steps = 1000
 
     # Room for any 32 pairs, so that a step is the same pairs on any number of devices.
     config.batch.pairs = 32
@@ -33,9 +24,6 @@ def get_config():
     # Ten class names and a few answers: most batches hold the same target several times.
     config.loss.mask_false_negatives = True
     config.optim.learning_rate = 1e-3
-    # Gradients shrink a hundredfold while all of a task's embeddings are still alike, and grow again
-    # when they part: the default's memory of 1000 steps would hold the run there.
-    config.optim.beta2 = 0.95
     config.optim.warmup_fraction = 0.05
     config.optim.weight_decay = 0.01
     config.optim.rates = ((".*", 1.0),)

@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llave_jax import sharding
-from llave_jax.benchmarks.files import write_text
+from llave_jax.files import write_text
 from llave_jax.train_step import TrainState
 
 DIRECTORY = "checkpoints"

@@ -23,8 +23,8 @@ import numpy as np
 
 from llave_jax import distributed
 from llave_jax.benchmarks import cache as caching
-from llave_jax.benchmarks.files import write_text
 from llave_jax.embedder import Embedder, as_item
+from llave_jax.files import write_text
 from llave_jax.inputs.item import Item
 from llave_jax.progress import Progress
 

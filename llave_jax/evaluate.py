@@ -20,10 +20,10 @@ from llave_jax import distributed
 from llave_jax.benchmarks import cache as caching
 from llave_jax.benchmarks import digits, report, video_retrieval
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode
-from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.mmeb import evaluate_mmeb
 from llave_jax.benchmarks.retrieval import evaluate_retrieval, read_task
 from llave_jax.embedder import Embedder
+from llave_jax.files import write_text
 
 BENCHMARKS = ("mmeb", "digits", "retrieval", *video_retrieval.READERS)
 

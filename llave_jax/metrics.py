@@ -9,6 +9,8 @@ from pathlib import Path
 
 import tensorboardX
 
+from llave_jax.files import write_text
+
 
 class MetricsWriter:
     """Appends to `directory/metrics.jsonl` and TensorBoard files beside it.
@@ -24,7 +26,6 @@ class MetricsWriter:
         self._path = directory / "metrics.jsonl"
         if self._path.exists():
             _drop_after(self._path, first_step)
-        self._file = open(self._path, "a")
         self._board = tensorboardX.SummaryWriter(
             str(directory / "tensorboard"), purge_step=first_step + 1
         )
@@ -33,14 +34,13 @@ class MetricsWriter:
         if not self._enabled:
             return
         line = {"step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with open(self._path, "a") as file:
+            file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self._enabled:
-            self._file.close()
             self._board.close()
 
 
@@ -58,6 +58,4 @@ def _drop_after(path: Path, step: int) -> None:
             continue
         if json.loads(line)["step"] <= step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_text(path, "".join(kept))

@@ -31,6 +31,7 @@ from llave_jax.benchmarks.mmeb_data import DatasetInfo
 from llave_jax.checkpoint import BEST, BestCheckpoint, Checkpoints
 from llave_jax.data.pipeline import Composition, TrainBatch, train_iterator
 from llave_jax.data.sources import PairSource, open_source, split_held_out
+from llave_jax.files import write_text
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.metrics import MetricsWriter
 from llave_jax.models.config import LlaveConfig
@@ -146,9 +147,7 @@ def record_config(config: ConfigDict, workdir: Path) -> None:
                 f"{workdir} holds a run with another config ({'; '.join(changed)}); "
                 "use another --workdir, or the config it began with"
             )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def flat_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

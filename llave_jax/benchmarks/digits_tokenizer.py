@@ -15,7 +15,7 @@ import tokenizers
 
 from llave_jax.benchmarks import digits
 from llave_jax.benchmarks import digits_scenes as S
-from llave_jax.benchmarks.files import write_text
+from llave_jax.files import write_text
 from llave_jax.inputs import chat
 
 VOCABULARY = 512  # at most; as in the "tiny" preset

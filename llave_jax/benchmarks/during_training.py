@@ -18,6 +18,7 @@ from llave_jax.benchmarks import mmeb, similarity
 from llave_jax.benchmarks.mmeb_data import DatasetInfo
 from llave_jax.benchmarks.results import Results, align
 from llave_jax.embedder import Embedder
+from llave_jax.files import write_text
 from llave_jax.metrics import MetricsWriter
 from llave_jax.models.llave import Llave
 
@@ -100,12 +101,7 @@ class TrainingEvaluation:
         print(f"\n{table}\n\nsimilarity of positives and of hard and easy negatives: {picture}")
 
     def _similarity(self, step: int, names: list[str]) -> similarity.SimilarityStats:
-        scores = [
-            row
-            for name in names
-            for row in mmeb.read_scores(self._summary(step).parent / f"{name}_scores.npz")
-        ]
-        return similarity.similarity_overlap(scores, [0] * len(scores))
+        return similarity.read_similarity(self._summary(step).parent, names)
 
     def _summary(self, step: int) -> Path:
         return self._directory / f"step_{step}" / "summary.json"
@@ -120,6 +116,4 @@ def _write_summary(path: Path, results: Results) -> None:
         }
         for result in results.datasets
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(summary, indent=2) + "\n")

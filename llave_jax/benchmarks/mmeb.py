@@ -17,9 +17,9 @@ import numpy as np
 
 from llave_jax.benchmarks import mmeb_data
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first_process
-from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, EvalImages
 from llave_jax.benchmarks.results import DatasetResult, Results
+from llave_jax.files import write_text
 
 
 def evaluate_mmeb(

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first_process
-from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.results import align
 from llave_jax.benchmarks.search import search
+from llave_jax.files import write_text
 from llave_jax.inputs.item import Item
 
 CUTOFFS = (1, 5, 10, 100)

@@ -22,9 +22,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.mmeb import read_scores
 from llave_jax.benchmarks.results import align
+from llave_jax.files import write_text
 
 # Negatives of each kind and query, as in the paper.
 NEGATIVES = 5

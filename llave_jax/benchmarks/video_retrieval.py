@@ -20,8 +20,8 @@ import numpy as np
 
 from llave_jax.benchmarks import published
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first_process
-from llave_jax.benchmarks.files import write_text
 from llave_jax.benchmarks.results import align
+from llave_jax.files import write_text
 from llave_jax.inputs.item import Item
 
 # The wording (sic) is the authors': the model has seen the first as an instruction.

@@ -96,7 +96,7 @@ class Qwen2(nn.Module):
         self.embed_tokens = nn.Embed(
             config.vocab_size,
             config.hidden_size,
-            embedding_init=nn.initializers.normal(config.hidden_size**-0.5),
+            embedding_init=nn.initializers.normal(1.0),
             **kinds,
         )
         self.layers = Block(config, implementation=self.attention, **kinds)

@@ -93,7 +93,7 @@ class SiglipTower(nn.Module):
         x = Projection((config.hidden_size,), name="patch_embedding", **kinds)(pixels)
         position = self.param(
             "position_embedding",
-            nn.initializers.normal(config.hidden_size**-0.5),
+            nn.initializers.normal(1.0),
             (config.num_patches, config.hidden_size),
             self.param_dtype,
         )
