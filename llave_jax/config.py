@@ -30,12 +30,25 @@ def default_config() -> ConfigDict:
     config.steps = placeholder(int)
 
     # A converted model directory; without one, the name of a preset to be trained from scratch with
-    # the tokenizer found in `tokenizer` (a directory). `inputs` overrides fields of InputConfig.
+    # the tokenizer found in `tokenizer` (a directory). `inputs` overrides fields of InputConfig (None: as
+    # the model has it).
     config.model = ConfigDict()
     config.model.path = placeholder(str)
     config.model.preset = placeholder(str)
     config.model.tokenizer = placeholder(str)
-    config.model.inputs = ConfigDict()
+    config.model.inputs = ConfigDict(
+        {
+            "pinpoints": placeholder(tuple),
+            "anyres_max": placeholder(int),
+            "newline_position": placeholder(str),
+            "pool_mode": placeholder(str),
+            "pool_stride": placeholder(int),
+            "max_text_length": placeholder(int),
+            "max_length": placeholder(int),
+            "max_frames": placeholder(int),
+            "frames_per_second": placeholder(int),
+        }
+    )
 
     # Where the pairs come from: see `llave_jax.data.sources.open_source`. `path` "digits" is the
     # bundled benchmark, built on first use under the workdir.
@@ -116,7 +129,8 @@ def default_config() -> ConfigDict:
     config.eval.benchmark = placeholder(str)
     config.eval.datasets = ()
     config.eval.every = 0
-    return config
+    # From here on a field that is not there is an error, not a new field.
+    return config.lock()
 
 
 def batch_budget(config: ConfigDict, shards: int) -> Budget:
@@ -166,6 +180,7 @@ def model_config(config: ConfigDict) -> LlaveConfig:
     overrides = {
         key: tuple(map(tuple, value)) if key == "pinpoints" else value
         for key, value in config.model.inputs.items()
+        if value is not None
     }
     return dataclasses.replace(llave, inputs=dataclasses.replace(llave.inputs, **overrides))
 

@@ -55,7 +55,8 @@ def learning_rate_schedule(peak: float, total_steps: int, warmup_fraction: float
         init_value=0.0 if warmup else peak,
         peak_value=peak,
         warmup_steps=warmup,
-        decay_steps=total_steps,
+        # A run of a step or two can be all warm-up.
+        decay_steps=max(total_steps, warmup + 1),
     )
 
 

@@ -7,6 +7,7 @@ the interruption. WORKDIR is then a model for `evaluate`, `embed` and `Embedder.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import logging
 import math
@@ -99,7 +100,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if evaluation.due(start, total_steps):
         evaluate(start)
     watch = Watch(config, writer, schedule, total_steps, start)
-    with watch.progress:
+    # However the loop ends, a checkpoint that is being written is completed.
+    with contextlib.closing(checkpoints), watch.progress:
         for step in range(start + 1, total_steps + 1):
             batch = next(iterator)
             arrays = (batch.packed, batch.target_ids)
@@ -119,7 +121,6 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 watch.drain()
                 evaluate(step)
                 watch.restart_clock()
-    checkpoints.close()
     if best is not None:
         best.close()
     writer.close()

@@ -171,7 +171,7 @@ def test_damaged_configuration(made):
 def test_parameters_of_another_size(golden, tmp_path, params):
     name = "language_model/layers/mlp/up_proj/kernel"
     wrong = params | {name: params[name][:1]}
-    with pytest.raises(CheckpointError, match=rf"{name}: expected shape \(4, .*found \(1, "):
+    with pytest.raises(CheckpointError, match=rf"{name}: expected shape \(3, .*found \(1, "):
         model_dir.write_model_dir(tmp_path / "a", TINY, wrong, tokenizer=golden / "checkpoint")
     assert list(tmp_path.iterdir()) == []
 

@@ -173,7 +173,8 @@ def test_budget_follows_from_pairs():
     config = quickstart()
     one, eight = batch_budget(config, 1), batch_budget(config, 8)
     assert (one.groups, eight.groups) == (16, 2)
-    assert one.rows == 8 * eight.rows
+    assert (one.rows, eight.rows) == (16 * 112 / 128, 2)
+    assert (one.crops, eight.crops) == (16 * 7, 2 * 7)
     config.batch.pairs = 20
     with pytest.raises(ValueError, match="multiple of 8"):
         batch_budget(config, 8)
@@ -181,7 +182,7 @@ def test_budget_follows_from_pairs():
 
 def test_model_needs_path_or_preset():
     config = default_config()
-    with pytest.raises(ValueError, match="set one of config"):
+    with pytest.raises(ValueError, match=r"set config\.model\.path"):
         model_config(config)
     config.model.preset = "huge"
     with pytest.raises(ValueError, match="no preset 'huge'"):
