@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,6 @@ TEMPLATES = {
     "MSCOCO_i2t": ("<|image_1|>\nFind an image caption", 1, "a {label} beside the {n}th tree", 0),
     "WebQA": ("What stands at house {n}?", 0, "A {label} of {n} parts, said at length.", 0),
 }
-IN_ZIP = ("ImageNet_1K", "CIRR", "NIGHTS")
 WITH_NEGATIVES = ("CIRR", "WebQA")
 LABELS = ("tench", "goldfish", "great white shark", "hen", "jay", "newt")
 IMAGES_A_SUBSET = 24
@@ -79,15 +79,20 @@ def make_rows(subset: str, count: int, names: list[str]) -> list[dict[str, str]]
     return rows
 
 
-def make_tree(root: Path, rows_a_subset: int, split: str = "original") -> dict[str, list[dict]]:
-    """Writes the tree below `root`; returns the rows of each subset."""
+def make_tree(
+    root: Path,
+    rows_a_subset: int,
+    split: str = "original",
+    zipped: Collection[str] = ("ImageNet_1K", "CIRR", "NIGHTS"),
+) -> dict[str, list[dict]]:
+    """Writes the tree below `root`, the same whichever subsets' images are `zipped`; returns the rows."""
     rng = np.random.default_rng(0)
     (root / "images_zip").mkdir(parents=True)
     rows = {}
     for subset in TEMPLATES:
         files = image_files(rng)
         rows[subset] = make_rows(subset, rows_a_subset, [name for name, _ in files])
-        if subset in IN_ZIP:
+        if subset in zipped:
             with zipfile.ZipFile(root / f"images_zip/{subset}.zip", "w") as archive:
                 for number, (name, data) in enumerate(files):
                     method = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED

@@ -1,8 +1,10 @@
-"""Reading training pairs: every form of the same data gives the same pairs; bad rows say where."""
+"""Training pairs: every form of the same data gives and trains the same; bad rows say where."""
 
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,14 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from llave_jax import train
+from llave_jax.benchmarks.digits_tokenizer import build_tokenizer
+from llave_jax.config import default_config
 from llave_jax.data.image_store import ImageStore
-from llave_jax.data.prepare import prepare
 from llave_jax.data.rows import RowError
 from llave_jax.data.sources import MmebSource, PairSource, open_source, split_held_out
 from llave_jax.inputs.images import ImageError
+from llave_jax.metrics import read_metrics
 from tests.mmeb_tree import TEMPLATES, WITH_NEGATIVES, make_tree, write_json
 
 ROWS = 300  # of each of the 7 subsets: 2 100 in all
+TOOL = Path(__file__).parents[1] / "tools/prepare_data.py"
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +34,27 @@ def tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sources(tree, tmp_path_factory) -> dict[str, PairSource]:
+def forms(tree, tmp_path_factory) -> dict[str, dict[str, Path]]:
+    """What `open_source` takes for the same rows in every form; "parquet": archives and folders."""
     root, rows = tree
     other = tmp_path_factory.mktemp("other")
+    make_tree(other / "folders", ROWS, zipped=())
+    make_tree(other / "archives", ROWS, zipped=TEMPLATES)
     write_json(other / "json", rows)
-    parquet = open_source(root)
-    prepare(parquet, other / "prepared", split="original", rows_per_shard=128, num_workers=1)
+    command = [sys.executable, TOOL, "--input", root, "--output", other / "prepared"]
+    subprocess.run([*command, "--rows_per_shard", "128", "--num_workers", "1"], check=True)
     return {
-        "parquet": parquet,
-        "json": open_source(other / "json", image_root=root),
-        "prepared": open_source(other / "prepared"),
+        "parquet": {"path": root},
+        "folders": {"path": other / "folders"},
+        "archives": {"path": other / "archives"},
+        "json": {"path": other / "json", "image_root": root},
+        "prepared": {"path": other / "prepared"},
     }
+
+
+@pytest.fixture(scope="module")
+def sources(forms) -> dict[str, PairSource]:
+    return {kind: open_source(**options) for kind, options in forms.items()}
 
 
 def content(pair):
@@ -55,7 +71,7 @@ def row(**changes) -> dict:
     return {"qry": "q", "qry_image_path": "", "pos_text": "t", "pos_image_path": "", **changes}
 
 
-@pytest.mark.parametrize("kind", ["json", "prepared"])
+@pytest.mark.parametrize("kind", ["folders", "archives", "json", "prepared"])
 def test_all_forms_give_the_same_pairs(sources, kind):
     reference, source = sources["parquet"], sources[kind]
     assert len(source) == len(reference) == ROWS * len(TEMPLATES)
@@ -89,6 +105,66 @@ def test_pairs_are_the_rows(sources, tree):
                 assert bool(pair.negatives[0].images) == bool(record["neg_image_path"])
 
 
+def train_on(workdir: Path, path: Path, image_root: Path | None = None):
+    """(pair ids, losses) of three training steps."""
+    config = default_config()
+    config.model.preset = "tiny"
+    config.model.tokenizer = str(build_tokenizer(workdir / "tokenizer"))
+    config.model.inputs.max_length = config.model.inputs.max_text_length = 256
+    config.data.path = str(path)
+    config.data.image_root = image_root and str(image_root)
+    config.data.num_workers = 0
+    config.steps = 3
+    config.batch.pairs = 16
+    config.batch.row_length = config.batch.tokens_per_pair = 256
+    config.batch.crops_per_pair = 15  # three images of five crops each
+    config.loss.hard_negatives = True
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_fraction = 0
+    config.dtype = "float32"
+    config.remat = "none"
+    config.log_every = 1
+    ids = []
+    finish = train.Watch._finish
+
+    def watch(self, step, metrics, batch):
+        ids.append(batch.ids)
+        finish(self, step, metrics, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Watch, "_finish", watch)
+        train.train(config, workdir)
+    return ids, [line["loss"] for line in read_metrics(workdir)]
+
+
+@pytest.fixture(scope="module")
+def trained(forms, tmp_path_factory):
+    return train_on(tmp_path_factory.mktemp("trained"), **forms["parquet"])
+
+
+@pytest.mark.slow
+def test_training_reads_every_kind_of_row(trained, sources):
+    """So that equal losses below say something about images, texts and negatives."""
+    ids, losses = trained
+    names = {name for step in ids for pack in step for shard in pack for name in shard if name}
+    source = sources["parquet"]
+    pairs = [source[i] for i in range(len(source)) if source.pair_id(i) in names]
+    assert len(pairs) == len(names) == 48
+    shapes = {(bool(p.query.images), bool(p.target.images)) for p in pairs}
+    assert shapes == {(True, False), (True, True), (False, True), (False, False)}
+    assert any(p.negatives for p in pairs)
+    assert len(set(losses)) == 3
+    assert np.isfinite(losses).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folders", "archives", "json", "prepared"])
+def test_training_is_the_same_through_every_form(trained, forms, tmp_path, kind):
+    ids, losses = train_on(tmp_path, **forms[kind])
+    assert ids == trained[0]
+    assert losses == trained[1]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "json", "prepared"])
 def test_sources_travel_to_workers(sources, kind):
     source = sources[kind]
@@ -100,22 +176,15 @@ def test_sources_travel_to_workers(sources, kind):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "json", "prepared"])
-def test_subsets_and_caps(sources, tree, tmp_path, kind):
-    root, rows = tree
+def test_subsets_and_caps(sources, forms, kind):
     names = ["WebQA", "CIRR"]
-    if kind == "json":
-        write_json(tmp_path, rows)
-        path = tmp_path
-    else:
-        path = root if kind == "parquet" else sources["prepared"]._names["CIRR"].split("/CIRR")[0]
-    images = {"image_root": root} if kind == "json" else {}
-    source = open_source(path, subsets=names, max_rows=200, **images)
+    source = open_source(**forms[kind], subsets=names, max_rows=200)
     assert source.subsets == {"WebQA": range(200), "CIRR": range(200, 400)}
     full = sources["parquet"]
     for place, name in ((0, "WebQA"), (200, "CIRR"), (399, "CIRR")):
         index = full.subsets[name].start + place % 200
         assert content(source[place]) == content(full[index])
-    some = open_source(path, subsets=names, max_rows={"CIRR": 7}, **images)
+    some = open_source(**forms[kind], subsets=names, max_rows={"CIRR": 7})
     assert {name: len(part) for name, part in some.subsets.items()} == {"WebQA": ROWS, "CIRR": 7}
 
 
@@ -124,7 +193,7 @@ def test_subsets_come_in_the_papers_order(sources):
     assert list(sources["parquet"].subsets) == order
 
 
-def test_what_is_not_there_is_named(tree, sources, tmp_path):
+def test_what_is_not_there_is_named(tree, forms, tmp_path):
     root, _ = tree
     with pytest.raises(FileNotFoundError, match=r"no subsets \['MSCOCO'\]; it has \['ImageNet_1K'"):
         open_source(root, subsets=["CIRR", "MSCOCO"])
@@ -132,9 +201,8 @@ def test_what_is_not_there_is_named(tree, sources, tmp_path):
         open_source(root, split="diverse_instruction")
     with pytest.raises(FileNotFoundError, match="no training data"):
         open_source(tmp_path)
-    prepared = sources["prepared"]._names["CIRR"].split("/CIRR")[0]
     with pytest.raises(FileNotFoundError, match="no split 'diverse_instruction'"):
-        open_source(prepared, split="diverse_instruction")
+        open_source(**forms["prepared"], split="diverse_instruction")
     with pytest.raises(FileNotFoundError, match="image root"):
         open_source(root, image_root=tmp_path / "nowhere")
 
@@ -142,16 +210,16 @@ def test_what_is_not_there_is_named(tree, sources, tmp_path):
 def test_held_out_rows_are_the_same_in_every_form(sources):
     ids = {}
     for kind, source in sources.items():
-        train, held = split_held_out(source, 0.1)
-        ids[kind] = [{part.pair_id(i) for i in range(len(part))} for part in (train, held)]
+        kept, held = split_held_out(source, 0.1)
+        ids[kind] = [{part.pair_id(i) for i in range(len(part))} for part in (kept, held)]
         assert content(held[0])[0] == held.pair_id(0)
         assert sum(len(rows) for rows in held.subsets.values()) == len(held)
-    train, held = ids["parquet"]
-    assert ids["json"] == ids["prepared"] == ids["parquet"]
-    assert len(train) + len(held) == len(sources["parquet"])
-    assert not train & held
+        assert ids[kind] == ids["parquet"]
+    kept, held = ids["parquet"]
+    assert len(kept) + len(held) == len(sources["parquet"])
+    assert not kept & held
     # Of different rows (copies stay together), 4 standard deviations of the 0.1 asked for.
-    train, held = split_held_out(sources["parquet"], 0.1)
+    kept, held = split_held_out(sources["parquet"], 0.1)
     different, held_different = (
         len({part.digest(i) for i in range(len(part))}) for part in (sources["parquet"], held)
     )
@@ -161,8 +229,8 @@ def test_held_out_rows_are_the_same_in_every_form(sources):
 def test_held_out_copies_stay_together(tmp_path):
     rows = [row(qry=f"q{n % 50}") for n in range(200)]
     source = open_source(write_rows(tmp_path / "Mine.json", rows))
-    train, held = split_held_out(source, 0.3)
-    texts = [{part[i].query.text for i in range(len(part))} for part in (train, held)]
+    kept, held = split_held_out(source, 0.3)
+    texts = [{part[i].query.text for i in range(len(part))} for part in (kept, held)]
     assert not texts[0] & texts[1]
     assert len(held) > 0
     with pytest.raises(ValueError, match="share is 1"):
