@@ -1,8 +1,10 @@
 """The stream of batches: every row once an epoch, exact resumption, compositions, skipped rows."""
 
 import collections
+import functools
 import itertools
 import json
+import math
 
 import hypothesis
 import hypothesis.strategies as st
@@ -25,6 +27,8 @@ from tests.mmeb_tree import encode, make_tree, picture
 # grain's shuffle takes 10 ms a row for a handful of rows and 5 us for thousands: sources here have
 # about a hundred.
 BUDGET = Budget(rows=3, row_length=512, crops=14, groups=4)
+# The largest pair fills it, so that most batches leave pairs waiting for the next one.
+TIGHT = Budget(rows=3, row_length=512, crops=10, groups=4)
 
 
 class Pairs(PairSource):
@@ -40,6 +44,9 @@ class Pairs(PairSource):
 
     def pair_id(self, index):
         return f"{self.subset(index)}:{index - self.subsets[self.subset(index)].start}"
+
+    def usable(self, index):
+        return index >= 0 and index not in self._broken  # below 0: no row
 
     def digest(self, index):
         return index
@@ -165,93 +172,127 @@ class TestEpoch:
                 names = np.array(packed_ids)
                 np.testing.assert_array_equal(batch.packed.valid[pack], names != "")
 
-    @hypothesis.given(
-        processes=st.integers(1, 3),
-        num_shards=st.integers(1, 3),
-        lookahead=st.integers(1, 6),
-        steps=st.integers(1, 5),
-    )
-    @hypothesis.settings(max_examples=10)
-    def test_processes_share_the_stream(self, builder, processes, num_shards, lookahead, steps):
-        source = Pairs({"a": 60, "b": 50})
-        order = row_order(source, seed=1, epochs=None, composition=Composition())
-        for process in range(processes):
-            iterator = make(
-                source,
-                builder,
-                process_index=process,
-                process_count=processes,
-                num_shards=num_shards,
-                lookahead=lookahead,
-            )
-            seen = [name for _ in range(steps) for name in ids_of(next(iterator))]
-            state = iterator.get_state()
-            iterator.close()
-            part = order[process::processes]
-            consumed = [source.pair_id(int(part[i][0])) for i in range(state["next"])]
-            waiting = [source.pair_id(int(part[i][0])) for i in state["carry"]]
-            assert collections.Counter(seen + waiting) == collections.Counter(consumed)
-            assert len(waiting) <= lookahead
-
     def test_epochs_of_several_processes_are_refused(self, builder):
         with pytest.raises(ValueError, match="count steps instead"):
             make(Pairs({"a": 4}), builder, epochs=1, process_count=2)
 
 
+def read(fresh, runs, positions):
+    """What several runs read of a stream, each continuing the one before from its saved state.
+
+    Args:
+      fresh: num_workers -> a new iterator.
+      runs: (num_workers, batches) of each run; another one reads on to `positions` of the stream.
+
+    Returns:
+      The batches and the last state.
+    """
+    found, state = [], None
+    for workers, batches in [*runs, (0, math.inf)]:
+        iterator = fresh(num_workers=workers)
+        if state is not None:
+            iterator.set_state(json.loads(state))
+        end = len(found) + batches
+        while len(found) < end and iterator.get_state()["next"] < positions:
+            found.append(next(iterator))
+        state = json.dumps(iterator.get_state())
+        iterator.close()
+    return found, json.loads(state)
+
+
+def assert_epoch(source, builder, runs, *, processes=1, sub_batch=1, lookahead=4, **options):
+    """Every process, interrupted as `runs` say, makes the uninterrupted batches of an epoch, and
+    together they have every usable row of it once: in a batch, or waiting for the next one."""
+    composition = Composition(sub_batch)
+    groups = len(row_order(source, seed=1, epochs=1, composition=composition))
+    order = row_order(source, seed=1, epochs=None, composition=composition)
+    counts = collections.Counter()
+    for process in range(processes):
+        part = order[process::processes]
+        rows = [int(row) for i in range(2 * groups // processes) for row in part[i]]
+        fresh = functools.partial(
+            make,
+            source,
+            builder,
+            budget=TIGHT,
+            process_index=process,
+            process_count=processes,
+            composition=composition,
+            lookahead=lookahead,
+            on_error="skip",
+            skip_file="/dev/null",
+            max_skip_share=1.0,
+            **options,
+        )
+        epoch = len(range(process, groups, processes)) * sub_batch
+        expected, _ = read(fresh, [], epoch)
+        found, state = read(fresh, runs, epoch)
+        for batch, other in zip(found, expected, strict=True):
+            assert_same(batch, other)
+        counts.update(name for batch in found for name in ids_of(batch))
+        assert len(state["carry"]) <= lookahead
+        counts.update(source.pair_id(rows[position]) for position in state["carry"])
+        # The last batch may have begun the next epoch.
+        later = [row for row in rows[epoch : state["next"]] if source.usable(row)]
+        counts.subtract(source.pair_id(row) for row in later)
+    counts = {name: count for name, count in counts.items() if count}
+    assert counts == {source.pair_id(i): 1 for i in range(len(source)) if source.usable(i)}
+
+
 class TestResume:
     @hypothesis.given(
-        stops=st.lists(st.integers(0, 3), max_size=3),
+        stops=st.lists(st.integers(0, 9), max_size=3),
         processes=st.integers(1, 3),
+        num_shards=st.integers(1, 3),
         micro_batches=st.integers(1, 2),
         sub_batch=st.integers(1, 3),
-        weights=st.sampled_from([None, {"a": 1.0, "b": 2.5}]),
         lookahead=st.integers(1, 5),
     )
     @hypothesis.settings(max_examples=15)
-    def test_stopping_anywhere_changes_nothing(
-        self, builder, stops, processes, micro_batches, sub_batch, weights, lookahead
-    ):
+    def test_stopping_anywhere_changes_nothing(self, builder, stops, **options):
         source = Pairs({"a": 60, "b": 45, "c": 1}, broken=(5,))
-        options = {
-            "process_index": processes - 1,
-            "process_count": processes,
-            "micro_batches": micro_batches,
-            "composition": Composition(sub_batch, weights),
-            "lookahead": lookahead,
-        }
+        assert_epoch(source, builder, [(0, stop) for stop in stops], **options)
 
-        def fresh(path):
-            return make(
-                source, builder, on_error="skip", skip_file=path, max_skip_share=1.0, **options
-            )
+    @pytest.mark.slow  # a worker process takes seconds to start
+    @hypothesis.given(
+        runs=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=2, max_size=3),
+        processes=st.integers(1, 2),
+    )
+    @hypothesis.settings(max_examples=6)
+    def test_stopping_anywhere_with_workers_changes_nothing(self, builder, runs, processes):
+        source = Pairs({"a": 60, "b": 45}, broken=(5,))
+        assert_epoch(source, builder, runs, processes=processes)
 
-        total = sum(stops) + 2
-        whole = fresh("/dev/null")
-        expected = list(itertools.islice(whole, total))
-        whole.close()
-        found, state = [], None
-        for count in [*stops, 2]:
-            iterator = fresh("/dev/null")
-            if state is not None:
-                iterator.set_state(json.loads(state))
-            found += list(itertools.islice(iterator, count))
-            state = json.dumps(iterator.get_state())
-            iterator.close()
+    @hypothesis.given(stops=st.lists(st.integers(0, 3), min_size=1, max_size=2))
+    @hypothesis.settings(max_examples=4)
+    def test_weighted_streams_continue(self, builder, stops):
+        source = Pairs({"a": 60, "b": 45, "c": 1})
+        weights = Composition(2, {"a": 1.0, "b": 2.5})
+        fresh = functools.partial(make, source, builder, budget=TIGHT, composition=weights)
+        expected, _ = read(fresh, [], 60)
+        found, _ = read(fresh, [(0, stop) for stop in stops], 60)
         for batch, other in zip(found, expected, strict=True):
             assert_same(batch, other)
 
+    def test_finite_epochs_continue_after_every_batch(self, builder):
+        source = Pairs({"a": 60, "b": 45})
+        iterator = make(source, builder, budget=TIGHT, epochs=1)
+        expected, states = [], [iterator.get_state()]
+        for batch in iterator:
+            expected.append(batch)
+            states.append(iterator.get_state())
+        names = [name for batch in expected for name in ids_of(batch)]
+        assert sorted(names) == sorted(source.pair_id(i) for i in range(105))
+        for done, state in enumerate(states):
+            iterator = make(source, builder, budget=TIGHT, epochs=1)
+            iterator.set_state(json.loads(json.dumps(state)))
+            for batch, other in zip(list(iterator), expected[done:], strict=True):
+                assert_same(batch, other)
+
     def test_workers_make_the_same_stream(self, builder):
-        source = Pairs({"a": 30, "b": 11})
-        plain = make(source, builder, epochs=1)
-        expected = list(plain)
-        iterator = make(source, builder, epochs=1, num_workers=2)
-        found = [next(iterator), next(iterator)]
-        state = iterator.get_state()
-        iterator.close()
-        iterator = make(source, builder, epochs=1, num_workers=1)
-        iterator.set_state(state)
-        found += list(iterator)
-        iterator.close()
+        source = Pairs({"a": 60, "b": 11})
+        expected, _ = read(functools.partial(make, source, builder), [], 60)
+        found, _ = read(functools.partial(make, source, builder), [(2, 2), (1, 3)], 60)
         for batch, other in zip(found, expected, strict=True):
             assert_same(batch, other)
 
