@@ -62,12 +62,18 @@ class Checkpoints:
     def restore(
         self, abstract: TrainState, shardings: TrainState, iterator: grain.DatasetIterator
     ) -> TrainState:
-        """The latest checkpoint, directly into its shards; the iterator continues where it was."""
+        """The latest checkpoint, directly into its shards; the iterator continues where it was.
+
+        Raises:
+          ValueError: the run had another number of processes.
+        """
+        step = self._manager.latest_step()
+        _check_processes(self._manager.directory / str(step) / "data")
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
         restored = self._manager.restore(
-            self._manager.latest_step(),
+            step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(target.params),
                 optimizer=ocp.args.StandardRestore(
@@ -155,6 +161,17 @@ def load_param(folder: Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.A
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
         return sharding.flatten(checkpointer.restore(folder.resolve(), args=restore))[name]
+
+
+def _check_processes(folder: Path) -> None:
+    """Positions in the data are kept by process, and mean nothing to another number of them."""
+    saved = {int(path.stem.rpartition("-")[2]) for path in folder.glob("process_*-of-*.json")}
+    if saved != {jax.process_count()}:
+        raise ValueError(
+            f"{folder} has the data positions of {' or '.join(map(str, saved)) or 'no'} processes, "
+            f"this run has {jax.process_count()}; resume with as many, or start a new run from the "
+            "saved parameters (config.model.path, another --workdir)"
+        )
 
 
 def _as_dict(tree: Any) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     data_path, tokenizer_path = locate_data(config, workdir)
     llave_config = config_lib.model_config(config)
     tokenizer = load_tokenizer(config, tokenizer_path)
+    check_vocabulary(tokenizer, llave_config)
     if first_process:
         record_model(config, llave_config, tokenizer_path, workdir)
     source = open_training_source(config, data_path)
@@ -206,6 +207,16 @@ def load_tokenizer(config: ConfigDict, tokenizer_path: Path | None) -> Any:
             "with a Qwen2 tokenizer"
         )
     return transformers.AutoTokenizer.from_pretrained(tokenizer_path)
+
+
+def check_vocabulary(tokenizer: Any, llave_config: LlaveConfig) -> None:
+    """Raises ValueError for tokens without an embedding: the first of them would make the loss NaN."""
+    tokens, embeddings = max(tokenizer.get_vocab().values()) + 1, llave_config.text.vocab_size
+    if tokens > embeddings:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has {tokens} tokens, the model has embeddings "
+            f"for {embeddings}; name a tokenizer that belongs to the model (config.model.tokenizer)"
+        )
 
 
 def record_model(

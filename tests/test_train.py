@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import jax
@@ -95,6 +96,21 @@ def test_continues_to_the_same_result(finished, make_workdir, monkeypatch):
     expected = params(finished)
     for path, value in params(workdir).items():
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+def test_another_number_of_processes_is_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    data = tmp_path / "run/checkpoints/4/data"
+    positions = (data / "process_0-of-1.json").rename(data / "process_0-of-2.json")
+    shutil.copy(positions, data / "process_1-of-2.json")
+    with pytest.raises(ValueError, match=r"4/data has the data positions of 2 processes.*has 1;"):
+        train.train(quickstart(), tmp_path / "run")
+
+
+def test_tokens_without_embeddings_are_refused(make_workdir, golden):
+    config = quickstart(model__tokenizer=str(golden / "checkpoint"))
+    with pytest.raises(ValueError, match=r"checkpoint has 590 tokens, .* for 512"):
+        train.train(config, make_workdir("tokens"))
 
 
 def test_a_finished_run_is_left_alone(finished):
