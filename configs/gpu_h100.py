@@ -30,6 +30,7 @@ def get_config(size: str = "0.5b"):
     config.batch.row_length = 5952
     config.batch.tokens_per_pair = 2976.0
     config.batch.crops_per_pair = 5.1
+    config.batch.fill = 0.91
     config.loss.pool = "global"
 
     config.mesh.data = -1

@@ -27,6 +27,7 @@ def get_config():
     config.batch.row_length = 5952
     config.batch.tokens_per_pair = 4464.0
     config.batch.crops_per_pair = 6.0
+    config.batch.fill = 0.99
 
     # Parameters, moments and gradients divided over all devices; nothing is replicated that need
     # not be.

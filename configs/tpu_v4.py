@@ -33,6 +33,7 @@ def get_config(size: str = "0.5b"):
     config.batch.row_length = 5952
     config.batch.tokens_per_pair = 2976.0
     config.batch.crops_per_pair = 5.1
+    config.batch.fill = 0.91
     config.loss.pool = "global"
 
     # Everything divided over all chips: a layer's parameters are gathered while the one before

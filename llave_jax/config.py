@@ -26,7 +26,8 @@ def default_config() -> ConfigDict:
     """The paper's recipe (section 4) for everything that does not depend on model and machine."""
     config = ConfigDict()
     config.seed = 0
-    # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take.
+    # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take if batches
+    # are as full as `batch.fill` says.
     config.steps = placeholder(int)
 
     # A converted model directory; without one, the name of a preset to be trained from scratch with
@@ -73,9 +74,11 @@ def default_config() -> ConfigDict:
 
     # A step's pairs, over all devices, go through the model in `micro_batches` parts. Rows and
     # crops of each part follow from what a pair takes on average, with room to spare
-    # (`llave_jax.data.inspect` measures it); pairs that do not fit wait for the next step.
+    # (`llave_jax.data.inspect` measures it); pairs that do not fit wait for the next step. `fill`:
+    # the share of its pairs that a step then has, as expected (`inspect` predicts it).
     config.batch = ConfigDict()
     config.batch.pairs = 256
+    config.batch.fill = 1.0
     config.batch.micro_batches = 1
     config.batch.row_length = 4096
     config.batch.tokens_per_pair = 3000.0
@@ -131,6 +134,18 @@ def default_config() -> ConfigDict:
     config.eval.every = 0
     # From here on a field that is not there is an error, not a new field.
     return config.lock()
+
+
+def total_steps(config: ConfigDict, rows: int) -> int:
+    """Optimiser steps of a run over `rows` pairs.
+
+    Raises:
+      ValueError: `batch.fill` is not a share.
+    """
+    fill = config.batch.fill
+    if not 0 < fill <= 1:
+        raise ValueError(f"batch.fill is {fill}; expected more than 0 and at most 1")
+    return config.steps or math.ceil(rows * config.data.epochs / (config.batch.pairs * fill))
 
 
 def batch_budget(config: ConfigDict, shards: int) -> Budget:

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import json
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,8 +65,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if first_process:
         record_model(config, llave_config, tokenizer_path, workdir)
     source = open_training_source(config, data_path)
-    total_steps = config.steps or math.ceil(len(source) * config.data.epochs / config.batch.pairs)
-    log.info("%d pairs, %d steps of %d", len(source), total_steps, config.batch.pairs)
+    total_steps = config_lib.total_steps(config, len(source))
+    log.info("%d pairs, %d steps of at most %d", len(source), total_steps, config.batch.pairs)
     iterator = make_iterator(
         config, source, SequenceBuilder(tokenizer, llave_config), mesh, workdir
     )

@@ -80,7 +80,11 @@ def test_the_report_and_the_page_show_every_subset(tree, golden, tmp_path):
         assert f"<h2>{subset}</h2>" in page
         assert f"{subset}:0 query" in page
     assert re.search(r"filled, by simulation: [\d.]+% of row tokens", report)
-    assert re.search(rf"an epoch of {ROWS * len(TEMPLATES)} pairs takes about \d+ steps", report)
+    assert re.search(
+        rf"an epoch of {ROWS * len(TEMPLATES)} pairs takes about \d+ steps; a run of this config makes "
+        r"6, [\d.]+ epochs \(batch.fill 1 expected\)",
+        report,
+    )
     assert page.count("<div class='pair'>") == 2 * len(TEMPLATES)
     assert "visual tokens</span>" in page
     assert "hard negative" in page

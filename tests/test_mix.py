@@ -48,6 +48,24 @@ def test_budgets_of_the_configs_are_well_filled(sizes, size):
     assert packing.carried_twice <= 0.01
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "devices"),
+    [
+        ("tpu_v4", ["0.5b"], 16),
+        ("tpu_v4", ["7b"], 64),
+        ("gpu_h100", ["2b"], 8),
+        ("llave_0_5b", [], 8),
+        ("llave_2b", [], 8),
+        ("llave_7b", [], 16),
+    ],
+)
+def test_steps_of_the_configs_make_one_epoch(sizes, name, arguments, devices):
+    config = importlib.import_module(f"configs.{name}").get_config(*arguments)
+    packing = mix.simulate(sizes, config_lib.batch_budget(config, devices), shards=4)
+    read = config_lib.total_steps(config, 662_000) * config.batch.pairs * packing.pairs
+    assert read / 662_000 == pytest.approx(1, abs=0.01)
+
+
 def test_simulation_counts_what_it_packs():
     """Pairs of one size that fill a row exactly: nothing is wasted, nothing waits."""
     lengths = np.tile([60, 40], (100, 1))

@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from llave_jax import Embedder, model_dir, optim, sharding, train
+from llave_jax import config as config_lib
 from llave_jax.config import batch_budget, default_config, model_config
 from llave_jax.metrics import MetricsWriter, read_metrics
 
@@ -194,6 +195,21 @@ def test_budget_follows_from_pairs():
     config.batch.pairs = 20
     with pytest.raises(ValueError, match="multiple of 8"):
         batch_budget(config, 8)
+
+
+def test_steps_follow_from_epochs_and_fill():
+    config = default_config()
+    config.batch.pairs = 100
+    assert config_lib.total_steps(config, 1001) == 11
+    config.data.epochs = 3
+    config.batch.fill = 0.9
+    assert config_lib.total_steps(config, 1001) == 34  # 3003 pairs, 90 a step
+    config.steps = 7
+    assert config_lib.total_steps(config, 1001) == 7
+    for fill in (0.0, 1.1):
+        config.batch.fill = fill
+        with pytest.raises(ValueError, match=f"batch.fill is {fill}"):
+            config_lib.total_steps(config, 1001)
 
 
 def test_model_needs_path_or_preset():

@@ -103,12 +103,13 @@ def packing_lines(
         needs = ", ".join(f"{field} {n}" for field, n in short.items())
         return [*lines, f"TOO SMALL for some measured pairs, which need {needs}"]
     packing = simulate(sizes, budget, shards)
-    steps = len(source) / (step * packing.pairs)
+    steps, run = len(source) / (step * packing.pairs), config_lib.total_steps(config, len(source))
     return [
         *lines,
         f"filled, by simulation: {packing.tokens:.1%} of row tokens, {packing.crops:.1%} of crops, "
         f"{packing.pairs:.1%} of pair slots; {packing.carried_twice:.1%} of pairs wait more than once",
-        f"an epoch of {len(source)} pairs takes about {np.ceil(steps):.0f} steps",
+        f"an epoch of {len(source)} pairs takes about {np.ceil(steps):.0f} steps; a run of this config "
+        f"makes {run}, {run / steps:.2f} epochs (batch.fill {config.batch.fill:g} expected)",
     ]
 
 
