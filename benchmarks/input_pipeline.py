@@ -1,8 +1,8 @@
 """Speed of the host's input path on MMEB-like pairs, against transformers' processor.
 
     python benchmarks/input_pipeline.py [--pairs 200] [--model llave-0.5b] [--tokenizer DIR]
-    python benchmarks/input_pipeline.py --workers 1 2 4      # the whole stream, by worker processes
-    python benchmarks/input_pipeline.py --memory --rows 50000  # resident memory over an epoch
+    python benchmarks/input_pipeline.py --workers 0 1 2 4    # the whole stream, by worker processes
+    python benchmarks/input_pipeline.py --memory --rows 50000 [--workers 2]  # memory over an epoch
 
 Pairs have the image sizes and text lengths of `llave_jax.data.mix`; photographs are cut from the
 two that scikit-learn ships, so that JPEG decoding does realistic work. Rates are per second of CPU
@@ -22,6 +22,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ from llave_jax.models.config import PRESETS, LlaveConfig
 
 TEXT = "a red tram stands beside the old harbour wall while two people walk their dog at dawn"
 WORDS = TEXT.split()
+# That the tiny model cuts long texts is no news; set here, worker processes keep to it too.
+logging.getLogger("llave_jax.inputs.sequence").setLevel(logging.ERROR)
 
 
 class MixedPairs(PairSource):
@@ -234,18 +237,33 @@ def scale(source: MixedPairs, builder: SequenceBuilder, workers: list[int], pair
         print(f"{count} worker processes: {done / seconds:.1f} pairs/s, {done} pairs")
 
 
-def memory(builder: SequenceBuilder, rows: int) -> None:
-    """Resident memory of one process over an epoch, with pictures an eighth as wide and high."""
+def memory(builder: SequenceBuilder, rows: int, workers: int) -> None:
+    """Resident memory over an epoch, with pictures an eighth as wide and high.
+
+    Of this process, and of each of its worker processes (pages they share count in each).
+    """
     source = MixedPairs(rows, 4, shrink=8)
     budget = budget_for(builder.config, 8)
-    iterator = train_iterator(source, builder, budget, seed=0, num_shards=1, epochs=1)
-    done, shown = 0, 0
+    iterator = train_iterator(
+        source, builder, budget, seed=0, num_shards=1, epochs=1, num_workers=workers
+    )
+    done, shown, start = 0, 0, time.monotonic()
     for batch in iterator:
         done += int(batch.packed.valid.sum())
-        if done >= shown:
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            print(f"{done:8} pairs: {resident / 2**20:.0f} MiB", flush=True)
+        if done >= shown or done == rows:
+            seconds = time.monotonic() - start
+            print(f"{done:8} pairs, {seconds:5.0f} s: {resident()}", flush=True)
             shown += rows // 20
+    print(
+        f"largest of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
+    )
+
+
+def resident() -> str:
+    """Resident memory of this process and of its children."""
+    folders = [Path("/proc/self"), *(Path(f"/proc/{p.pid}") for p in active_children())]
+    pages = [int((folder / "statm").read_text().split()[1]) for folder in folders]
+    return " + ".join(f"{n * resource.getpagesize() >> 20}" for n in pages) + " MiB"
 
 
 def make_builder(name: str, tokenizer: Path | None) -> SequenceBuilder:
@@ -283,11 +301,10 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="watch memory over an epoch instead")
     parser.add_argument("--rows", type=int, default=50_000, help="with --memory")
     args = parser.parse_args()
-    logging.getLogger("llave_jax.inputs.sequence").setLevel(logging.ERROR)
     print(f"{platform.machine()}, {cpu_name()}, Pillow {PIL.__version__}")
     builder = make_builder(args.model, args.tokenizer)
     if args.memory:
-        memory(builder, args.rows)
+        memory(builder, args.rows, args.workers[0] if args.workers else 0)
         return
     source = MixedPairs(args.pairs, args.images)
     if args.workers:
