@@ -258,6 +258,7 @@ class TestResume:
         runs=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=2, max_size=3),
         processes=st.integers(1, 2),
     )
+    @hypothesis.example(runs=[(2, 3), (0, 1), (1, 2)], processes=2)
     @hypothesis.settings(max_examples=6)
     def test_stopping_anywhere_with_workers_changes_nothing(self, builder, runs, processes):
         source = Pairs({"a": 60, "b": 45}, broken=(5,))
