@@ -17,6 +17,7 @@ import argparse
 import collections
 import io
 import logging
+import os
 import platform
 import resource
 import tempfile
@@ -222,19 +223,36 @@ def same_crops(images: list[bytes], image_processor, config: LlaveConfig) -> str
 
 
 def scale(source: MixedPairs, builder: SequenceBuilder, workers: list[int], pairs: int) -> None:
-    """The whole stream in wall-clock time, after the first batches."""
+    """The whole stream in wall-clock time, after the first batches, and the CPU time it takes.
+
+    This process's part is what does not grow with workers: receiving crops and packing.
+    """
     for count in workers:
         iterator = train_iterator(
             source, builder, budget_for(builder.config, 8), seed=0, num_shards=1, num_workers=count
         )
         for _ in range(3):
             next(iterator)
-        start, done = time.monotonic(), 0
+        start, used, done = time.monotonic(), cpu_used(), 0
         while done < pairs:
             done += int(next(iterator).packed.valid.sum())
         seconds = time.monotonic() - start
+        own, theirs = 1000 * (cpu_used() - used) / done
         iterator.close()
-        print(f"{count} worker processes: {done / seconds:.1f} pairs/s, {done} pairs")
+        print(
+            f"{count} worker processes: {done / seconds:.1f} pairs/s, {done} pairs; CPU time a pair "
+            f"{own:.1f} ms here, {theirs:.1f} ms in workers",
+            flush=True,
+        )
+
+
+def cpu_used() -> np.ndarray:
+    """Seconds of CPU time so far: of this process, and of its worker processes."""
+    ticks = 0
+    for process in active_children():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return np.array([time.process_time(), ticks / os.sysconf("SC_CLK_TCK")])
 
 
 def memory(builder: SequenceBuilder, rows: int, workers: int) -> None:
