@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -15,8 +16,17 @@ def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
 
 
 def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate heads x [B, T, H, D] by tables [B, T, D / 2]; computed in float32, x's dtype returned."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    """Rotate heads x [B, T, H, D] by tables [B, T, D / 2]; computed in float32, x's dtype returned.
+
+    The halves of a head change places by a product with a constant matrix. It is exact, and a TPU,
+    whose vectors are 128 wide, moves half a head of 64 much more slowly than it multiplies.
+    """
+    half = x.shape[-1] // 2
+    swap = np.zeros((2 * half, 2 * half), np.float32)
+    swap[np.arange(half) + half, np.arange(half)] = -1
+    swap[np.arange(half), np.arange(half) + half] = 1
+    # In one pass of the matrix units for bf16; float32 must not be rounded to it.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    swapped = jnp.einsum("BTHD,DE->BTHE", x, jnp.asarray(swap, x.dtype), precision=precision)
+    cos, sin = (jnp.concatenate([table, table], axis=-1)[:, :, None, :] for table in (cos, sin))
+    return (x * cos + swapped * sin).astype(x.dtype)
