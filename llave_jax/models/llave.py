@@ -70,10 +70,14 @@ class Llave(nn.Module):
         Returns:
           float32 [S, Z, G, D], L2-normalised; slots that are not valid hold no meaning.
         """
-        return self.pool(self.hidden_states(batch), batch)
+        return self.pool(self._transform(batch), batch)
 
     def hidden_states(self, batch: PackedBatch) -> jax.Array:
-        """Final hidden states [S, R, L, D]."""
+        """Final hidden states [S, R, L, D], of all tokens."""
+        return self.language_model.final_norm(self._transform(batch))
+
+    def _transform(self, batch: PackedBatch) -> jax.Array:
+        """Hidden states [S, R, L, D] before the final norm, which only pooled tokens need."""
         x = self.inputs_embeds(batch)
         shards, rows, length, width = x.shape
         x = self.language_model(
@@ -86,15 +90,18 @@ class Llave(nn.Module):
     def inputs_embeds(self, batch: PackedBatch) -> jax.Array:
         """What the language model reads: [S, R, L, D]."""
         tokens = jnp.asarray(batch.tokens)
-        is_visual = tokens < 0
-        text = self.language_model.embed(jnp.where(is_visual, 0, tokens))
+        text = self.language_model.embed(jnp.maximum(tokens, 0))
         if batch.patches.shape[1] == 0 and not self.is_initializing():
             return text
-        return jnp.where(is_visual[..., None], self.visual_tokens(batch), text)
+        features = self.vision_features(batch.patches)
+        # Its intermediate results are wide and cheap to compute again.
+        place = Llave.visual_tokens if self.remat is None else nn.remat(Llave.visual_tokens)
+        return jnp.where(tokens[..., None] < 0, place(self, features, batch), text)
 
-    def visual_tokens(self, batch: PackedBatch) -> jax.Array:
-        """The weighted features of every slot's taps: [S, R, L, D]; text slots hold no meaning."""
-        features = self.projector(self.vision_features(batch.patches))
+    def visual_tokens(self, features: jax.Array, batch: PackedBatch) -> jax.Array:
+        """The weighted projected features of every slot's taps: [S, R, L, D]; text slots hold no
+        meaning."""
+        features = self.projector(features)
         shards, crops, patches, width = features.shape
         newline = jnp.broadcast_to(self.image_newline.astype(self.dtype), (shards, 1, width))
         table = jnp.concatenate([features.reshape(shards, crops * patches, width), newline], axis=1)
@@ -118,11 +125,12 @@ class Llave(nn.Module):
         return features.reshape(shards, crops, *features.shape[1:])
 
     def pool(self, hidden: jax.Array, batch: PackedBatch) -> jax.Array:
-        """Hidden states [S, R, L, D] of the last tokens, L2-normalised: float32 [S, Z, G, D]."""
+        """Hidden states [S, R, L, D] of the last tokens, normed and L2-normalised: float32
+        [S, Z, G, D]."""
         shards, rows, length, width = hidden.shape
         hidden = hidden.reshape(shards, rows * length, width)
         pooled = jax.vmap(lambda states, index: states[index])(hidden, batch.pooled)
-        pooled = pooled.astype(jnp.float32)
+        pooled = self.language_model.final_norm(pooled).astype(jnp.float32)
         norm = jnp.sqrt(jnp.sum(jnp.square(pooled), axis=-1, keepdims=True))
         # As torch.nn.functional.normalize; slots left empty read some token, never 0 / 0.
         return pooled / jnp.maximum(norm, 1e-12)

@@ -108,8 +108,13 @@ class Qwen2(nn.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Embedded tokens [B, T, D], int32 positions and segment ids [B, T] -> hidden states
-        [B, T, D] after the final norm; tokens see earlier ones of their own segment."""
+        [B, T, D] before the final norm; tokens see earlier ones of their own segment."""
         config = self.config
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
-        x = scan_blocks(self.layers, config.num_layers, x, cos, sin, segment_ids, remat=self.remat)
+        return scan_blocks(
+            self.layers, config.num_layers, x, cos, sin, segment_ids, remat=self.remat
+        )
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """Hidden states [..., D] as the embedding and a language-model head read them."""
         return self.norm(x)
