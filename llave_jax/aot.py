@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from llave_jax.data import mix
 from llave_jax.inputs.packing import Budget, PackedBatch, empty_batch
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params
+from llave_jax.ops.splash import visited_shares
 
 GIB = 2**30
 # Pairs whose sizes stand for the data, and those of which packing is simulated.
@@ -208,7 +210,9 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     )
     pairs = packing.pairs * compiled.budget.groups * sharding.num_shards(mesh) * micro_batches
     necessary = pairs * flops_per_pair(model, training=training)
-    kernels = _kernel_costs(cost, chip)
+    forward, backward = visited_shares(packing.segment_ids)
+    visited = (float(forward), float(backward))
+    kernels = _kernel_costs(cost, chip, visited)
     executed = devices * (cost.product_flops + kernels["flops"])
     collectives = _collective_table(cost, chip, compiled)
     seconds = {
@@ -241,7 +245,14 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
             "hbm": chip.hbm / GIB,
             "margin": 1 - peak / chip.hbm,
         },
-        "packing": dataclasses.asdict(packing),
+        "packing": {
+            "tokens": packing.tokens,
+            "crops": packing.crops,
+            "pairs": packing.pairs,
+            "carried_twice": packing.carried_twice,
+            "scores_visited_forward": visited[0],
+            "scores_visited_backward": visited[1],
+        },
         "pairs": pairs,
         "necessary_flops": necessary,
         "executed_flops": executed,
@@ -267,40 +278,44 @@ def flops_per_pair(model: Llave, *, training: bool) -> float:
 
 
 # Matrix products over the scores in each of splash attention's kernels, by their names.
-_KERNEL_PRODUCTS = {"fwd": 2, "dkv_fused": 5, "dkv": 4, "dq": 3}
+_KERNEL_PRODUCTS = {"fwd": 2, "dkv": 5}
 
 
-def _kernel_costs(cost: hlo.Cost, chip: Chip) -> dict[str, float]:
-    """Operations and seconds of all attention kernels on one device."""
+def _kernel_costs(cost: hlo.Cost, chip: Chip, visited: tuple[float, float]) -> dict[str, float]:
+    """Operations and seconds of all attention kernels on one device.
+
+    `visited`: shares of a packed row's scores that the forward and the backward kernel compute.
+    """
     total = {"flops": 0.0, "seconds": 0.0}
-    fused = not any("_dq" in name for name in cost.kernels)
     for name, calls in cost.kernels.items():
-        phase = re.search(r"_(fwd|dkv|dq)_", name).group(1)
-        products = _KERNEL_PRODUCTS["dkv_fused" if phase == "dkv" and fused else phase]
+        phase = re.search(r"_(fwd|dkv)_", name).group(1)
+        products = _KERNEL_PRODUCTS[phase]
         for operands, times in calls:
-            rows, heads, length, head_dim = next(shape for shape in operands if len(shape) == 4)
-            # The grid of blocks; a causal mask leaves out those above the diagonal.
-            blocks = operands[0][-1]
-            causal = blocks > 1 and _is_causal(operands, length)
-            computed = (blocks + 1) / (2 * blocks) if causal else 1.0
-            scores = times * rows * heads * length**2 * computed
+            if _is_causal(operands):
+                # One packed row, behind the two tables of blocks.
+                heads, length, head_dim = operands[2]
+                scores = times * heads * length**2 * visited[0 if phase == "fwd" else 1]
+            else:
+                rows, heads, length, head_dim = next(x for x in operands if len(x) == 4)
+                scores = times * rows * heads * length**2
             padded = -(-head_dim // LANES) * LANES
             total["flops"] += 2 * products * scores * head_dim
             total["seconds"] += 2 * products * scores * padded / (chip.flops * KERNEL_RATE)
     return total
 
 
-def _is_causal(operands: tuple[tuple[int, ...], ...], length: int) -> bool:
-    """Only a causal kernel is given the positions of its queries, [T, lanes] or [sublanes, T]."""
-    return len(operands[-1]) == 2 and length in operands[-1]
+def _is_causal(operands: tuple[tuple[int, ...], ...]) -> bool:
+    """Kernels of packed rows are called row by row, those of the vision tower for all crops."""
+    return all(len(shape) < 4 for shape in operands)
 
 
 def _collective_table(cost: hlo.Cost, chip: Chip, compiled: Compiled) -> list[dict[str, Any]]:
     """Collectives by kind and purpose, most bytes first."""
     pool = compiled.config.batch.pairs * compiled.model.config.text.hidden_size
+    whole = layer_shapes(compiled.model)
     groups: dict[tuple, list[hlo.Collective]] = collections.defaultdict(list)
     for collective in cost.collectives:
-        why = purpose(collective, pool)
+        why = purpose(collective, pool, whole)
         groups[collective.kind, why, collective.group, collective.hidden].append(collective)
     table = [
         {
@@ -330,17 +345,35 @@ SMALL_BYTES = 64 * 1024
 UNACCOUNTED = "UNACCOUNTED"
 
 
-def purpose(collective: hlo.Collective, pool: int) -> str:
-    """What an exchange is for; `pool` is the number of values in the gathered embeddings of one
-    side, whose gradients XLA reduces without saying where they come from."""
+def layer_shapes(model: Llave) -> set[tuple[int, ...]]:
+    """Shapes of all parameters, of stacked layers one layer's."""
+    flat = sharding.flatten(abstract_params(model))
+    return {x.shape[1:] if "/layers/" in path else x.shape for path, x in flat.items()}
+
+
+def purpose(collective: hlo.Collective, pool: int, whole: Collection[tuple[int, ...]]) -> str:
+    """What an exchange is for.
+
+    Some XLA makes without saying where they come from; these are known by their sizes. A gather
+    of shards that are no whole tiles becomes an all-reduce of arrays that are zero elsewhere.
+
+    Args:
+      pool: number of values in the gathered embeddings of one side.
+      whole: shapes of parameters, as of `layer_shapes`.
+    """
     for pattern, name in _PURPOSES:
         if re.search(pattern, collective.op_name):
             return name
     if collective.result_bytes / collective.count <= SMALL_BYTES:
         return "scalars and vectors"
-    sizes = {math.prod(dims) for _, dims in hlo.arrays(collective.shape)}
-    if collective.kind == "all-reduce" and sizes == {pool}:
+    dtypes, shapes = (set(values) for values in zip(*hlo.arrays(collective.shape), strict=True))
+    if dtypes == {"s32"}:
+        # Token ids: every device looks up its columns of everybody's tokens.
+        return "token embedding lookup"
+    if collective.kind == "all-reduce" and {math.prod(dims) for dims in shapes} == {pool}:
         return "embedding gather and loss"
+    if collective.kind == "all-reduce" and not collective.op_name and shapes <= set(whole):
+        return "parameter gather"
     return UNACCOUNTED
 
 

@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llave_jax import sharding
+from llave_jax.models.config import PRESETS
+from llave_jax.models.siglip import SiglipTower
+from llave_jax.ops import splash
 from llave_jax.ops.attention import attention, xla_attention
 from llave_jax.ops.splash import LARGEST_BLOCK, TILE, splash_attention, tiling
 from llave_jax.ops.triton import triton_attention
@@ -117,6 +120,67 @@ def test_kernel_is_the_reference(kernel, length, heads, groups, head_dim, causal
     np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
     for name, g, e in zip("qkv", gradients, expected_gradients, strict=True):
         assert np.linalg.norm(g - e) < TOLERANCE * np.linalg.norm(e), name
+
+
+@pytest.mark.parametrize("length", [600, 700], ids=["5-blocks", "6-blocks"])
+def test_splash_skips_blocks_of_other_segments(length, monkeypatch):
+    """Short blocks, so that a row has many that are not needed, in both kernels."""
+    monkeypatch.setattr(splash, "LARGEST_BLOCK", TILE)
+    rng = np.random.default_rng(length)
+    inputs = make_inputs(rng, 2, length, 2, 1, 32)
+    ends = np.array([[130, 256, 300, 520], [90, 95, 384, 384]])
+    segments = (np.arange(length) >= ends[..., None]).sum(1) + 1
+    segments = jnp.asarray(np.where(segments == 5, 0, segments), jnp.int32)
+    forward, backward = splash.visited_shares(segments)
+    assert forward < 0.45
+    assert backward < 0.55
+    cotangent = jnp.asarray(rng.normal(size=inputs[0].shape), jnp.float32)
+
+    def run(function, **options):
+        out, pull = jax.vjp(lambda *x: function(*x, segments, causal=True, **options), *inputs)
+        return out, pull(cotangent)
+
+    expected, expected_gradients = jax.jit(lambda: run(xla_attention))()
+    actual, gradients = jax.jit(lambda: run(splash.splash_attention, interpret=True))()
+    np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
+    for name, g, e in zip("qkv", gradients, expected_gradients, strict=True):
+        assert np.linalg.norm(g - e) < TOLERANCE * np.linalg.norm(e), name
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    in_order=st.booleans(),
+    blocks=st.sampled_from([(4, 4), (4, 8), (8, 4)]),
+)
+def test_needed_blocks_are_those_with_visible_keys(seed, in_order, blocks):
+    """Exactly those for segments as packed, with unused tokens as one more; never fewer otherwise."""
+    query_block, key_block = blocks
+    rng = np.random.default_rng(seed)
+    ids = np.asarray(make_segments(rng, 1, 48))[0]
+    if not in_order:
+        ids = rng.permutation(ids)
+    visible = (ids[:, None] == ids[None, :]) & np.tri(48, dtype=bool)
+    exact = visible.reshape(48 // query_block, query_block, 48 // key_block, key_block).any((1, 3))
+    needed = np.asarray(splash.needed_blocks(jnp.asarray(ids), query_block, key_block))
+    assert (needed >= exact).all()
+    if in_order:
+        np.testing.assert_array_equal(needed, exact)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_vision_tower_pads_crops_for_kernels(kernel, monkeypatch):
+    interpreted = {
+        name: lambda *x, f=function, **o: f(*x, interpret=True, **o)
+        for name, function in KERNELS.items()
+    }
+    monkeypatch.setattr("llave_jax.ops.attention.KERNELS", interpreted)
+    patches = np.random.default_rng(0).integers(0, 255, (3, 4, 432), np.uint8)
+    config = PRESETS["tiny"].vision
+    params = SiglipTower(config).init(jax.random.key(0), patches)
+    expected = SiglipTower(config).apply(params, patches)
+    actual = SiglipTower(config, attention=kernel).apply(params, patches)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -12,7 +12,7 @@ import functools
 import numpy as np
 
 from llave_jax.inputs.anyres import best_canvas, image_taps
-from llave_jax.inputs.packing import Budget, Planner
+from llave_jax.inputs.packing import Budget, Placement, Planner
 from llave_jax.models.config import LlaveConfig
 
 # (width, height, share) of the image sizes of a source. COCO, VOC and ImageNet are published as
@@ -142,14 +142,14 @@ class Packing:
     Attributes:
       tokens, crops, pairs: filled share of row tokens, crop slots, pair slots.
       carried_twice: share of pairs that did not fit into two batches or more.
-      attention: scores a causal kernel that knows only rows computes, over those within sequences.
+      segment_ids: int32 [rows of all batches, row length], 0 for unused tokens.
     """
 
     tokens: float
     crops: float
     pairs: float
     carried_twice: float
-    attention: float
+    segment_ids: np.ndarray = dataclasses.field(repr=False, compare=False)
 
 
 def simulate(
@@ -167,31 +167,47 @@ def simulate(
     stream = iter(range(len(pairs)))
     waiting: list[int] = []
     times_carried = np.zeros(len(pairs), int)
-    batches = []
+    batches: list[dict[int, Placement]] = []
     while True:
         planner = Planner(budget, shards)
-        placed = [i for i in waiting if planner.place(*pairs[i]) is not None]
-        waiting = [i for i in waiting if i not in set(placed)]
+        placed: dict[int, Placement] = {}
+        for i in waiting:
+            if placement := planner.place(*pairs[i]):
+                placed[i] = placement
+        waiting = [i for i in waiting if i not in placed]
         while not planner.full and len(waiting) < lookahead:
             i = next(stream, None)
             if i is None:
                 return _shares(sizes, budget, shards, batches[skip_batches:], times_carried)
-            (placed if planner.place(*pairs[i]) is not None else waiting).append(i)
+            if placement := planner.place(*pairs[i]):
+                placed[i] = placement
+            else:
+                waiting.append(i)
         times_carried[waiting] += 1
         batches.append(placed)
 
 
-def _shares(sizes, budget, shards, batches, times_carried) -> Packing:
+def _shares(
+    sizes: PairSizes,
+    budget: Budget,
+    shards: int,
+    batches: list[dict[int, Placement]],
+    times_carried: np.ndarray,
+) -> Packing:
     if not batches:
         raise ValueError("too few pairs to fill batches of this budget; give more")
-    placed = np.concatenate(batches)
+    segment_ids = np.zeros((len(batches), shards, budget.rows, budget.row_length), np.int32)
+    for batch, placed in zip(segment_ids, batches, strict=True):
+        for pair, placement in placed.items():
+            for length, span in zip(sizes.lengths[pair], placement.spans, strict=True):
+                row, start, segment = span
+                batch[placement.shard, row, start : start + length] = segment
+    placed = np.concatenate([list(batch) for batch in batches])
     room = len(batches) * shards
-    tokens = sizes.lengths[placed]
-    row_tokens = budget.rows * budget.row_length
     return Packing(
-        tokens=tokens.sum() / (room * row_tokens),
+        tokens=float(np.mean(segment_ids > 0)),
         crops=sizes.crops[placed].sum() / (room * budget.crops),
         pairs=len(placed) / (room * budget.groups),
         carried_twice=float(np.mean(times_carried[placed] > 1)),
-        attention=room * row_tokens * (budget.row_length + 1) / (tokens * (tokens + 1)).sum(),
+        segment_ids=segment_ids.reshape(-1, budget.row_length),
     )

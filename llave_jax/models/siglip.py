@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from llave_jax.models.config import VisionConfig
 from llave_jax.models.layers import Dtype, Projection, scan_blocks
-from llave_jax.ops.attention import attention
+from llave_jax.ops.attention import attention, padded_length
 
 
 class SelfAttention(nn.Module):
@@ -23,14 +23,21 @@ class SelfAttention(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         config = self.config
         heads = (config.num_heads, config.hidden_size // config.num_heads)
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         query, key, value = (
             Projection(heads, name=name, **kinds)(x) for name in ("q_proj", "k_proj", "v_proj")
         )
-        mixed = attention(query, key, value, causal=False, implementation=self.implementation)
+        mixed = attention(
+            query,
+            key,
+            value,
+            segment_ids=segment_ids,
+            causal=False,
+            implementation=self.implementation,
+        )
         output = Projection(
             (config.hidden_size,),
             in_axes=2,
@@ -60,7 +67,7 @@ class Block(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def norm(name: str) -> nn.Module:
@@ -72,7 +79,7 @@ class Block(nn.Module):
         attend = SelfAttention(
             self.config, implementation=self.implementation, name="self_attn", **kinds
         )
-        x += attend(norm("layer_norm1")(x))
+        x += attend(norm("layer_norm1")(x), segment_ids)
         return x + Mlp(self.config, name="mlp", **kinds)(norm("layer_norm2")(x))
 
 
@@ -99,8 +106,16 @@ class SiglipTower(nn.Module):
         )
         x += position.astype(self.dtype)
 
+        # Padded once here to what the attention kernel needs, not in every layer.
+        segment_ids, padding = None, padded_length(config.num_patches, self.attention)
+        padding -= config.num_patches
+        if padding:
+            x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+            is_padding = jnp.arange(x.shape[1]) >= config.num_patches
+            segment_ids = jnp.broadcast_to(is_padding.astype(jnp.int32), x.shape[:2])
         block = Block(config, implementation=self.attention, name="layers", **kinds)
-        return scan_blocks(block, config.num_layers, x, remat=self.remat)
+        x = scan_blocks(block, config.num_layers, x, segment_ids, remat=self.remat)
+        return x[:, : config.num_patches]
 
 
 def normalise(pixels: jax.Array) -> jax.Array:

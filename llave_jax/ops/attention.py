@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from llave_jax import sharding
-from llave_jax.ops.splash import splash_attention
-from llave_jax.ops.triton import triton_attention
+from llave_jax.ops import splash, triton
 
 # By the platform of the devices; "auto" means these.
 BY_PLATFORM = {"cpu": "xla", "tpu": "splash", "gpu": "triton"}
-KERNELS = {"splash": splash_attention, "triton": triton_attention}
+KERNELS = {"splash": splash.splash_attention, "triton": triton.triton_attention}
 IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
 
 # Queries whose scores the XLA form holds at once.
@@ -55,16 +54,29 @@ def attention(
       ValueError: no such implementation, or the shapes do not fit together.
     """
     _check(query, key, value, segment_ids)
-    if implementation == "auto":
-        implementation = BY_PLATFORM[jax.default_backend()]
+    implementation = _resolve(implementation)
     if implementation == "xla":
         return xla_attention(query, key, value, segment_ids, causal=causal)
-    if implementation not in KERNELS:
-        raise ValueError(f"attention is {implementation!r}; expected one of {IMPLEMENTATIONS}")
     if segment_ids is None:
         segment_ids = jnp.zeros(query.shape[:2], jnp.int32)
     kernel = functools.partial(KERNELS[implementation], causal=causal)
     return sharding.map_rows_and_heads(kernel, (query, key, value), (segment_ids,))
+
+
+def padded_length(length: int, implementation: str) -> int:
+    """What an implementation pads rows to. Longer rows of that length it need not copy."""
+    implementation = _resolve(implementation)
+    if implementation == "splash":
+        return splash.tiling(length)[1]
+    return -(-length // triton.BLOCK) * triton.BLOCK if implementation == "triton" else length
+
+
+def _resolve(implementation: str) -> str:
+    if implementation == "auto":
+        return BY_PLATFORM[jax.default_backend()]
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention is {implementation!r}; expected one of {IMPLEMENTATIONS}")
+    return implementation
 
 
 def xla_attention(query, key, value, segment_ids, *, causal: bool) -> jax.Array:
