@@ -26,10 +26,11 @@ def get_config(size: str = "0.5b"):
     # 64 pairs a device in micro-batches of 8: block inputs kept for the whole batch take 8 GiB
     # (0.5B), 16 GiB (2B), 37 GiB (7B, beside 11 GiB of parameters and moments) of 80.
     config.batch.pairs = 512
-    # As in tpu_v4.py: two images of the commonest size to a row, 4 rows and 41 crops for 8 pairs.
-    config.batch.row_length = 5952
-    config.batch.tokens_per_pair = 2976.0
-    config.batch.crops_per_pair = 5.1
+    # As in tpu_v4.py: two images of the commonest size to a row, 4 rows and 40 crops for 8 pairs.
+    # A row is 47 blocks of the attention kernel.
+    config.batch.row_length = 6016
+    config.batch.tokens_per_pair = 3008.0
+    config.batch.crops_per_pair = 5.0
     config.batch.fill = 0.91
     config.loss.pool = "global"
 

@@ -24,8 +24,8 @@ def get_config():
 
     # Two images of 640 x 480 and their texts to a row. Four pairs to a device are few to choose
     # from, so there is more room than larger batches need: docs/scaling.md, "Packing".
-    config.batch.row_length = 5952
-    config.batch.tokens_per_pair = 4464.0
+    config.batch.row_length = 6144
+    config.batch.tokens_per_pair = 4608.0
     config.batch.crops_per_pair = 6.0
     config.batch.fill = 0.945
 
