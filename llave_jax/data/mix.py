@@ -12,7 +12,7 @@ import functools
 import numpy as np
 
 from llave_jax.inputs.anyres import best_canvas, image_taps
-from llave_jax.inputs.packing import Budget, Placement, Planner
+from llave_jax.inputs.packing import Budget, Placement, Planner, default_lookahead
 from llave_jax.models.config import LlaveConfig
 
 # (width, height, share) of the image sizes of a source. COCO, VOC and ImageNet are published as
@@ -153,7 +153,11 @@ class Packing:
 
 
 def simulate(
-    sizes: PairSizes, budget: Budget, shards: int, lookahead: int = 16, skip_batches: int = 2
+    sizes: PairSizes,
+    budget: Budget,
+    shards: int,
+    lookahead: int | None = None,
+    skip_batches: int = 2,
 ) -> Packing:
     """Packs a stream of pairs as training does; the last batch and the first few do not count.
 
@@ -161,6 +165,7 @@ def simulate(
       shards: of one process, which packs by itself.
       lookahead: as of `data.pipeline.train_iterator`.
     """
+    lookahead = lookahead or default_lookahead(budget, shards)
     pairs = [
         (lengths, sum(crops)) for lengths, crops in zip(sizes.lengths, sizes.crops, strict=True)
     ]

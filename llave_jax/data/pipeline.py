@@ -28,7 +28,13 @@ from llave_jax.data.skips import SkipLog
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.images import read_image_file
 from llave_jax.inputs.item import Item, Pair
-from llave_jax.inputs.packing import Budget, PackedBatch, Packer, stack_batches
+from llave_jax.inputs.packing import (
+    Budget,
+    PackedBatch,
+    Packer,
+    default_lookahead,
+    stack_batches,
+)
 from llave_jax.inputs.sequence import Sequence, SequenceBuilder
 from llave_jax.inputs.taps import Taps
 
@@ -99,7 +105,7 @@ def train_iterator(
     on_error: str = "raise",
     skip_file: str | os.PathLike | None = None,
     max_skip_share: float = 0.01,
-    lookahead: int = 16,
+    lookahead: int | None = None,
     prefetch: int = 2,
 ) -> grain.DatasetIterator[TrainBatch]:
     """An iterator of `TrainBatch`es for one process.
@@ -123,7 +129,8 @@ def train_iterator(
       on_error: "raise" or "skip" rows that cannot be used.
       skip_file: with "skip", the file that lists them: one JSON object a line.
       max_skip_share: with "skip", stop when more than this share of the process's rows is skipped.
-      lookahead: pairs that may wait for a later batch while smaller ones fill the current one.
+      lookahead: pairs that may wait for a later batch while smaller ones fill the current one; None:
+        `packing.default_lookahead`.
       prefetch: batches made ahead in a background thread.
 
     Raises:
@@ -146,7 +153,7 @@ def train_iterator(
         loaded,
         packer=lambda: Packer(budget, num_shards, builder.config),
         micro_batches=micro_batches,
-        lookahead=lookahead,
+        lookahead=lookahead or default_lookahead(budget, num_shards),
         num_workers=num_workers,
         rows=rows,
         skips=SkipLog(skip_file, int(max_skip_share * rows)) if skip_file else None,

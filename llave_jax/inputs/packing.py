@@ -90,6 +90,12 @@ class Placement:
     spans: tuple[tuple[int, int, int], ...]
 
 
+def default_lookahead(budget: Budget, num_shards: int) -> int:
+    """Pairs that may wait for a later batch: more fill batches better, but wait longer. With half
+    as many as a batch has slots for hardly any waits twice."""
+    return max(1, budget.groups * num_shards // 2)
+
+
 class Planner:
     """Decides where groups go, from their sizes alone.
 
