@@ -26,10 +26,12 @@ def get_config():
     config.loss.mask_false_negatives = True
     config.optim.learning_rate = 1e-3
     config.optim.warmup_fraction = 0.05
-    config.optim.weight_decay = 0.01
+    config.optim.beta2 = 0.98
+    config.optim.weight_decay = 0.1
     config.optim.rates = ((".*", 1.0),)
     config.dtype = "float32"
-    config.remat = "none"
+    # Faster here than keeping everything: memory that is written for the first time costs more.
+    config.remat = "block"
 
     config.checkpoint.every = 300
     config.eval.benchmark = "digits"

@@ -197,20 +197,34 @@ def _add(program: Program, computation: str, times: int, total: Cost, num_device
         if base in COLLECTIVES:
             total.collectives.append(_collective(i, base, times, num_devices))
             continue
-        if i.opcode == "custom-call" and "tpu_custom_call" in i.attributes:
-            operands = tuple(arrays(shapes[name])[0][1] for name in i.operands)
-            total.kernels[re.sub(r"[.\d]+$", "", i.name)].append((operands, times))
+        if _is_kernel(i):
+            _add_kernel(i, shapes, times, total)
             continue
         if i.opcode in ("convolution", "dot"):
             total.product_flops += times * _product_flops(i, shapes)
         called = i.attribute("calls") or (i.opcode == "call" and i.attribute("to_apply"))
         if called and i.opcode == "fusion":
             total.product_flops += times * _flops_within(program, called)
+            # XLA may fuse a kernel with what reads its results.
+            kernels = [k for k in program.computations[called] if _is_kernel(k)]
+            for kernel in kernels:
+                _add_kernel(kernel, program.shapes(called), times, total)
+            if kernels:
+                continue
         elif called:
             _add(program, called, times, total, num_devices)
         cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
         if cycles:
             total.cycles += times * int(cycles.group(1))
+
+
+def _is_kernel(i: Instruction) -> bool:
+    return i.opcode == "custom-call" and "tpu_custom_call" in i.attributes
+
+
+def _add_kernel(i: Instruction, shapes: dict[str, str], times: int, total: Cost) -> None:
+    operands = tuple(arrays(shapes[name])[0][1] for name in i.operands)
+    total.kernels[re.sub(r"[.\d]+$", "", i.name)].append((operands, times))
 
 
 def _flops_within(program: Program, computation: str) -> float:
