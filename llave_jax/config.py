@@ -19,7 +19,7 @@ from llave_jax import optim, sharding
 from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import PRESETS, LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params
-from llave_jax.train_step import LossConfig
+from llave_jax.train_step import BLOCK_REMAT, LossConfig
 
 
 def default_config() -> ConfigDict:
@@ -212,7 +212,7 @@ def make_model(
         "dtype": jnp.dtype(config.dtype),
         "attention": config.attention,
         "vision_attention": config.vision_attention,
-        "remat": "full" if config.remat in ("block", "both") else None,
+        "remat": BLOCK_REMAT.get(config.remat),
     }
     paths = sharding.flatten(abstract_params(Llave(llave_config)))
     factors = optim.rate_factors(list(paths), config.optim.rates)

@@ -23,10 +23,13 @@ from llave_jax.models.llave import VISION_FEATURES, Llave
 POOLS = ("global", "micro")
 # What is recomputed in the backward pass instead of kept:
 #   none         nothing
+#   attention    each transformer block, from its input and the results of its splash attention
 #   block        each transformer block, from its input
 #   micro_batch  each micro-batch as a whole, but for the features of a frozen vision tower
 #   both         each micro-batch, and each block within it: the least memory, the most computation
-REMATS = ("none", "block", "micro_batch", "both")
+REMATS = ("none", "attention", "block", "micro_batch", "both")
+# The blocks' policy of each, a key of `models.layers.REMAT_POLICIES`; otherwise they keep everything.
+BLOCK_REMAT = {"attention": "attention", "block": "full", "both": "full"}
 
 
 class TrainState(NamedTuple):

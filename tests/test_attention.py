@@ -4,6 +4,8 @@ Kernels run in interpret mode, on any machine; for TPUs they are also compiled i
 test_compile_ahead.py.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from llave_jax import sharding
 from llave_jax.models.config import PRESETS
+from llave_jax.models.layers import REMAT_POLICIES
 from llave_jax.models.siglip import SiglipTower
 from llave_jax.ops import splash
 from llave_jax.ops.attention import attention, xla_attention
@@ -145,6 +148,21 @@ def test_splash_skips_blocks_of_other_segments(length, monkeypatch):
     np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
     for name, g, e in zip("qkv", gradients, expected_gradients, strict=True):
         assert np.linalg.norm(g - e) < TOLERANCE * np.linalg.norm(e), name
+
+
+@pytest.mark.parametrize(("policy", "runs"), [("full", 2), ("attention", 1)])
+def test_rematerialisation_keeps_what_it_says(policy, runs):
+    """How often the forward kernel runs for one gradient."""
+    inputs = make_inputs(np.random.default_rng(0), 1, 128, 2, 1, 32)
+    segments = jnp.ones((1, 128), jnp.int32)
+
+    def loss(*inputs):
+        return jnp.sum(jnp.sin(splash_attention(*inputs, segments, causal=True)))
+
+    kept = jax.checkpoint(loss, policy=REMAT_POLICIES[policy])
+    program = str(jax.make_jaxpr(jax.grad(kept, argnums=(0, 1, 2)))(*inputs))
+    assert len(re.findall(r"name=splash_mha_fwd\w+", program)) == runs
+    assert len(re.findall(r"name=splash_mha_dkv\w+", program)) == 1
 
 
 @given(

@@ -120,7 +120,7 @@ def run(golden_model, pairs, r):
     batch = make_batch(pairs, golden_model.config, sharding.num_shards(mesh), r.micro_batches)
     model = Llave(
         golden_model.config,
-        remat="full" if r.remat in ("block", "both") else None,
+        remat=train_step.BLOCK_REMAT.get(r.remat),
         freeze_vision=r.rules == FROZEN_VISION,
     )
     factors = optim.rate_factors(list(sharding.flatten(golden_model.params)), r.rules)
@@ -224,6 +224,7 @@ def test_unfrozen_tower_has_the_gradient_of_the_reference(r, reference, golden_m
         slow(Run(micro_batches=4, remat="micro_batch")),
         slow(Run(micro_batches=2, remat="both")),
         slow(Run(remat="block")),
+        slow(Run(micro_batches=2, remat="attention")),
         slow(Run(micro_batches=2, mesh="data", remat="micro_batch")),
         slow(Run(micro_batches=2, mesh="fsdp", remat="block")),
     ],

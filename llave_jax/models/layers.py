@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llave_jax.ops.splash import RESIDUALS
 from llave_jax.sharding import constrain_rows, gather_for_use
 
 Dtype = Any
@@ -21,8 +22,8 @@ Dtype = Any
 REMAT_POLICIES: dict[str, Callable | None] = {
     # Only its input: least memory, one more forward pass.
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Also the results of matrix products with weights: most memory, hardly any recomputation.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Also what splash attention's backward kernel needs: its forward kernel runs once, not twice.
+    "attention": jax.checkpoint_policies.save_only_these_names(RESIDUALS),
 }
 
 
