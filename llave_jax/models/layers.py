@@ -48,8 +48,11 @@ class Projection(nn.Module):
             return jax.random.normal(key, shape, dtype) / math.sqrt(fan_in)
 
         kernel = self.param("kernel", initial, (*inputs, *self.features), self.param_dtype)
-        # Tied to x, or all layers' parameters would be gathered ahead of a loop over batches.
-        x, kernel = jax.lax.optimization_barrier((x.astype(self.dtype), kernel))
+        x = x.astype(self.dtype)
+        # Tied to (a corner of) x, or all layers' parameters would be gathered ahead of a loop over
+        # batches.
+        corner = x[:, *(slice(1),) * (x.ndim - 1)]
+        _, kernel = jax.lax.optimization_barrier((jax.lax.stop_gradient(corner), kernel))
         kernel = gather_for_use(kernel.astype(self.dtype), "/".join((*self.path, "kernel")))
         axes = tuple(range(x.ndim - self.in_axes, x.ndim))
         y = jax.lax.dot_general(
