@@ -124,6 +124,9 @@ def test_trajectory_is_that_of_one_device(tmp, single, name, mesh, devices, proc
     expected_losses, expected_params = single
     np.testing.assert_allclose(losses, expected_losses, rtol=LOSS_TOLERANCE)
     for path, expected in expected_params.items():
+        if path == "vision_tower/layers/self_attn/k_proj/bias":
+            # Softmax does not see it: its gradient is rounding, which Adam scales to full steps.
+            continue
         error = np.linalg.norm(params[path] - expected)
         assert error < PARAMETER_TOLERANCE * np.linalg.norm(expected), path
 

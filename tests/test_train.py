@@ -13,6 +13,9 @@ from ml_collections import ConfigDict
 from llave_jax import Embedder, model_dir, optim, sharding, train
 from llave_jax import config as config_lib
 from llave_jax.config import batch_budget, default_config, model_config
+from llave_jax.data.measure import measure_subset, mixed_sizes
+from llave_jax.inputs.packing import Planner
+from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.metrics import MetricsWriter, read_metrics
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -38,6 +41,21 @@ def digits_data(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("data")
     train.locate_data(quickstart(), workdir)
     return workdir / "digits"
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_a_step_of_the_quickstart_has_room_for_its_pairs_on_any_devices(digits_data, shards):
+    """A pair that had to wait would make the steps differ between numbers of devices."""
+    config = runpy.run_path(str(CONFIGS / "quickstart.py"))["get_config"]()
+    data, tokenizer = train.locate_data(config, digits_data.parent)
+    source = train.open_training_source(config, data)
+    builder = SequenceBuilder(train.load_tokenizer(config, tokenizer), model_config(config))
+    measured = {name: measure_subset(source, name, builder, 100) for name in source.subsets}
+    sizes = mixed_sizes(measured, 300 * 32)
+    pairs = list(zip(sizes.lengths, sizes.crops.sum(1), strict=True))
+    for start in range(0, len(pairs), 32):
+        planner = Planner(batch_budget(config, shards), shards)
+        assert all(planner.place(*pair) is not None for pair in pairs[start : start + 32])
 
 
 @pytest.fixture
