@@ -372,9 +372,21 @@ def purpose(collective: hlo.Collective, pool: int, whole: Collection[tuple[int, 
         return "token embedding lookup"
     if collective.kind == "all-reduce" and {math.prod(dims) for dims in shapes} == {pool}:
         return "embedding gather and loss"
-    if collective.kind == "all-reduce" and not collective.op_name and shapes <= set(whole):
+    if collective.op_name:
+        return UNACCOUNTED
+    if collective.kind == "all-reduce" and shapes <= set(whole):
+        return "parameter gather"
+    # Shards that are no whole tiles are shifted to their places.
+    if collective.kind == "collective-permute" and all(
+        any(_is_part(dims, full) for full in whole) for dims in shapes
+    ):
         return "parameter gather"
     return UNACCOUNTED
+
+
+def _is_part(dims: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """`full` cut along one dimension."""
+    return len(dims) == len(full) and sum(a != b for a, b in zip(dims, full, strict=True)) == 1
 
 
 def table(values: dict[str, Any]) -> str:

@@ -211,6 +211,9 @@ def _add(program: Program, computation: str, times: int, total: Cost, num_device
                 _add_kernel(kernel, program.shapes(called), times, total)
             if kernels:
                 continue
+            if exchange := _fused_exchange(program, i, called, times, num_devices):
+                total.collectives.append(exchange)
+                continue
         elif called:
             _add(program, called, times, total, num_devices)
         cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
@@ -299,6 +302,27 @@ def _collective(i: Instruction, kind: str, times: int, num_devices: int) -> Coll
         result_bytes=times * num_bytes(shape),
         hidden=hidden,
     )
+
+
+def _fused_exchange(
+    program: Program, i: Instruction, called: str, times: int, num_devices: int
+) -> Collective | None:
+    """The exchange that a fusion stands for; None if it is not one.
+
+    One that computation goes on beside is written three times: in the fusion that starts it, in
+    those it goes on beside, in the one that waits for its end. The first counts.
+    """
+    exchange = next((e for e in program.computations[called] if e.opcode in COLLECTIVES), None)
+    if exchange is None or "async_collective_fusion" in called or "-done" in i.name:
+        return None
+    if "-start" in i.name:
+        hidden = _collective(exchange, exchange.opcode, times, num_devices)
+        return dataclasses.replace(hidden, hidden=True)
+    if "all-reduce-scatter" in called:
+        # An all-reduce of which each device keeps its part: the fusion's result.
+        part = dataclasses.replace(i, attributes=exchange.attributes + i.attributes)
+        return _collective(part, "reduce-scatter", times, num_devices)
+    return _collective(exchange, exchange.opcode, times, num_devices)
 
 
 def _group_size(attributes: str, num_devices: int) -> int:

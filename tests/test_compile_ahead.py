@@ -74,6 +74,53 @@ def test_products_that_tpus_write_as_convolutions():
     assert cost.product_flops == 3 * 2 * 8 * 16 * 16 * 72 * 1152
 
 
+FUSED_EXCHANGES = """\
+HloModule m, is_scheduled=true
+
+%all-reduce-scatter.1 (p: bf16[64,32]) -> bf16[16,32] {
+  %p = bf16[64,32] parameter(0)
+  %r = bf16[64,32] all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %at = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %part = bf16[16,32] dynamic-slice(%r, %at, %zero), dynamic_slice_sizes={16,32}
+}
+
+%start (q: bf16[16,32]) -> (bf16[16,32], bf16[64,32]) {
+  %q = bf16[16,32] parameter(0)
+  %g = bf16[64,32] all-gather(%q), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %t = (bf16[16,32], bf16[64,32]) tuple(%q, %g)
+}
+
+%async_collective_fusion.1 (q2: bf16[16,32]) -> bf16[64,32] {
+  %q2 = bf16[16,32] parameter(0)
+  ROOT %g2 = bf16[64,32] all-gather(%q2), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%done (q3: bf16[16,32]) -> bf16[64,32] {
+  %q3 = bf16[16,32] parameter(0)
+  ROOT %g3 = bf16[64,32] all-gather(%q3), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (a: bf16[64,32]) -> bf16[64,32] {
+  %a = bf16[64,32] parameter(0)
+  %scattered = bf16[16,32] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+  %async-collective-start.1 = (bf16[16,32], bf16[64,32]) fusion(%scattered), kind=kCustom, calls=%start
+  %beside = bf16[64,32] fusion(%scattered), kind=kOutput, calls=%async_collective_fusion.1, backend_config={"estimated_cycles":"70"}
+  ROOT %async-collective-done.1 = bf16[64,32] fusion(%scattered), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_exchanges_that_tpus_fuse_count_once():
+    cost = hlo.cost(FUSED_EXCHANGES, 4)
+    scatter, gather = cost.collectives
+    assert (scatter.kind, scatter.group, scatter.hidden) == ("reduce-scatter", 4, False)
+    assert scatter.wire_bytes == 3 * 16 * 32 * 2
+    assert (gather.kind, gather.group, gather.hidden) == ("all-gather", 4, True)
+    assert gather.wire_bytes == 3 / 4 * 64 * 32 * 2
+    assert cost.cycles == 70
+
+
 def test_necessary_operations_are_those_of_the_parameters():
     """Two operations for each weight and token, but for embeddings, norms and biases."""
     config = PRESETS["llave-2b"]
