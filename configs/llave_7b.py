@@ -15,15 +15,16 @@ def get_config():
     # Sizes for `tools/compile_ahead.py`; training reads them from `model.path`.
     config.model.preset = "llave-7b"
 
-    # 8 devices x 4 pairs x 8 accumulation steps, each step its own pool.
+    # 16 devices x 2 pairs x 8 accumulation steps, each step its own pool.
     config.batch.pairs = 256
     config.batch.micro_batches = 8
     config.loss.pool = "micro"
     config.loss.alpha = 9.0
     config.optim.learning_rate = 5e-6
 
-    # Two images of 640 x 480 and their texts to a row. Four pairs to a device are few to choose
-    # from, so there is more room than larger batches need: docs/scaling.md, "Packing".
+    # Two images of 640 x 480 and their texts to a row. Two pairs to a device are few to choose from,
+    # so there must be room for both whatever they are, and half of it stays empty: pools larger
+    # than the paper's are also cheaper (docs/scaling.md, "Packing").
     config.batch.row_length = 6144
     config.batch.tokens_per_pair = 4608.0
     config.batch.crops_per_pair = 6.0
