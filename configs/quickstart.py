@@ -12,7 +12,7 @@ def get_config():
     config.model.tokenizer = "digits"
     config.data.path = "digits"
     config.data.num_workers = 0
-    config.steps = 1200
+    config.steps = 1000
 
     # Room for the largest pair (109 tokens and 7 crops; on average 89 and 5) 32 times, two to a row, so
     # that a step is the same pairs on any number of devices.

@@ -208,7 +208,7 @@ def test_budget_follows_from_pairs():
     config = quickstart()
     one, eight = batch_budget(config, 1), batch_budget(config, 8)
     assert (one.groups, eight.groups) == (16, 2)
-    assert (one.rows, eight.rows) == (16 * 112 / 128, 2)
+    assert (one.rows, eight.rows) == (16 * 112 / 224, 1)
     assert (one.crops, eight.crops) == (16 * 7, 2 * 7)
     config.batch.pairs = 20
     with pytest.raises(ValueError, match="multiple of 8"):
