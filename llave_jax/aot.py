@@ -374,7 +374,7 @@ def purpose(collective: hlo.Collective, pool: int, whole: Collection[tuple[int, 
         return "embedding gather and loss"
     if collective.op_name:
         return UNACCOUNTED
-    if collective.kind == "all-reduce" and shapes <= set(whole):
+    if collective.kind in ("all-reduce", "all-gather") and shapes <= set(whole):
         return "parameter gather"
     # Shards that are no whole tiles are shifted to their places.
     if collective.kind == "collective-permute" and all(
