@@ -1,4 +1,4 @@
-"""Train a tiny LLaVE from scratch on handwritten digits: six to eight minutes on two CPU cores.
+"""Train a tiny LLaVE from scratch on handwritten digits: about six minutes on two CPU cores.
 
 The vision tower is trained too. Data, tokenizer and benchmark are built on first use.
 """
