@@ -330,8 +330,9 @@ def _group_size(attributes: str, num_devices: int) -> int:
         return found.group(1).count(",") + 1
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
         return int(found.group(2))
-    # mesh['a'=4,'b'=4] {'b'}: the axes named after the mesh.
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    # mesh['a'=4,'b'=4] {'b'}: the axes named after the mesh, and after its devices if those follow.
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}"
+    if found := re.search(mesh, attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
     return num_devices

@@ -74,6 +74,20 @@ def test_products_that_tpus_write_as_convolutions():
     assert cost.product_flops == 3 * 2 * 8 * 16 * 16 * 72 * 1152
 
 
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        ("replica_groups={{0,1,2},{3,4,5}}, x", 3),
+        ("replica_groups=[4,16]<=[64], x", 16),
+        ("replica_groups=mesh['a'=2,'b'=8] {'b'}, x", 8),
+        ("replica_groups=mesh['a'=16,'b'=4], device_ids=([4,16]T(1,0)) {'a'}, x", 16),
+        ("x", 64),
+    ],
+)
+def test_groups_of_an_exchange_in_all_their_spellings(written, size):
+    assert hlo._group_size(written, 64) == size
+
+
 FUSED_EXCHANGES = """\
 HloModule m, is_scheduled=true
 
