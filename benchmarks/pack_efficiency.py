@@ -30,7 +30,8 @@ from llave_jax.ops.splash import tiling, visited_shares
 # (name, config, devices it is for)
 CONFIGS = [
     ("llave_0_5b, llave_2b", llave_0_5b.get_config(), 8),
-    ("tpu_v4:0.5b, :2b", tpu_v4.get_config("2b"), 16),
+    ("tpu_v4:0.5b", tpu_v4.get_config("0.5b"), 16),
+    ("tpu_v4:2b", tpu_v4.get_config("2b"), 16),
     ("tpu_v4:7b", tpu_v4.get_config("7b"), 64),
     ("gpu_h100", gpu_h100.get_config("2b"), 8),
 ]
