@@ -60,8 +60,9 @@ def test_ranks_agree_with_scipy_with_ties(shape):
     assert np.array_equal(V.positional_ranks(similarity, owners), ordinal[rows, owners])
 
     square = similarity[:videos]
-    low = np.diagonal(scipy.stats.rankdata(-square, method="min", axis=1))
-    high = np.diagonal(scipy.stats.rankdata(-square, method="max", axis=1))
+    # Newer versions of scipy rank in the input's dtype.
+    low = np.diagonal(scipy.stats.rankdata(-square, method="min", axis=1)).astype(int)
+    high = np.diagonal(scipy.stats.rankdata(-square, method="max", axis=1)).astype(int)
     spans = [range(a, b + 1) for a, b in zip(low, high, strict=True)]
     assert V.tied_ranks(square).tolist() == [rank for span in spans for rank in span]
 
