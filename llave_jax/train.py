@@ -28,7 +28,7 @@ from llave_jax import distributed, model_dir, optim, sharding, train_step
 from llave_jax.benchmarks import digits, digits_tokenizer
 from llave_jax.benchmarks.during_training import TrainingEvaluation
 from llave_jax.benchmarks.mmeb_data import DatasetInfo
-from llave_jax.checkpoint import BEST, BestCheckpoint, Checkpoints
+from llave_jax.checkpoint import BEST, BestCheckpoint, Checkpoints, latest_params
 from llave_jax.data.pipeline import Composition, TrainBatch, train_iterator
 from llave_jax.data.sources import PairSource, open_source, split_held_out
 from llave_jax.files import write_text
@@ -131,12 +131,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
 def record_config(config: ConfigDict, workdir: Path) -> None:
     """Keep the config with the run; a run is only continued with the config it began with.
 
+    What ended before its first checkpoint, as with a path that was mistyped, has nothing to continue.
+
     Raises:
       ValueError: the run in `workdir` has another config; it names the keys.
     """
     path = workdir / "config.json"
     text = config.to_json(indent=2, sort_keys=True) + "\n"
-    if path.exists():
+    if path.exists() and latest_params(workdir) is not None:
         before, now = flat_config(json.loads(path.read_text())), flat_config(json.loads(text))
         changed = [
             f"{key}: {before.get(key)!r} -> {now.get(key)!r}"

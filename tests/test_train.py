@@ -145,6 +145,14 @@ def test_a_run_is_a_model(finished):
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 
 
+def test_a_run_that_did_not_begin_may_be_put_right(make_workdir):
+    workdir = make_workdir("mistyped")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train.train(quickstart(data__path="/nowhere"), workdir)
+    train.record_config(quickstart(), workdir)
+    assert json.loads((workdir / "config.json").read_text())["data"]["path"] == "digits"
+
+
 def test_other_config_is_refused(finished):
     with pytest.raises(
         ValueError, match=r"another config \(optim\.learning_rate: 0\.001 -> 0\.5\)"
