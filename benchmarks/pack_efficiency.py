@@ -25,7 +25,7 @@ from llave_jax import config as config_lib
 from llave_jax.data import mix
 from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import PRESETS
-from llave_jax.ops.splash import tiling, visited_shares
+from llave_jax.ops.splash import visited_scores
 
 # (name, config, devices it is for)
 CONFIGS = [
@@ -64,10 +64,10 @@ def main() -> None:
 def show(name: str, sizes: mix.PairSizes, budget: Budget) -> None:
     packing = mix.simulate(sizes, budget, shards=4)
     # Scores the TPU kernel computes, over those that sequences need.
-    visited = float(visited_shares(packing.segment_ids)[0])
-    visited *= len(packing.segment_ids) * tiling(budget.row_length)[1] ** 2
-    lengths = np.concatenate([np.bincount(row)[1:] for row in packing.segment_ids])
-    attention = visited / np.sum(lengths * (lengths + 1) / 2)
+    visited = visited_scores(packing.segment_ids, causal=True, longest=sizes.lengths.max())
+    rows = packing.segment_ids.reshape(-1, budget.row_length)
+    lengths = np.concatenate([np.bincount(row)[1:] for row in rows])
+    attention = visited.sum() / np.sum(lengths * (lengths + 1) / 2)
     print(
         f"{name:24}{budget.rows:5}{budget.row_length:8}{budget.crops:6}{budget.groups:6}"
         f"{packing.tokens:9.1%}{packing.crops:8.1%}{packing.pairs:8.1%}"

@@ -26,7 +26,7 @@ from llave_jax.data import mix
 from llave_jax.inputs.packing import Budget, PackedBatch, empty_batch
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params
-from llave_jax.ops.splash import visited_shares
+from llave_jax.ops import splash
 
 GIB = 2**30
 # Pairs whose sizes stand for the data, and those of which packing is simulated.
@@ -62,10 +62,15 @@ CHIPS = {
 }
 # A collective over one mesh axis can use this share of a chip's links.
 ICI_SHARE = 0.5
-# Attention kernels reach this share of the matrix units' rate on heads padded to full lanes; the
-# rest goes to the softmax on the vector units.
-KERNEL_RATE = 0.5
-LANES = 128
+# Attention kernels reach this share of the matrix units' rate over the scores they compute, with
+# heads padded to full lanes, by the instructions scheduled: benchmarks/tpu_kernels.py. No more than
+# 0.95 is believed.
+KERNEL_RATES = {
+    "v4": {"causal_fwd": 0.52, "causal_bwd": 0.88, "full_fwd": 0.46, "full_bwd": 0.79},
+    "v5e": {"causal_fwd": 0.76, "causal_bwd": 0.95, "full_fwd": 0.64, "full_bwd": 0.85},
+    "v5p": {"causal_fwd": 0.75, "causal_bwd": 0.92, "full_fwd": 0.61, "full_bwd": 0.83},
+    "v6e": {"causal_fwd": 0.20, "causal_bwd": 0.35, "full_fwd": 0.20, "full_bwd": 0.33},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +79,22 @@ class Compiled:
 
     program: Any
     mesh: jax.sharding.Mesh
-    chip: Chip
+    kind: str
     budget: Budget
     model: Llave
     config: ConfigDict
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
 
 
 class DoesNotFit(Exception):
     """The program needs more memory than a device has; says what XLA says, largest buffers too."""
 
 
-def topology_devices(topology: str) -> tuple[list[Any], Chip]:
-    """Devices of a TPU slice such as "v4:4x4x4", none of which need exist.
+def topology_devices(topology: str) -> tuple[list[Any], str]:
+    """Devices of a TPU slice such as "v4:4x4x4", none of which need exist, and the kind of chip.
 
     Raises:
       ValueError: not a known chip.
@@ -98,7 +107,7 @@ def topology_devices(topology: str) -> tuple[list[Any], Chip]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     chip = CHIPS[kind]
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)
-    return described.devices, chip
+    return described.devices, kind
 
 
 def compile_train_step(config: ConfigDict, topology: str) -> Compiled:
@@ -107,7 +116,7 @@ def compile_train_step(config: ConfigDict, topology: str) -> Compiled:
     Raises:
       DoesNotFit: it needs more memory than the chips have.
     """
-    devices, chip = topology_devices(topology)
+    devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     model, factors, optimizer = _make(config)
     step = train_step.make_train_step(
@@ -122,12 +131,12 @@ def compile_train_step(config: ConfigDict, topology: str) -> Compiled:
     batch = _abstract_batch(model.config, budget, mesh, (config.batch.micro_batches,))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     program = _compile(jitted, _placed(state, places), batch)
-    return Compiled(program, mesh, chip, budget, model, config)
+    return Compiled(program, mesh, kind, budget, model, config)
 
 
 def compile_embedding_step(config: ConfigDict, topology: str) -> Compiled:
     """The forward pass alone, with bfloat16 parameters, on one micro-batch of the config's budget."""
-    devices, chip = topology_devices(topology)
+    devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     model, _, _ = _make(config)
     model = model.clone(param_dtype=model.dtype)
@@ -141,7 +150,7 @@ def compile_embedding_step(config: ConfigDict, topology: str) -> Compiled:
 
     jitted = jax.jit(embed, out_shardings=sharding.batch_sharding(mesh))
     program = _compile(jitted, _placed(params, sharding.param_shardings(params, mesh)), batch)
-    return Compiled(program, mesh, chip, budget, model, config)
+    return Compiled(program, mesh, kind, budget, model, config)
 
 
 def _make(config: ConfigDict) -> tuple[Llave, dict[str, float | None], Any]:
@@ -198,7 +207,7 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     """What a run of the program takes, and the speed to expect, as plain numbers.
 
     Times are predictions. Fusions take XLA's own cycle estimates; attention kernels run at
-    KERNEL_RATE; a collective moves its bytes over ICI_SHARE of the links; those XLA made
+    KERNEL_RATES; a collective moves its bytes over ICI_SHARE of the links; those XLA made
     asynchronous cost nothing, the others add up. Nothing waits for the host.
     """
     config, chip, mesh, model = compiled.config, compiled.chip, compiled.mesh, compiled.model
@@ -210,9 +219,9 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     )
     pairs = packing.pairs * compiled.budget.groups * sharding.num_shards(mesh) * micro_batches
     necessary = pairs * flops_per_pair(model, training=training)
-    forward, backward = visited_shares(packing.segment_ids)
-    visited = (float(forward), float(backward))
-    kernels = _kernel_costs(cost, chip, visited)
+    longest = model.config.inputs.max_length
+    visited = splash.visited_scores(packing.segment_ids, causal=True, longest=longest)
+    kernels = _kernel_costs(cost, compiled, float(np.mean(visited)))
     executed = devices * (cost.product_flops + kernels["flops"])
     collectives = _collective_table(cost, chip, compiled)
     seconds = {
@@ -250,8 +259,8 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
             "crops": packing.crops,
             "pairs": packing.pairs,
             "carried_twice": packing.carried_twice,
-            "scores_visited_forward": visited[0],
-            "scores_visited_backward": visited[1],
+            "scores_visited": float(np.mean(visited))
+            / (compiled.budget.rows * compiled.budget.row_length) ** 2,
         },
         "pairs": pairs,
         "necessary_flops": necessary,
@@ -277,36 +286,37 @@ def flops_per_pair(model: Llave, *, training: bool) -> float:
     return total / SAMPLE
 
 
-# Matrix products over the scores in each of splash attention's kernels, by their names.
-_KERNEL_PRODUCTS = {"fwd": 2, "dkv": 5}
+# Matrix products over the scores in each of the attention kernels, by the end of their names.
+_KERNEL_PRODUCTS = {"fwd": 2, "bwd": 5}
 
 
-def _kernel_costs(cost: hlo.Cost, chip: Chip, visited: tuple[float, float]) -> dict[str, float]:
+def _kernel_costs(cost: hlo.Cost, compiled: Compiled, visited: float) -> dict[str, float]:
     """Operations and seconds of all attention kernels on one device.
 
-    `visited`: shares of a packed row's scores that the forward and the backward kernel compute.
+    `visited`: scores of one head that a micro-batch's packed rows have the kernels compute.
     """
+    text, vision = compiled.model.config.text, compiled.model.config.vision
+    patches = splash.Blocks.of(vision.num_patches).length
+    # The tensor axis divides heads if it divides all; crops are whole on their device.
+    heads = {
+        "causal": (text.num_heads, text.num_kv_heads, text.head_dim),
+        "full": (vision.num_heads, vision.num_heads, vision.hidden_size // vision.num_heads),
+    }
+    scores = {"causal": visited, "full": compiled.budget.crops * patches**2}
+    rates = KERNEL_RATES[compiled.kind]
     total = {"flops": 0.0, "seconds": 0.0}
     for name, calls in cost.kernels.items():
-        phase = re.search(r"_(fwd|dkv)_", name).group(1)
-        products = _KERNEL_PRODUCTS[phase]
-        for operands, times in calls:
-            if _is_causal(operands):
-                # One packed row, behind the two tables of blocks.
-                heads, length, head_dim = operands[2]
-                scores = times * heads * length**2 * visited[0 if phase == "fwd" else 1]
-            else:
-                rows, heads, length, head_dim = next(x for x in operands if len(x) == 4)
-                scores = times * rows * heads * length**2
-            padded = -(-head_dim // LANES) * LANES
-            total["flops"] += 2 * products * scores * head_dim
-            total["seconds"] += 2 * products * scores * padded / (chip.flops * KERNEL_RATE)
+        mask, phase = re.search(r"splash_(causal|full)_(fwd|bwd)", name).groups()
+        count, groups, head_dim = heads[mask]
+        divisor = compiled.mesh.shape["tensor"]
+        if count % divisor == 0 and groups % divisor == 0:
+            count //= divisor
+        times = sum(executions for _, executions in calls)
+        flops = 2 * _KERNEL_PRODUCTS[phase] * times * count * scores[mask]
+        total["flops"] += flops * head_dim
+        padded = -(-head_dim // splash.LANES) * splash.LANES
+        total["seconds"] += flops * padded / (compiled.chip.flops * rates[f"{mask}_{phase}"])
     return total
-
-
-def _is_causal(operands: tuple[tuple[int, ...], ...]) -> bool:
-    """Kernels of packed rows are called row by row, those of the vision tower for all crops."""
-    return all(len(shape) < 4 for shape in operands)
 
 
 def _collective_table(cost: hlo.Cost, chip: Chip, compiled: Compiled) -> list[dict[str, Any]]:

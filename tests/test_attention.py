@@ -4,7 +4,8 @@ Kernels run in interpret mode, on any machine; for TPUs they are also compiled i
 test_compile_ahead.py.
 """
 
-import re
+import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from llave_jax import sharding
 from llave_jax.models.config import PRESETS
 from llave_jax.models.layers import REMAT_POLICIES
 from llave_jax.models.siglip import SiglipTower
+from llave_jax.ops import attention as attention_lib
 from llave_jax.ops import splash
 from llave_jax.ops.attention import attention, xla_attention
-from llave_jax.ops.splash import LARGEST_BLOCK, TILE, splash_attention, tiling
+from llave_jax.ops.splash import LANES, Blocks, splash_attention
 from llave_jax.ops.triton import triton_attention
 
 # Rounding of float32 sums over at most 1000 terms of order 1.
@@ -98,6 +101,31 @@ def test_xla_in_blocks_is_xla(causal, monkeypatch):
         np.testing.assert_allclose(g, e, atol=TOLERANCE)
 
 
+def assert_is_the_reference(kernel, inputs, segments, *, causal, **options):
+    """Values and gradients of a kernel, at the tokens that are used."""
+    used = (np.asarray(segments) > 0)[..., None, None]
+    rng = np.random.default_rng(0)
+    cotangent = jnp.asarray(rng.normal(size=inputs[0].shape) * used, jnp.float32)
+
+    def run(function, **options):
+        @jax.jit
+        def both(inputs, segments, cotangent):
+            def attend(*inputs):
+                return function(*inputs, segments, causal=causal, **options)
+
+            out, pull = jax.vjp(attend, *inputs)
+            return out, pull(cotangent)
+
+        out, gradients = both(inputs, segments, cotangent)
+        return jnp.where(used, out, 0), gradients
+
+    expected, expected_gradients = run(xla_attention)
+    actual, gradients = run(kernel, **options)
+    np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
+    for name, g, e in zip("qkv", gradients, expected_gradients, strict=True):
+        assert np.linalg.norm(g - e) < TOLERANCE * np.linalg.norm(e), name
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     ("length", "heads", "groups", "head_dim", "causal"),
@@ -111,43 +139,78 @@ def test_xla_in_blocks_is_xla(causal, monkeypatch):
 def test_kernel_is_the_reference(kernel, length, heads, groups, head_dim, causal):
     rng = np.random.default_rng(length)
     inputs = make_inputs(rng, 1, length, heads, groups, head_dim)
-    segments = make_segments(rng, 1, length) if causal else jnp.zeros((1, length), jnp.int32)
-    cotangent = jnp.asarray(rng.normal(size=inputs[0].shape), jnp.float32)
-
-    def run(function, **options):
-        out, pull = jax.vjp(lambda *x: function(*x, segments, causal=causal, **options), *inputs)
-        return out, pull(cotangent)
-
-    expected, expected_gradients = jax.jit(lambda: run(xla_attention))()
-    actual, gradients = jax.jit(lambda: run(KERNELS[kernel], interpret=True))()
-    np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
-    for name, g, e in zip("qkv", gradients, expected_gradients, strict=True):
-        assert np.linalg.norm(g - e) < TOLERANCE * np.linalg.norm(e), name
+    segments = make_segments(rng, 1, length) if causal else jnp.ones((1, length), jnp.int32)
+    assert_is_the_reference(KERNELS[kernel], inputs, segments, causal=causal, interpret=True)
 
 
-@pytest.mark.parametrize("length", [600, 700], ids=["5-blocks", "6-blocks"])
-def test_splash_skips_blocks_of_other_segments(length, monkeypatch):
-    """Short blocks, so that a row has many that are not needed, in both kernels."""
-    monkeypatch.setattr(splash, "LARGEST_BLOCK", TILE)
+@pytest.mark.parametrize(("heads", "groups"), [(14, 2), (6, 6), (12, 1)])
+def test_splash_serves_any_number_of_heads(heads, groups, short_blocks):
+    """Several groups to a step, several steps to a group, and more than one where that is possible."""
+    rng = np.random.default_rng(heads)
+    inputs = make_inputs(rng, 2, 200, heads, groups, 8)
+    segments = make_segments(rng, 2, 200)
+    assert_is_the_reference(splash_attention, inputs, segments, causal=True, interpret=True)
+    splits = splash._splits(groups, heads // groups)
+    chosen = splash.Heads.of(heads // (groups * splits), groups * splits)
+    assert chosen.queries * chosen.chunks == heads
+    assert chosen.chunks > 1
+    assert chosen.queries <= splash.MOST_HEADS
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    """So that a short row has many."""
+    monkeypatch.setattr(splash, "QUERY_BLOCK", LANES)
+    monkeypatch.setattr(splash, "KEY_BLOCK", 2 * LANES)
+    monkeypatch.setattr(splash, "LONGEST_SINGLE_BLOCK", LANES)
+
+
+@pytest.mark.parametrize(("length", "longest"), [(1200, 350), (1280, None)])
+def test_splash_skips_blocks_of_other_segments(length, longest, short_blocks):
+    """And needs memory for the longest segment only."""
     rng = np.random.default_rng(length)
     inputs = make_inputs(rng, 2, length, 2, 1, 32)
-    ends = np.array([[130, 256, 300, 520], [90, 95, 384, 384]])
+    ends = np.array([[130, 256, 600, 920], [90, 95, 384, 384]])
     segments = (np.arange(length) >= ends[..., None]).sum(1) + 1
-    segments = jnp.asarray(np.where(segments == 5, 0, segments), jnp.int32)
-    forward, backward = splash.visited_shares(segments)
-    assert forward < 0.45
-    assert backward < 0.55
-    cotangent = jnp.asarray(rng.normal(size=inputs[0].shape), jnp.float32)
+    segments = np.where(segments == 5, 0, segments).astype(np.int32)
+    visited = splash.visited_scores(segments, causal=True, longest=longest)
+    assert visited < 0.35 * segments.size * length
+    slots = splash._slots(2, Blocks.of(length), True, longest)
+    assert slots == (5 if longest is None else 2)
+    options = {"longest": longest, "interpret": True}
+    assert_is_the_reference(splash_attention, inputs, jnp.asarray(segments), causal=True, **options)
 
-    def run(function, **options):
-        out, pull = jax.vjp(lambda *x: function(*x, segments, causal=True, **options), *inputs)
-        return out, pull(cotangent)
 
-    expected, expected_gradients = jax.jit(lambda: run(xla_attention))()
-    actual, gradients = jax.jit(lambda: run(splash.splash_attention, interpret=True))()
-    np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
-    for name, g, e in zip("qkv", gradients, expected_gradients, strict=True):
-        assert np.linalg.norm(g - e) < TOLERANCE * np.linalg.norm(e), name
+def test_splash_reads_nothing_it_did_not_write(short_blocks):
+    """On a simulated chip whose memory holds NaN to begin with."""
+    rng = np.random.default_rng(0)
+    inputs = make_inputs(rng, 2, 500, 2, 1, 64)
+    segments = make_segments(rng, 2, 500)
+    chip = pltpu.InterpretParams(uninitialized_memory="nan")
+    assert_is_the_reference(
+        splash_attention, inputs, segments, causal=True, longest=500, interpret=chip
+    )
+
+
+def test_splash_gives_nan_for_segments_longer_than_said(short_blocks):
+    inputs = make_inputs(np.random.default_rng(0), 1, 600, 2, 1, 8)
+    segments = jnp.ones((1, 600), jnp.int32)
+    out = splash_attention(*inputs, segments, causal=True, longest=100, interpret=True)
+    assert np.isnan(out).all()
+
+
+def test_splash_is_reached_through_attention(monkeypatch):
+    """With the length of the longest segment, which the other implementations do without."""
+    given = {}
+
+    def record(query, *inputs, **options):
+        given.update(options)
+        return query
+
+    monkeypatch.setitem(attention_lib.KERNELS, "splash", record)
+    query = jnp.zeros((1, 256, 2, 8))
+    attention(query, query, query, causal=True, longest=100, implementation="splash")
+    assert given == {"causal": True, "longest": 100}
 
 
 @pytest.mark.parametrize(("policy", "runs"), [("full", 2), ("attention", 1)])
@@ -160,29 +223,98 @@ def test_rematerialisation_keeps_what_it_says(policy, runs):
         return jnp.sum(jnp.sin(splash_attention(*inputs, segments, causal=True)))
 
     kept = jax.checkpoint(loss, policy=REMAT_POLICIES[policy])
-    program = str(jax.make_jaxpr(jax.grad(kept, argnums=(0, 1, 2)))(*inputs))
-    assert len(re.findall(r"name=splash_mha_fwd\w+", program)) == runs
-    assert len(re.findall(r"name=splash_mha_dkv\w+", program)) == 1
+    program = jax.make_jaxpr(jax.grad(kept, argnums=(0, 1, 2)))(*inputs)
+    kernels = collections.Counter(kernels_used(program.jaxpr))
+    assert kernels == {"splash_causal_fwd": runs, "splash_causal_bwd": 1}
+
+
+def kernels_used(program):
+    """Names of the kernels called whose results something reads: XLA drops the others."""
+    read = {variable for e in program.eqns for variable in e.invars if not hasattr(variable, "val")}
+    read.update(variable for variable in program.outvars if not hasattr(variable, "val"))
+    for equation in program.eqns:
+        if equation.primitive.name == "pallas_call":
+            if not read.isdisjoint(equation.outvars):
+                yield equation.params["name"]
+            continue
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from kernels_used(inner)
+
+
+@functools.cache
+def compiled_plan(blocks, causal, longest):
+    return jax.jit(functools.partial(splash.plan_visits, causal=causal, longest=longest))
 
 
 @given(
     seed=st.integers(0, 2**32 - 1),
     in_order=st.booleans(),
-    blocks=st.sampled_from([(4, 4), (4, 8), (8, 4)]),
+    causal=st.booleans(),
+    blocks=st.sampled_from([(4, 4), (4, 8), (2, 8)]),
+    longest=st.sampled_from([None, 24]),
 )
-def test_needed_blocks_are_those_with_visible_keys(seed, in_order, blocks):
-    """Exactly those for segments as packed, with unused tokens as one more; never fewer otherwise."""
+def test_plan_visits_what_is_visible_and_keeps_gradients_apart(
+    seed, in_order, causal, blocks, longest
+):
     query_block, key_block = blocks
     rng = np.random.default_rng(seed)
-    ids = np.asarray(make_segments(rng, 1, 48))[0]
-    if not in_order:
-        ids = rng.permutation(ids)
-    visible = (ids[:, None] == ids[None, :]) & np.tri(48, dtype=bool)
-    exact = visible.reshape(48 // query_block, query_block, 48 // key_block, key_block).any((1, 3))
-    needed = np.asarray(splash.needed_blocks(jnp.asarray(ids), query_block, key_block))
-    assert (needed >= exact).all()
-    if in_order:
-        np.testing.assert_array_equal(needed, exact)
+    ids = np.asarray(make_segments(rng, 2, 48))
+    if longest is not None:
+        # No segment is longer, and one row is not used at all.
+        ids = np.stack([np.zeros(48, np.int32), np.minimum(np.arange(48) // longest + 1, 2)])
+    elif not in_order:
+        ids = rng.permuted(ids, axis=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splash, "LANES", 1)
+        patch.setattr(splash, "QUERY_BLOCK", query_block)
+        patch.setattr(splash, "KEY_BLOCK", key_block)
+        patch.setattr(splash, "LONGEST_SINGLE_BLOCK", 0)
+        plan = compiled_plan(blocks, causal, longest)(ids)
+        slots = splash._slots(2, Blocks.of(48), causal, longest)
+    plan = jax.tree.map(np.asarray, plan)
+    visits = list(zip(plan.row, plan.query, plan.key, strict=True))[: plan.count]
+
+    visible = (ids[:, :, None] == ids[:, None, :]) & ((ids > 0)[:, None, :])
+    if causal:
+        visible &= np.tri(48, dtype=bool)
+    shape = (2, 48 // query_block, query_block, 48 // key_block, key_block)
+    exact = {tuple(visit) for visit in np.argwhere(visible.reshape(shape).any((2, 4)))}
+    assert len(set(visits)) == len(visits)
+    assert exact <= set(visits)
+    if in_order or longest is not None:
+        # Beyond those only blocks with unused tokens, with their own.
+        assert all((ids[row, q * query_block : (q + 1) * query_block] == 0).any()
+                   for row, q, _ in set(visits) - exact)  # fmt: skip
+    assert {visit[:2] for visit in visits} == {(r, q) for r in (0, 1) for q in range(shape[1])}
+
+    # What the kernels do with the tables.
+    open_query, holder, closed = None, {}, []
+    for n, (row, query, key) in enumerate(visits):
+        assert bool(plan.first[n]) == (open_query is None)
+        open_query = (row, query)
+        slot = plan.slot[n]
+        assert slot < slots
+        if plan.key_first[n]:
+            assert slot not in holder
+            holder[slot] = (row, key)
+        assert holder[slot] == (row, key)
+        if plan.key_last[n]:
+            assert (plan.done_row[n], plan.done_key[n]) == holder.pop(slot)
+            closed.append((row, key))
+        if plan.last[n]:
+            assert plan.last[n] == 1
+            open_query = None
+        elif n + 1 < len(visits):
+            assert visits[n + 1][:2] == (row, query)
+    assert open_query is None
+    assert not holder
+    assert sorted(closed) == [(r, k) for r in (0, 1) for k in range(shape[3])]
+    # The block announced changes only after the last visit of the one before.
+    announced = list(zip(plan.done_row, plan.done_key, strict=True))[: plan.count]
+    changes = [n for n in range(1, len(visits)) if announced[n] != announced[n - 1]]
+    assert all(plan.key_last[n - 1] for n in changes)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -247,11 +379,11 @@ def test_triton_kernel_is_accepted_by_its_compiler():
 
 @given(st.integers(1, 20_000))
 def test_blocks_divide_the_padded_row(length):
-    block, padded = tiling(length)
-    assert padded % block == 0
-    assert block % TILE == 0
-    assert 0 < block <= LARGEST_BLOCK
-    assert 0 <= padded - length < TILE * padded // block
+    blocks = Blocks.of(length)
+    assert blocks.length % blocks.key == 0
+    assert blocks.key % blocks.query == 0
+    assert blocks.query % LANES == 0
+    assert 0 <= blocks.length - length < blocks.key
 
 
 def test_what_does_not_fit_is_refused():

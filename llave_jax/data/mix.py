@@ -142,7 +142,7 @@ class Packing:
     Attributes:
       tokens, crops, pairs: filled share of row tokens, crop slots, pair slots.
       carried_twice: share of pairs that did not fit into two batches or more.
-      segment_ids: int32 [rows of all batches, row length], 0 for unused tokens.
+      segment_ids: int32 [all batches' shards, rows, row length], 0 for unused tokens.
     """
 
     tokens: float
@@ -214,5 +214,5 @@ def _shares(
         crops=sizes.crops[placed].sum() / (room * budget.crops),
         pairs=len(placed) / (room * budget.groups),
         carried_twice=float(np.mean(times_carried[placed] > 1)),
-        segment_ids=segment_ids.reshape(-1, budget.row_length),
+        segment_ids=segment_ids.reshape(-1, budget.rows, budget.row_length),
     )

@@ -61,7 +61,11 @@ class Llave(nn.Module):
             self.param_dtype,
         )
         self.language_model = Qwen2(
-            config.text, attention=self.attention, remat=self.remat, **kinds
+            config.text,
+            attention=self.attention,
+            remat=self.remat,
+            longest=config.inputs.max_length,
+            **kinds,
         )
 
     def __call__(self, batch: PackedBatch) -> jax.Array:

@@ -19,6 +19,7 @@ class SelfAttention(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
     implementation: str
+    longest: int | None
 
     @nn.compact
     def __call__(self, x, cos, sin, segment_ids):
@@ -35,6 +36,7 @@ class SelfAttention(nn.Module):
             value,
             segment_ids=segment_ids,
             causal=True,
+            longest=self.longest,
             implementation=self.implementation,
         )
         output = Projection(
@@ -67,13 +69,18 @@ class Block(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
     implementation: str
+    longest: int | None
 
     @nn.compact
     def __call__(self, x, cos, sin, segment_ids):
         config = self.config
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attend = SelfAttention(
-            config, implementation=self.implementation, name="self_attn", **kinds
+            config,
+            implementation=self.implementation,
+            longest=self.longest,
+            name="self_attn",
+            **kinds,
         )
         normed = RMSNorm(config.rms_norm_eps, name="input_layernorm", **kinds)(x)
         x += attend(normed, cos, sin, segment_ids)
@@ -82,13 +89,14 @@ class Block(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Causal transformer over packed rows."""
+    """Causal transformer over packed rows, of sequences of at most `longest` tokens (None: a row)."""
 
     config: TextConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     attention: str = "xla"
     remat: str | None = None
+    longest: int | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -99,7 +107,7 @@ class Qwen2(nn.Module):
             embedding_init=nn.initializers.normal(1.0),
             **kinds,
         )
-        self.layers = Block(config, implementation=self.attention, **kinds)
+        self.layers = Block(config, implementation=self.attention, longest=self.longest, **kinds)
         self.norm = RMSNorm(config.rms_norm_eps, **kinds)
 
     def embed(self, tokens: jax.Array) -> jax.Array:

@@ -111,8 +111,8 @@ class SiglipTower(nn.Module):
         padding -= config.num_patches
         if padding:
             x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-            is_padding = jnp.arange(x.shape[1]) >= config.num_patches
-            segment_ids = jnp.broadcast_to(is_padding.astype(jnp.int32), x.shape[:2])
+            is_patch = jnp.arange(x.shape[1]) < config.num_patches
+            segment_ids = jnp.broadcast_to(is_patch.astype(jnp.int32), x.shape[:2])
         block = Block(config, implementation=self.attention, name="layers", **kinds)
         x = scan_blocks(block, config.num_layers, x, segment_ids, remat=self.remat)
         return x[:, : config.num_patches]

@@ -31,6 +31,7 @@ def attention(
     *,
     segment_ids: jax.Array | None = None,
     causal: bool,
+    longest: int | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Softmax attention with scale 1 / sqrt(head size), softmax in float32.
@@ -41,9 +42,11 @@ def attention(
     Args:
       query: [B, T, H, D].
       key, value: [B, T, G, D]; H is a multiple of G (grouped-query attention).
-      segment_ids: int32 [B, T], not negative; tokens see only tokens of their own segment. None:
-        one segment.
+      segment_ids: int32 [B, T], not negative; tokens see only tokens of their own segment. 0 marks
+        unused tokens: what they get holds no meaning. None: all of a row is one segment.
       causal: tokens see none after them.
+      longest: tokens of the longest segment, where that is known to be less than a row. Splash
+        attention needs memory for that many; with longer segments than said all it gives is NaN.
       implementation: "xla"; "splash" (TPU); "triton" (GPU); or "auto", what suits the default
         device.
 
@@ -58,8 +61,10 @@ def attention(
     if implementation == "xla":
         return xla_attention(query, key, value, segment_ids, causal=causal)
     if segment_ids is None:
-        segment_ids = jnp.zeros(query.shape[:2], jnp.int32)
+        segment_ids = jnp.ones(query.shape[:2], jnp.int32)
     kernel = functools.partial(KERNELS[implementation], causal=causal)
+    if implementation == "splash":
+        kernel = functools.partial(kernel, longest=longest)
     return sharding.map_rows_and_heads(kernel, (query, key, value), (segment_ids,))
 
 
@@ -67,7 +72,7 @@ def padded_length(length: int, implementation: str) -> int:
     """What an implementation pads rows to. Longer rows of that length it need not copy."""
     implementation = _resolve(implementation)
     if implementation == "splash":
-        return splash.tiling(length)[1]
+        return splash.Blocks.of(length).length
     return -(-length // triton.BLOCK) * triton.BLOCK if implementation == "triton" else length
 
 
