@@ -19,12 +19,17 @@ def text_layer_weights(config: LlaveConfig) -> int:
 
 
 def text_forward(config: LlaveConfig, lengths: np.ndarray) -> float:
-    """Language model over sequences of these lengths, each causal within itself."""
+    """Language model over sequences of these lengths, each causal within itself, to their last
+    tokens: the last layer needs only keys and values of the others."""
     text = config.text
     lengths = np.asarray(lengths, np.float64)
+    tokens, weights = np.sum(lengths), text_layer_weights(config)
     scores = np.sum(lengths * (lengths + 1) / 2)
-    attention = 4 * scores * text.num_heads * text.head_dim
-    return text.num_layers * (2 * np.sum(lengths) * text_layer_weights(config) + attention)
+    a_score = 4 * text.num_heads * text.head_dim
+    layer = 2 * tokens * weights + scores * a_score
+    keys = 2 * text.hidden_size * text.num_kv_heads * text.head_dim
+    last = 2 * (tokens * keys + len(lengths) * (weights - keys)) + tokens * a_score
+    return (text.num_layers - 1) * layer + last
 
 
 def vision_forward(config: LlaveConfig, crops: float) -> float:

@@ -163,7 +163,11 @@ def test_attention_counts_pairs_within_sequences():
     apart = flops.text_forward(config, np.array([100, 200]))
     pairs = 300 * 301 / 2 - 100 * 101 / 2 - 200 * 201 / 2
     text = config.text
-    assert joined - apart == 4 * pairs * text.num_layers * text.num_heads * text.head_dim
+    scores = 4 * pairs * (text.num_layers - 1) * text.num_heads * text.head_dim
+    # One token less for which the last layer computes more than keys and values.
+    keys = 2 * text.hidden_size * text.num_kv_heads * text.head_dim
+    token = 2 * (flops.text_layer_weights(config) - keys)
+    assert joined - apart == scores - token
 
 
 def test_frozen_tower_has_no_backward_pass():

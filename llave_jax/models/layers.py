@@ -94,14 +94,47 @@ def scan_blocks(
     def body(block: nn.Module, x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
         return block(constrain_rows(x), *inputs), None
 
-    if remat is not None:
-        # Inside a scan there is no other computation to merge the recomputation with.
-        body = nn.remat(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     scanned = nn.scan(
-        body,
+        _recomputed(body, remat),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=length,
     )
     return scanned(block, x, inputs)[0]
+
+
+def scan_but_last(
+    block: nn.Module,
+    length: int,
+    x: jax.Array,
+    *inputs: Any,
+    last: Callable[..., jax.Array],
+    remat: str | None = None,
+) -> jax.Array:
+    """As `scan_blocks` with parameters that it made, but for the last block, which is
+    `last(block, x, *inputs)`."""
+
+    def first_ones(block: nn.Module, x: jax.Array) -> jax.Array:
+        return scan_blocks(block, length - 1, x, *inputs, remat=remat)
+
+    def last_one(block: nn.Module, x: jax.Array) -> jax.Array:
+        return _recomputed(last, remat)(block, constrain_rows(x), *inputs)
+
+    def part(function: Callable, which: slice | int) -> Callable:
+        def take(variables: Any) -> Any:
+            return jax.tree.map(lambda stacked: stacked[which], variables)
+
+        return nn.map_variables(function, "params", trans_in_fn=take)
+
+    if length > 1:
+        x = part(first_ones, slice(length - 1))(block, x)
+    return part(last_one, length - 1)(block, x)
+
+
+def _recomputed(function: Callable, remat: str | None) -> Callable:
+    """A function of a module, computed again in the backward pass as a REMAT_POLICIES key says."""
+    if remat is None:
+        return function
+    # In the body of a scan there is no other computation to merge the recomputation with.
+    return nn.remat(function, policy=REMAT_POLICIES[remat], prevent_cse=False)

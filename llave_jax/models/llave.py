@@ -74,14 +74,21 @@ class Llave(nn.Module):
         Returns:
           float32 [S, Z, G, D], L2-normalised; slots that are not valid hold no meaning.
         """
-        return self.pool(self._transform(batch), batch)
+        if self.is_initializing():
+            # All layers are alike, the last as well.
+            self.hidden_states(batch)
+        pooled = jnp.asarray(batch.pooled)
+        # As empty slots any token will do.
+        wanted = jnp.maximum(pooled, 0).reshape(len(pooled), -1)
+        x = self.inputs_embeds(batch)
+        x = self.language_model.pooled(x, batch.positions, batch.segment_ids, wanted)
+        x = self.language_model.final_norm(x).astype(jnp.float32)
+        norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
+        # As torch.nn.functional.normalize.
+        return (x / jnp.maximum(norm, 1e-12)).reshape(*pooled.shape, -1)
 
     def hidden_states(self, batch: PackedBatch) -> jax.Array:
         """Final hidden states [S, R, L, D], of all tokens."""
-        return self.language_model.final_norm(self._transform(batch))
-
-    def _transform(self, batch: PackedBatch) -> jax.Array:
-        """Hidden states [S, R, L, D] before the final norm, which only pooled tokens need."""
         x = self.inputs_embeds(batch)
         shards, rows, length, width = x.shape
         x = self.language_model(
@@ -89,7 +96,7 @@ class Llave(nn.Module):
             batch.positions.reshape(shards * rows, length),
             batch.segment_ids.reshape(shards * rows, length),
         )
-        return x.reshape(shards, rows, length, width)
+        return self.language_model.final_norm(x).reshape(shards, rows, length, width)
 
     def inputs_embeds(self, batch: PackedBatch) -> jax.Array:
         """What the language model reads: [S, R, L, D]."""
@@ -127,17 +134,6 @@ class Llave(nn.Module):
             features = jax.lax.stop_gradient(features)
         features = checkpoint_name(features, VISION_FEATURES)
         return features.reshape(shards, crops, *features.shape[1:])
-
-    def pool(self, hidden: jax.Array, batch: PackedBatch) -> jax.Array:
-        """Hidden states [S, R, L, D] of the last tokens, normed and L2-normalised: float32
-        [S, Z, G, D]."""
-        shards, rows, length, width = hidden.shape
-        hidden = hidden.reshape(shards, rows * length, width)
-        pooled = jax.vmap(lambda states, index: states[index])(hidden, batch.pooled)
-        pooled = self.language_model.final_norm(pooled).astype(jnp.float32)
-        norm = jnp.sqrt(jnp.sum(jnp.square(pooled), axis=-1, keepdims=True))
-        # As torch.nn.functional.normalize; slots left empty read some token, never 0 / 0.
-        return pooled / jnp.maximum(norm, 1e-12)
 
 
 def example_batch(config: LlaveConfig) -> PackedBatch:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from llave_jax.models.config import TextConfig
-from llave_jax.models.layers import Dtype, Projection, RMSNorm, scan_blocks
-from llave_jax.ops.attention import attention
+from llave_jax.models.layers import Dtype, Projection, RMSNorm, scan_blocks, scan_but_last
+from llave_jax.ops.attention import attention, masked_attention
 from llave_jax.ops.rope import apply_rotary, rotary_tables
 
 
@@ -22,23 +22,30 @@ class SelfAttention(nn.Module):
     longest: int | None
 
     @nn.compact
-    def __call__(self, x, cos, sin, segment_ids):
+    def __call__(self, x, cos, sin, segment_ids, wanted=None):
         config = self.config
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         heads = (config.num_heads, config.head_dim)
         kv_heads = (config.num_kv_heads, config.head_dim)
-        query = apply_rotary(Projection(heads, name="q_proj", **kinds)(x), cos, sin)
         key = apply_rotary(Projection(kv_heads, name="k_proj", **kinds)(x), cos, sin)
         value = Projection(kv_heads, name="v_proj", **kinds)(x)
-        mixed = attention(
-            query,
-            key,
-            value,
-            segment_ids=segment_ids,
-            causal=True,
-            longest=self.longest,
-            implementation=self.implementation,
-        )
+        if wanted is not None:
+            x, cos, sin = (take_tokens(values, wanted) for values in (x, cos, sin))
+        query = apply_rotary(Projection(heads, name="q_proj", **kinds)(x), cos, sin)
+        if wanted is not None:
+            own = take_tokens(segment_ids, wanted)[..., None] == segment_ids[:, None]
+            before = wanted[..., None] >= jnp.arange(segment_ids.shape[1])
+            mixed = masked_attention(query, key, value, own & before)
+        else:
+            mixed = attention(
+                query,
+                key,
+                value,
+                segment_ids=segment_ids,
+                causal=True,
+                longest=self.longest,
+                implementation=self.implementation,
+            )
         output = Projection(
             (config.hidden_size,),
             in_axes=2,
@@ -72,7 +79,8 @@ class Block(nn.Module):
     longest: int | None
 
     @nn.compact
-    def __call__(self, x, cos, sin, segment_ids):
+    def __call__(self, x, cos, sin, segment_ids, wanted=None):
+        """All tokens [B, T, D], or with `wanted` [B, N] only what becomes of those, [B, N, D]."""
         config = self.config
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attend = SelfAttention(
@@ -83,7 +91,8 @@ class Block(nn.Module):
             **kinds,
         )
         normed = RMSNorm(config.rms_norm_eps, name="input_layernorm", **kinds)(x)
-        x += attend(normed, cos, sin, segment_ids)
+        attended = attend(normed, cos, sin, segment_ids, wanted)
+        x = (x if wanted is None else take_tokens(x, wanted)) + attended
         normed = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm", **kinds)(x)
         return x + Mlp(config, name="mlp", **kinds)(normed)
 
@@ -123,6 +132,47 @@ class Qwen2(nn.Module):
             self.layers, config.num_layers, x, cos, sin, segment_ids, remat=self.remat
         )
 
+    def pooled(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, wanted: jax.Array
+    ) -> jax.Array:
+        """What `__call__` would give at the tokens `wanted`, int32 [S, N] with values in R * T.
+
+        The last layer computes only these, and keys and values for all.
+
+        Args:
+          x: embedded tokens [S, R, T, D]: rows belong to S shards.
+          positions, segment_ids: int32 [S, R, T].
+
+        Returns:
+          [S, N, D].
+        """
+        config = self.config
+        shards, rows, length, width = x.shape
+
+        def last(block, x, cos, sin, segment_ids):
+            # Rows of a shard one after the other, with segments of their own.
+            in_shard = (shards, rows * length)
+            row = jnp.arange(rows * length, dtype=jnp.int32) // length
+            segment_ids = segment_ids.reshape(in_shard) + row * (jnp.max(segment_ids) + 1)
+            cos, sin = (table.reshape(*in_shard, -1) for table in (cos, sin))
+            return block(x.reshape(*in_shard, width), cos, sin, segment_ids, wanted)
+
+        positions = positions.reshape(shards * rows, length)
+        return scan_but_last(
+            self.layers,
+            config.num_layers,
+            x.reshape(shards * rows, length, width),
+            *rotary_tables(positions, config.head_dim, config.rope_theta),
+            segment_ids.reshape(shards * rows, length),
+            last=last,
+            remat=self.remat,
+        )
+
     def final_norm(self, x: jax.Array) -> jax.Array:
         """Hidden states [..., D] as the embedding and a language-model head read them."""
         return self.norm(x)
+
+
+def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
+    """[B, T, ...] at tokens [B, N] -> [B, N, ...]."""
+    return jax.vmap(lambda tokens, at: tokens[at])(x, index)

@@ -88,7 +88,18 @@ def xla_attention(query, key, value, segment_ids, *, causal: bool) -> jax.Array:
     """Long rows go through in blocks of queries: memory is linear in the row's length, and of a
     causal mask only the keys up to the block's last query are looked at."""
     length = query.shape[1]
-    attend = _attend if length <= BLOCK else jax.checkpoint(_attend, static_argnums=(5, 6))
+
+    def attend(start, query, key, value, query_segments, key_segments):
+        visible = jnp.ones((1, query.shape[1], key.shape[1]), bool)
+        if causal:
+            position = start + jnp.arange(query.shape[1])
+            visible = (position[:, None] >= jnp.arange(key.shape[1]))[None]
+        if query_segments is not None:
+            visible &= query_segments[:, :, None] == key_segments[:, None, :]
+        return masked_attention(query, key, value, visible)
+
+    if length > BLOCK:
+        attend = jax.checkpoint(attend, static_argnums=0)
     blocks = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
@@ -97,12 +108,15 @@ def xla_attention(query, key, value, segment_ids, *, causal: bool) -> jax.Array:
         if segment_ids is not None:
             segments = (segment_ids[:, start:stop], segment_ids[:, :seen])
         block = (query[:, start:stop], key[:, :seen], value[:, :seen])
-        blocks.append(attend(*block, *segments, start, causal))
+        blocks.append(attend(start, *block, *segments))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
-def _attend(query, key, value, query_segments, key_segments, start, causal):
-    """Queries [B, T, H, D], the first at position `start`, over keys [B, S, G, D] from 0."""
+def masked_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array
+) -> jax.Array:
+    """Softmax attention of queries [B, T, H, D] over keys and values [B, S, G, D] where `visible`,
+    bool [B or 1, T, S], is true; at least once for each query. All scores are held at once."""
     batch, length, heads, head_dim = query.shape
     groups, repeats = key.shape[2], heads // key.shape[2]
     # The query heads of a group as further rows of one product: batch axes first and nothing
@@ -113,15 +127,7 @@ def _attend(query, key, value, query_segments, key_segments, start, causal):
     scores = jnp.einsum("BGND,BGSD->BGNS", query, key, preferred_element_type=jnp.float32)
     scores *= 1.0 / math.sqrt(head_dim)
     scores = scores.reshape(batch, groups, repeats, length, -1)
-    mask = None
-    if causal:
-        position = start + jnp.arange(length)
-        mask = (position[:, None] >= jnp.arange(key.shape[2]))[None]
-    if query_segments is not None:
-        same = query_segments[:, :, None] == key_segments[:, None, :]
-        mask = same if mask is None else mask & same
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, groups, repeats * length, -1)
     out = jnp.einsum("BGNS,BGSD->BGND", weights, value)
