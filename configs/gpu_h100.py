@@ -26,8 +26,9 @@ def get_config(size: str = "0.5b"):
     # 64 pairs a device in micro-batches of 8: block inputs kept for the whole batch take 8 GiB
     # (0.5B), 16 GiB (2B), 37 GiB (7B, beside 11 GiB of parameters and moments) of 80.
     config.batch.pairs = 512
-    # As in tpu_v4.py: two images of the commonest size to a row, 4 rows and 40 crops for 8 pairs.
-    # A row is 47 blocks of the attention kernel.
+    # A row holds two images of the commonest size (640 x 480: 2929 tokens) with their texts, and is 47
+    # blocks of the attention kernel, which computes the scores between its sequences too: longer rows
+    # would be filled better, but cost more. 4 rows and 40 crops for 8 pairs.
     config.batch.row_length = 6016
     config.batch.tokens_per_pair = 3008.0
     config.batch.crops_per_pair = 5.0

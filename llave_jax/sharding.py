@@ -46,7 +46,11 @@ PARAM_RULES: Rules = (
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with axes `data`, `fsdp`, `tensor`; one of them may be -1: all remaining devices."""
+    """Mesh with axes `data`, `fsdp`, `tensor`; one of them may be -1: all remaining devices.
+
+    Raises:
+      ValueError: the sizes do not use all devices, or cannot be laid out on a slice's links.
+    """
     count = len(devices) if devices is not None else jax.device_count()
     if set(axes) != set(MESH_AXES):
         raise ValueError(f"mesh: axes are {sorted(axes)}; expected {list(MESH_AXES)}")
@@ -60,7 +64,13 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
             "(one axis may be -1: the rest)"
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"mesh: {dict(zip(MESH_AXES, sizes, strict=True))} does not fit the slice's links: each "
+            f"axis must be a product of the slice's own dimensions (of 4x4x4: 4, 16, 64). {error}"
+        ) from error
 
 
 def num_shards(mesh: Mesh) -> int:

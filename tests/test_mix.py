@@ -37,16 +37,12 @@ def test_sizes_are_those_of_the_models_inputs(sizes):
     )
 
 
-@pytest.mark.parametrize(
-    ("size", "tokens", "crops"), [("0.5b", 0.93, 0.95), ("2b", 0.92, 0.94), ("7b", 0.90, 0.88)]
-)
-def test_budgets_of_the_configs_are_well_filled(sizes, size, tokens, crops):
-    module = importlib.import_module("configs.tpu_v4")
-    config = module.get_config(size)
-    chips = 64 if size == "7b" else 16
+@pytest.mark.parametrize(("size", "chips"), [("0.5b", 16), ("2b", 16), ("7b", 64)])
+def test_budgets_of_the_configs_are_well_filled(sizes, size, chips):
+    config = importlib.import_module("configs.tpu_v4").get_config(size)
     packing = mix.simulate(sizes, config_lib.batch_budget(config, chips), shards=4)
-    assert packing.tokens > tokens
-    assert packing.crops > crops
+    assert packing.tokens > 0.95
+    assert packing.crops > 0.90
     assert packing.carried_twice <= 0.01
 
 

@@ -95,6 +95,15 @@ def test_mesh_must_use_all_devices(axes):
         sharding.make_mesh(axes)
 
 
+def test_mesh_must_fit_the_links_of_the_slice(monkeypatch):
+    def refuse(*arguments, **options):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1 of size 4")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    with pytest.raises(ValueError, match=r"'data': 2, 'fsdp': 4.*does not fit the slice's links"):
+        sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
+
+
 def test_mesh_axes_have_names():
     with pytest.raises(ValueError, match=r"axes are \['batch'\]; expected"):
         sharding.make_mesh({"batch": 8})

@@ -65,10 +65,12 @@ class Mlp(nn.Module):
     def __call__(self, x):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "use_bias": False}
         features = (self.config.intermediate_size,)
-        gate = Projection(features, name="gate_proj", **kinds)(x)
-        up = Projection(features, name="up_proj", **kinds)(x)
+        # Of a single row XLA does not fuse the gradient of silu with the products around it.
+        tokens = x.reshape(-1, x.shape[-1])
+        gate = Projection(features, name="gate_proj", **kinds)(tokens)
+        up = Projection(features, name="up_proj", **kinds)(tokens)
         down = Projection((self.config.hidden_size,), name="down_proj", **kinds)
-        return down(nn.silu(gate) * up)
+        return down(nn.silu(gate) * up).reshape(x.shape)
 
 
 class Block(nn.Module):
