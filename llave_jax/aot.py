@@ -380,7 +380,7 @@ def purpose(collective: hlo.Collective, pool: int, whole: Collection[tuple[int, 
     if dtypes == {"s32"}:
         # Token ids: every device looks up its columns of everybody's tokens.
         return "token embedding lookup"
-    if collective.kind == "all-reduce" and {math.prod(dims) for dims in shapes} == {pool}:
+    if dtypes == {"f32"} and all(_is_pool(collective, dims, pool) for dims in shapes):
         return "embedding gather and loss"
     if collective.op_name:
         return UNACCOUNTED
@@ -392,6 +392,16 @@ def purpose(collective: hlo.Collective, pool: int, whole: Collection[tuple[int, 
     ):
         return "parameter gather"
     return UNACCOUNTED
+
+
+def _is_pool(collective: hlo.Collective, dims: tuple[int, ...], pool: int) -> bool:
+    """The embeddings of one side, or gradients of them; shares may be padded to tiles of 8 rows."""
+    if not dims:
+        return False
+    parts = collective.group if collective.kind == "reduce-scatter" else 1
+    rows, needed = parts * math.prod(dims[:-1]), pool / dims[-1]
+    share = math.ceil(needed / collective.group / 8) * 8
+    return needed <= rows <= share * collective.group
 
 
 def _is_part(dims: tuple[int, ...], full: tuple[int, ...]) -> bool:

@@ -222,6 +222,25 @@ def test_tiny_model_compiles_for_a_tpu_slice(tiny_config):
     assert values["executed_over_necessary"] > 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        ("all-reduce", "f32[1152,1536]", "embedding gather and loss"),
+        # 36 rows a device, padded to whole tiles.
+        ("reduce-scatter", "f32[40,1536]", "embedding gather and loss"),
+        ("reduce-scatter", "f32[48,1536]", aot.UNACCOUNTED),
+        ("reduce-scatter", "f32[32,1536]", aot.UNACCOUNTED),
+        ("all-gather", "bf16[1152,1536]", "parameter gather"),
+        ("all-reduce", "bf16[1152,1537]", aot.UNACCOUNTED),
+        ("all-reduce", "f32[]+f32[64]", "scalars and vectors"),
+    ],
+)
+def test_exchanges_without_a_name_are_known_by_their_size(kind, shape, expected):
+    size = hlo.num_bytes(shape)
+    exchange = hlo.Collective(kind, "", shape, group=32, count=1, result_bytes=size, hidden=False)
+    assert aot.purpose(exchange, pool=1152 * 1536, whole={(1152, 1536)}) == expected
+
+
 @pytest.mark.slow
 def test_overflow_is_reported(tiny_config):
     pytest.importorskip("libtpu", reason="needs the libtpu wheel: pip install llave_jax[tpu]")
