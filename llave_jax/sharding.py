@@ -168,6 +168,12 @@ def use_mesh(mesh: Mesh) -> AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def rows_per_device(x: jax.Array) -> int:
+    """Of an array [rows, ...] split over the batch axes of the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x.shape[0] if mesh.empty else max(1, x.shape[0] // num_shards(mesh))
+
+
 def constrain_rows(x: jax.Array) -> jax.Array:
     """Keep an array [rows, ...] split over the batch axes, and only those.
 

@@ -12,6 +12,7 @@ from llave_jax.models.config import TextConfig
 from llave_jax.models.layers import Dtype, Projection, RMSNorm, scan_blocks, scan_but_last
 from llave_jax.ops.attention import attention, masked_attention
 from llave_jax.ops.rope import apply_rotary, rotary_tables
+from llave_jax.sharding import rows_per_device
 
 
 class SelfAttention(nn.Module):
@@ -65,8 +66,9 @@ class Mlp(nn.Module):
     def __call__(self, x):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "use_bias": False}
         features = (self.config.intermediate_size,)
-        # Of a single row XLA does not fuse the gradient of silu with the products around it.
-        tokens = x.reshape(-1, x.shape[-1])
+        # Of a single row XLA does not fuse the gradient of silu with the products around it, but of
+        # tokens without rows; where there are several rows, these would be in its way.
+        tokens = x.reshape(-1, x.shape[-1]) if rows_per_device(x) == 1 else x
         gate = Projection(features, name="gate_proj", **kinds)(tokens)
         up = Projection(features, name="up_proj", **kinds)(tokens)
         down = Projection((self.config.hidden_size,), name="down_proj", **kinds)
