@@ -45,8 +45,9 @@ def attention(
       segment_ids: int32 [B, T], not negative; tokens see only tokens of their own segment. 0 marks
         unused tokens: what they get holds no meaning. None: all of a row is one segment.
       causal: tokens see none after them.
-      longest: tokens of the longest segment, where that is known to be less than a row. Splash
-        attention needs memory for that many; with longer segments than said all it gives is NaN.
+      longest: tokens of the longest segment, where that is known to be less than a row and segments
+        ascend, as packed. Splash attention then needs memory for that many only; with longer segments
+        than said all it gives is NaN.
       implementation: "xla"; "splash" (TPU); "triton" (GPU); or "auto", what suits the default
         device.
 

@@ -176,8 +176,8 @@ def plan_visits(segment_ids: jax.Array, *, causal: bool, longest: int | None = N
 
     Args:
       segment_ids: int32 [R, T], 0 for unused tokens.
-      longest: no segment has more tokens; None: no more than a row. With longer ones all results
-        are NaN, as there was no room for them.
+      longest: no segment has more tokens, and they ascend; None: no more than a row. With others all
+        results are NaN, as there was no room for them.
     """
     rows, length = segment_ids.shape
     blocks = Blocks.of(length)
