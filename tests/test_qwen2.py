@@ -11,11 +11,13 @@ import pytest
 from llave_jax import flops
 from llave_jax.models.config import PRESETS
 from llave_jax.models.qwen2 import Qwen2, take_tokens
+from llave_jax.ops import attention
 
 
-@pytest.mark.parametrize(("layers", "remat"), [(1, None), (3, "full")])
-def test_pooled_tokens_are_those_of_all_tokens(layers, remat):
+@pytest.mark.parametrize(("layers", "remat", "at_once"), [(1, None, 100), (3, "full", 3)])
+def test_pooled_tokens_are_those_of_all_tokens(layers, remat, at_once, monkeypatch):
     """Values and gradients, for tokens in any row, several of one segment, unused ones."""
+    monkeypatch.setattr(attention, "KEYS_AT_ONCE", at_once * 16)
     config = dataclasses.replace(PRESETS["tiny"].text, num_layers=layers)
     shards, rows, length = 2, 3, 16
     rng = np.random.default_rng(0)

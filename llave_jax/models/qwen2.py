@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from llave_jax.models.config import TextConfig
 from llave_jax.models.layers import Dtype, Projection, RMSNorm, scan_blocks, scan_but_last
-from llave_jax.ops.attention import attention, masked_attention
+from llave_jax.ops.attention import attention, attention_at
 from llave_jax.ops.rope import apply_rotary, rotary_tables
 from llave_jax.sharding import rows_per_device
 
@@ -23,7 +23,7 @@ class SelfAttention(nn.Module):
     longest: int | None
 
     @nn.compact
-    def __call__(self, x, cos, sin, segment_ids, wanted=None):
+    def __call__(self, x, cos, sin, segment_ids, wanted=None, row_length=None):
         config = self.config
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         heads = (config.num_heads, config.head_dim)
@@ -34,9 +34,9 @@ class SelfAttention(nn.Module):
             x, cos, sin = (take_tokens(values, wanted) for values in (x, cos, sin))
         query = apply_rotary(Projection(heads, name="q_proj", **kinds)(x), cos, sin)
         if wanted is not None:
-            own = take_tokens(segment_ids, wanted)[..., None] == segment_ids[:, None]
-            before = wanted[..., None] >= jnp.arange(segment_ids.shape[1])
-            mixed = masked_attention(query, key, value, own & before)
+            mixed = attention_at(
+                query, key, value, wanted, segment_ids=segment_ids, row_length=row_length
+            )
         else:
             mixed = attention(
                 query,
@@ -83,8 +83,9 @@ class Block(nn.Module):
     longest: int | None
 
     @nn.compact
-    def __call__(self, x, cos, sin, segment_ids, wanted=None):
-        """All tokens [B, T, D], or with `wanted` [B, N] only what becomes of those, [B, N, D]."""
+    def __call__(self, x, cos, sin, segment_ids, wanted=None, row_length=None):
+        """All tokens [B, T, D], or of several rows' tokens [S, T, D] only what becomes of `wanted`
+        [S, N]: [S, N, D]."""
         config = self.config
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attend = SelfAttention(
@@ -95,7 +96,7 @@ class Block(nn.Module):
             **kinds,
         )
         normed = RMSNorm(config.rms_norm_eps, name="input_layernorm", **kinds)(x)
-        attended = attend(normed, cos, sin, segment_ids, wanted)
+        attended = attend(normed, cos, sin, segment_ids, wanted, row_length)
         x = (x if wanted is None else take_tokens(x, wanted)) + attended
         normed = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm", **kinds)(x)
         return x + Mlp(config, name="mlp", **kinds)(normed)
@@ -154,12 +155,11 @@ class Qwen2(nn.Module):
         shards, rows, length, width = x.shape
 
         def last(block, x, cos, sin, segment_ids):
-            # Rows of a shard one after the other, with segments of their own.
+            # Rows of a shard one after the other.
             in_shard = (shards, rows * length)
-            row = jnp.arange(rows * length, dtype=jnp.int32) // length
-            segment_ids = segment_ids.reshape(in_shard) + row * (jnp.max(segment_ids) + 1)
+            segment_ids = segment_ids.reshape(in_shard)
             cos, sin = (table.reshape(*in_shard, -1) for table in (cos, sin))
-            return block(x.reshape(*in_shard, width), cos, sin, segment_ids, wanted)
+            return block(x.reshape(*in_shard, width), cos, sin, segment_ids, wanted, length)
 
         positions = positions.reshape(shards * rows, length)
         return scan_but_last(

@@ -22,6 +22,8 @@ IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
 
 # Queries whose scores the XLA form holds at once.
 BLOCK = 512
+# Keys that `attention_at` holds at once: those of a row for each of its queries.
+KEYS_AT_ONCE = 2**18
 
 
 def attention(
@@ -111,6 +113,52 @@ def xla_attention(query, key, value, segment_ids, *, causal: bool) -> jax.Array:
         block = (query[:, start:stop], key[:, :seen], value[:, :seen])
         blocks.append(attend(start, *block, *segments))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def attention_at(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    wanted: jax.Array,
+    *,
+    segment_ids: jax.Array,
+    row_length: int,
+) -> jax.Array:
+    """Causal attention of single tokens, each over the keys of its own row.
+
+    Args:
+      query: [S, N, H, D], of the tokens `wanted`.
+      key, value: [S, R * T, G, D], rows of `row_length` tokens T one after the other.
+      wanted: int32 [S, N], indices in R * T.
+      segment_ids: int32 [S, R * T].
+
+    Returns:
+      [S, N, H, D].
+    """
+
+    def in_rows(x: jax.Array) -> jax.Array:
+        return x.reshape(len(x), -1, row_length, *x.shape[2:])
+
+    rows = tuple(in_rows(x) for x in (key, value, segment_ids))
+
+    def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Queries [S, H, D] of one token of each shard."""
+        query, wanted = inputs
+        row, place = wanted // row_length, wanted % row_length
+        # With a single row there is nothing to choose, and nothing is copied.
+        own = [x[:, 0] if x.shape[1] == 1 else jax.vmap(lambda x, n: x[n])(x, row) for x in rows]
+        key, value, segments = own
+        segment = jnp.take_along_axis(segments, place[:, None], axis=1)
+        visible = (segments == segment) & (jnp.arange(row_length) <= place[:, None])
+        return masked_attention(query[:, None], key, value, visible[:, None])[:, 0]
+
+    inputs = (query.swapaxes(0, 1), wanted.T)
+    at_once = max(1, KEYS_AT_ONCE // row_length)
+    if query.shape[1] <= at_once:
+        out = jax.vmap(one)(inputs)
+    else:
+        out = jax.lax.map(jax.checkpoint(one), inputs, batch_size=at_once)
+    return out.swapaxes(0, 1)
 
 
 def masked_attention(
