@@ -22,7 +22,9 @@ IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
 
 # Queries whose scores the XLA form holds at once.
 BLOCK = 512
-# Keys that `attention_at` holds at once: those of a row for each of its queries.
+# `attention_at` computes the scores of all its queries with all keys if there are no more of a head,
+# and otherwise copies the keys of a query's row: so many at once.
+MOST_SCORES = 2**21
 KEYS_AT_ONCE = 2**18
 
 
@@ -136,29 +138,32 @@ def attention_at(
       [S, N, H, D].
     """
 
-    def in_rows(x: jax.Array) -> jax.Array:
+    tokens = key.shape[1]
+    if wanted.shape[1] * tokens <= MOST_SCORES:
+        # Few enough that the keys of other rows may be looked at in vain.
+        row = jnp.arange(tokens) // row_length
+        same_row = (wanted // row_length)[..., None] == row
+        same = jnp.take_along_axis(segment_ids, wanted, axis=1)[..., None] == segment_ids[:, None]
+        before = wanted[..., None] >= jnp.arange(tokens)
+        return masked_attention(query, key, value, same_row & same & before)
+
+    def rows_of(x: jax.Array) -> jax.Array:
         return x.reshape(len(x), -1, row_length, *x.shape[2:])
 
-    rows = tuple(in_rows(x) for x in (key, value, segment_ids))
+    rows = tuple(rows_of(x) for x in (key, value, segment_ids))
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Queries [S, H, D] of one token of each shard."""
+        """Queries [S, H, D] of one token of each shard, with a copy of its row's keys."""
         query, wanted = inputs
         row, place = wanted // row_length, wanted % row_length
-        # With a single row there is nothing to choose, and nothing is copied.
-        own = [x[:, 0] if x.shape[1] == 1 else jax.vmap(lambda x, n: x[n])(x, row) for x in rows]
-        key, value, segments = own
+        key, value, segments = (jax.vmap(lambda x, n: x[n])(x, row) for x in rows)
         segment = jnp.take_along_axis(segments, place[:, None], axis=1)
         visible = (segments == segment) & (jnp.arange(row_length) <= place[:, None])
         return masked_attention(query[:, None], key, value, visible[:, None])[:, 0]
 
-    inputs = (query.swapaxes(0, 1), wanted.T)
     at_once = max(1, KEYS_AT_ONCE // row_length)
-    if query.shape[1] <= at_once:
-        out = jax.vmap(one)(inputs)
-    else:
-        out = jax.lax.map(jax.checkpoint(one), inputs, batch_size=at_once)
-    return out.swapaxes(0, 1)
+    inputs = (query.swapaxes(0, 1), wanted.T)
+    return jax.lax.map(jax.checkpoint(one), inputs, batch_size=at_once).swapaxes(0, 1)
 
 
 def masked_attention(
