@@ -25,7 +25,7 @@ from llave_jax import config as config_lib
 from llave_jax.data import mix
 from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import PRESETS
-from llave_jax.ops.splash import visited_scores
+from llave_jax.ops import splash, triton
 
 # (name, config, devices it is for)
 CONFIGS = [
@@ -49,29 +49,34 @@ def main() -> None:
     )
     print(
         f"{'':24}{'rows':>5}{'length':>8}{'crops':>6}{'slots':>6}{'tokens':>9}{'crops':>8}"
-        f"{'slots':>8}{'carried twice':>15}{'attention':>11}"
+        f"{'slots':>8}{'carried twice':>15}{'splash':>8}{'triton':>8}"
     )
     if not args.row_lengths:
         for name, config, devices in CONFIGS:
             show(name, sizes, config_lib.batch_budget(config, devices))
         return
     groups = 8
-    for length in (4096, 5952, 6144, 8192, 12288, 16384, 24576):
+    for length in (4096, 6144, 8192, 12288, 16384, 24576):
         rows = max(1, math.floor(groups * 2976 / length))
         show("", sizes, Budget(rows, length, math.ceil(groups * 5.1), groups))
 
 
 def show(name: str, sizes: mix.PairSizes, budget: Budget) -> None:
     packing = mix.simulate(sizes, budget, shards=4)
-    # Scores the TPU kernel computes, over those that sequences need.
-    visited = visited_scores(packing.segment_ids, causal=True, longest=sizes.lengths.max())
+    # Scores the kernels compute, over those that sequences need.
+    ids = packing.segment_ids
+    visited = {
+        "splash": splash.visited_scores(ids, causal=True, longest=sizes.lengths.max()),
+        "triton": triton.visited_scores(ids, causal=True, head_dim=128),
+    }
     rows = packing.segment_ids.reshape(-1, budget.row_length)
     lengths = np.concatenate([np.bincount(row)[1:] for row in rows])
-    attention = visited.sum() / np.sum(lengths * (lengths + 1) / 2)
+    needed = np.sum(lengths * (lengths + 1) / 2)
     print(
         f"{name:24}{budget.rows:5}{budget.row_length:8}{budget.crops:6}{budget.groups:6}"
         f"{packing.tokens:9.1%}{packing.crops:8.1%}{packing.pairs:8.1%}"
-        f"{packing.carried_twice:15.2%}{attention:11.2f}",
+        f"{packing.carried_twice:15.2%}"
+        + "".join(f"{scores.sum() / needed:8.2f}" for scores in visited.values()),
         flush=True,
     )
 

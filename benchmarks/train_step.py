@@ -33,6 +33,8 @@ from llave_jax.models.llave import Llave, example_batch
 
 # Dense bfloat16 operations a second, as published, by a part of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
+# Rows are a multiple of what the attention kernels' blocks divide.
+ROW_TILE = 512
 FROZEN = (("vision_tower/.*", None), (".*", 1.0))
 
 
@@ -74,7 +76,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="llave-0.5b")
     parser.add_argument("--pairs", type=int, default=64, help="pairs of a step")
     parser.add_argument("--micro-batches", type=int, default=8)
-    parser.add_argument("--row-length", type=int, default=5952)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--remat", default="block", choices=train_step.REMATS)
@@ -111,19 +112,22 @@ def random_side(config: LlaveConfig, side: mix.Side, rng: np.random.Generator) -
 
 
 def pack(config: LlaveConfig, pairs: list, args: argparse.Namespace) -> PackedBatch:
-    """All pairs in the fewest rows that hold each micro-batch: arrays [M, 1, ...]."""
-    groups = -(-len(pairs) // args.micro_batches)
-    parts = [pairs[i : i + groups] for i in range(0, len(pairs), groups)]
+    """All pairs in micro-batches of one row, as long as the longest needs: arrays [M, 1, ...]."""
+
+    def tokens(pair: tuple[Sequence, Sequence]) -> int:
+        return sum(len(s) for s in pair)
+
+    # Dealt by size, so that none is much longer than the others.
+    ordered = sorted(pairs, key=tokens)
+    parts = [ordered[i :: args.micro_batches] for i in range(args.micro_batches)]
+    longest = max(sum(map(tokens, part)) for part in parts)
     crops = max(sum(len(s.crops) for pair in part for s in pair) for part in parts)
-    rows = 1
-    while True:
-        budget = Budget(rows, args.row_length, crops, groups)
-        packers = [Packer(budget, 1, config) for _ in parts]
-        if all(
-            packer.add(pair) for packer, part in zip(packers, parts, strict=True) for pair in part
-        ):
-            return stack_batches([packer.emit()[0] for packer in packers])
-        rows += 1
+    budget = Budget(1, -(-longest // ROW_TILE) * ROW_TILE, crops, max(map(len, parts)))
+    packers = [Packer(budget, 1, config) for _ in parts]
+    for packer, part in zip(packers, parts, strict=True):
+        if not all(packer.add(pair) for pair in part):
+            raise ValueError(f"a micro-batch does not fit {budget}")
+    return stack_batches([packer.emit()[0] for packer in packers])
 
 
 def jax_run(config, pairs, batch, args) -> tuple[float, float | None]:
@@ -136,7 +140,7 @@ def jax_run(config, pairs, batch, args) -> tuple[float, float | None]:
         param_dtype=jnp.dtype(args.dtype) if args.embed else jnp.float32,
         attention=args.attention,
         vision_attention=args.attention,
-        remat="full" if args.remat in ("block", "both") else None,
+        remat=train_step.BLOCK_REMAT.get(args.remat),
         freeze_vision=True,
     )
     params = jax.jit(lambda key: model.init(key, example_batch(config))["params"])(

@@ -364,8 +364,9 @@ def layer_shapes(model: Llave) -> set[tuple[int, ...]]:
 def purpose(collective: hlo.Collective, pool: int, whole: Collection[tuple[int, ...]]) -> str:
     """What an exchange is for.
 
-    Some XLA makes without saying where they come from; these are known by their sizes. A gather
-    of shards that are no whole tiles becomes an all-reduce of arrays that are zero elsewhere.
+    Some XLA makes without saying where they come from; these are known by their sizes. On slices
+    whose links form rings in three dimensions XLA gathers by all-reduces of arrays that are zero
+    but for a device's own part.
 
     Args:
       pool: number of values in the gathered embeddings of one side.

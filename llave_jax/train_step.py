@@ -23,7 +23,7 @@ from llave_jax.models.llave import VISION_FEATURES, Llave
 POOLS = ("global", "micro")
 # What is recomputed in the backward pass instead of kept:
 #   none         nothing
-#   attention    each transformer block, from its input and the results of its splash attention
+#   attention    each transformer block, from its input and the results of its attention kernel
 #   block        each transformer block, from its input
 #   micro_batch  each micro-batch as a whole, but for the features of a frozen vision tower
 #   both         each micro-batch, and each block within it: the least memory, the most computation

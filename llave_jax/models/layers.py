@@ -22,7 +22,7 @@ Dtype = Any
 REMAT_POLICIES: dict[str, Callable | None] = {
     # Only its input: least memory, one more forward pass.
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Also what splash attention's backward kernel needs: its forward kernel runs once, not twice.
+    # Also what the attention kernels' backward passes need: the forward kernel runs once, not twice.
     "attention": jax.checkpoint_policies.save_only_these_names(RESIDUALS),
 }
 

@@ -78,7 +78,7 @@ def padded_length(length: int, implementation: str) -> int:
     implementation = _resolve(implementation)
     if implementation == "splash":
         return splash.Blocks.of(length).length
-    return -(-length // triton.BLOCK) * triton.BLOCK if implementation == "triton" else length
+    return length
 
 
 def _resolve(implementation: str) -> str:
