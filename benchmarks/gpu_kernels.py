@@ -203,7 +203,9 @@ def compile_program(text: str, tile: triton.Tile, capability: int, tools: Path) 
         "shared": kernel.metadata.shared,
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spilled": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "products": next((name for name in ("wgmma", "mma.sync") if name in ptx), "none"),
+        "products": next(
+            (name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "none"
+        ),
     }
 
 

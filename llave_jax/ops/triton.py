@@ -73,7 +73,7 @@ class Tiles:
 
     @classmethod
     def of(cls, head_dim: int, item_bytes: int) -> Tiles:
-        """What fits into the 96 KiB of shared memory that GPUs since the A10 have, and into their
+        """What fits into the 99 KiB of shared memory that GPUs since the A10 have, and into their
         registers: accumulators are as large as the block that stays."""
         stays, passes = (64, 32) if item_bytes > 2 else (128, 64)
         warps = 4 if head_dim <= 64 else 8
