@@ -33,7 +33,8 @@ CONFIGS = [
     ("tpu_v4:0.5b", tpu_v4.get_config("0.5b"), 16),
     ("tpu_v4:2b", tpu_v4.get_config("2b"), 16),
     ("tpu_v4:7b", tpu_v4.get_config("7b"), 64),
-    ("gpu_h100", gpu_h100.get_config("2b"), 8),
+    ("gpu_h100:0.5b", gpu_h100.get_config("0.5b"), 8),
+    ("gpu_h100:2b", gpu_h100.get_config("2b"), 8),
 ]
 
 

@@ -9,7 +9,7 @@ does not show is waiting for memory, from which the kernels load ahead. The tabl
 one visit of a pair of blocks, all heads of a step, what a block of queries and one of keys cost
 once, and "rate": the share of the matrix units' rate, over the scores of the pairs that rows packed as
 in training have visited (llave_jax/data/mix.py), with heads padded to 128 lanes. A schedule cannot
-be faster than the matrix units: where it looks so, the rate is 1. `aot.KERNEL_RATES` is this column.
+be faster than the matrix units: where it looks so, the rate is 1. `chips.KERNEL_RATES` is this column.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from llave_jax import aot  # noqa: E402
+from llave_jax import aot, chips  # noqa: E402
 from llave_jax.data import mix  # noqa: E402
 from llave_jax.inputs.packing import Budget  # noqa: E402
 from llave_jax.models.config import PRESETS, LlaveConfig  # noqa: E402
@@ -74,7 +74,7 @@ def main() -> None:
 def compile_kernels(chip: str, config: LlaveConfig, row_length: int) -> dict[str, list[str]]:
     """Kernel name -> lines of its schedule, of the language model's and of the vision tower's."""
     text, vision = config.text, config.vision
-    device = aot.topology_devices(TOPOLOGIES[chip])[0][0]
+    device = chips.topology_devices(TOPOLOGIES[chip])[0][0]
     place = jax.sharding.SingleDeviceSharding(device)
 
     def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -126,7 +126,7 @@ def show(chip: str, name: str, schedule: list[str], config: LlaveConfig, rows: n
     a_query = cycles["first"] + cycles["last"]
     a_key = cycles.get("key_first", 0) + cycles.get("key_last", 0)
     all_cycles = cycles["visit"] + a_query / visits_of_query + a_key / visits_of_key
-    figures = aot.CHIPS[chip]
+    figures = chips.CHIPS[chip]
     units = figures.flops / figures.clock / CORES[chip]
     needed = 2 * PRODUCTS[phase] * heads * blocks.query * blocks.key * splash.LANES / units
     print(

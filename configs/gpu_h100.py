@@ -1,9 +1,11 @@
 """One or several hosts of 8 H100, one pool of all pairs of the step. The model's size is an argument.
 
+    --config configs/gpu_h100.py:0.5b                            8 devices, one host
     --config configs/gpu_h100.py:2b                              8 devices, one host
     --config configs/gpu_h100.py:7b --config.batch.pairs=1152    16 devices, two hosts
 
-A step has 72 slots for pairs a device, of which about 62 are filled.
+A step has 1152 slots for pairs, of which about 990 are filled. On more hosts `batch.pairs` grows with
+them, or `batch.micro_batches` shrinks.
 
 Parameters are divided within a host, where NVLink is, and repeated between hosts; for 7B on
 several hosts of 40 GB devices use `--config.mesh.data=1 --config.mesh.fsdp=-1`.
@@ -11,11 +13,14 @@ several hosts of 40 GB devices use `--config.mesh.data=1 --config.mesh.fsdp=-1`.
 
 from llave_jax.config import default_config
 
-# Preset, learning rate of the paper, micro-batches.
+# Preset, learning rate of the paper, slots and micro-batches of one host, share of slots that is filled, and
+# what the backward pass recomputes. Block inputs of the whole batch are kept, and of 0.5B, where there
+# is room, attention's results too: 41 GiB a device (0.5B), 42 (2B), 67 (7B) of 79. jax takes
+# three quarters of the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more, as it has to for 7B.
 SIZES = {
-    "0.5b": ("llave-0.5b", 1e-5, 8),
-    "2b": ("llave-2b", 1e-5, 8),
-    "7b": ("llave-7b", 5e-6, 8),
+    "0.5b": ("llave-0.5b", 1e-5, 1152, 8, 0.865, "attention"),
+    "2b": ("llave-2b", 1e-5, 1152, 16, 0.857, "block"),
+    "7b": ("llave-7b", 5e-6, 576, 8, 0.857, "block"),
 }
 
 
@@ -23,23 +28,22 @@ def get_config(size: str = "0.5b"):
     if size not in SIZES:
         raise ValueError(f"configs/gpu_h100.py:{size}: expected one of {', '.join(SIZES)}")
     config = default_config()
-    config.model.preset, config.optim.learning_rate, config.batch.micro_batches = SIZES[size]
+    preset, learning_rate, pairs, micro_batches, fill, remat = SIZES[size]
+    config.model.preset, config.optim.learning_rate = preset, learning_rate
+    config.batch.pairs, config.batch.micro_batches = pairs, micro_batches
 
-    # 72 slots a device in micro-batches of 9: block inputs kept for the whole batch take 8 GiB
-    # (0.5B), 16 GiB (2B), 37 GiB (7B, beside 11 GiB of parameters and moments) of 80.
-    config.batch.pairs = 576
-    # One row for 9 slots. The longer it is, the less is left over at its end, and the attention kernel
-    # takes no longer for it. Slots cost nothing, and with some to spare it is tokens that run out.
-    # docs/scaling.md, "Packing".
+    # Micro-batches of 9 slots a device (0.5B: 18), and a row for 9. The longer it is, the less is left
+    # over at its end, and the attention kernel takes no longer for it. Slots cost nothing, and with
+    # some to spare it is tokens that run out. docs/scaling.md, "Packing".
     config.batch.row_length = 24_576
     config.batch.tokens_per_pair = 2730.0
     config.batch.crops_per_pair = 4.66
-    config.batch.fill = 0.857
+    config.batch.fill = fill
     config.loss.pool = "global"
 
     config.mesh.data = -1
     config.mesh.fsdp = 8
     config.attention = config.vision_attention = "auto"
-    config.remat = "block"
+    config.remat = remat
     config.data.num_workers = 12
     return config

@@ -1,8 +1,9 @@
-"""Proof before a pod is rented: compile a config for a TPU topology and say what it will take.
+"""Proof before a pod is rented: compile a config for a TPU slice or a host of GPUs and say what it
+will take.
 
-Owns compiling without the hardware, chips' published figures, and what the compiled program's
-costs mean for speed. Counting what the program executes is `hlo.py`, the work the model needs is
-`flops.py`, the sizes of the data are `data/mix.py`.
+Owns compiling without the hardware, and what the compiled program's costs mean for speed. Chips and
+their figures are `chips.py`, counting what the program executes is `hlo.py`, the work the model needs
+is `flops.py`, the sizes of the data are `data/mix.py`.
 """
 
 from __future__ import annotations
@@ -10,67 +11,27 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from llave_jax import config as config_lib
 from llave_jax import flops, hlo, optim, sharding, train_step
+from llave_jax.chips import CHIPS, GIB, KERNEL_RATES, LINKS_SHARE, Chip, Gpu, topology_devices
 from llave_jax.data import mix
 from llave_jax.inputs.packing import Budget, PackedBatch, empty_batch
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params
-from llave_jax.ops import splash
+from llave_jax.ops import attention, splash, triton
 
-GIB = 2**30
 # Pairs whose sizes stand for the data, and those of which packing is simulated.
 SAMPLE = 4000
-# A process packs for so many shards: the chips of a TPU host.
+# A process packs for so many shards: the chips of a TPU host, half the GPUs of one.
 SHARDS_PER_PROCESS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published figures of one chip (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
-
-    Attributes:
-      flops: bf16 operations a second.
-      hbm: bytes of memory.
-      ici: bytes a second between chips, all links together.
-      clock: cycles a second of XLA's estimates: what makes its matrix units reach `flops`.
-      options: of the topology description; one device a chip, as slices present v4 and v5p.
-    """
-
-    flops: float
-    hbm: int
-    ici: float
-    clock: float
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 300e9, 1.05e9, {"chip_config_name": "megacore"}),
-    "v5e": Chip(197e12, 16 * GIB, 200e9, 1.5e9),
-    "v5p": Chip(459e12, 95 * GIB, 600e9, 1.75e9, {"chip_config_name": "megacore"}),
-    "v6e": Chip(918e12, 32 * GIB, 448e9, 1.75e9),
-}
-# A collective over one mesh axis can use this share of a chip's links.
-ICI_SHARE = 0.5
-# Attention kernels reach this share of the matrix units' rate over the scores they compute, with
-# heads padded to full lanes, by the instructions scheduled: benchmarks/tpu_kernels.py. No more than
-# 0.95 is believed.
-KERNEL_RATES = {
-    "v4": {"causal_fwd": 0.52, "causal_bwd": 0.88, "full_fwd": 0.46, "full_bwd": 0.79},
-    "v5e": {"causal_fwd": 0.76, "causal_bwd": 0.95, "full_fwd": 0.64, "full_bwd": 0.85},
-    "v5p": {"causal_fwd": 0.75, "causal_bwd": 0.92, "full_fwd": 0.61, "full_bwd": 0.83},
-    "v6e": {"causal_fwd": 0.20, "causal_bwd": 0.35, "full_fwd": 0.20, "full_bwd": 0.33},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +54,6 @@ class DoesNotFit(Exception):
     """The program needs more memory than a device has; says what XLA says, largest buffers too."""
 
 
-def topology_devices(topology: str) -> tuple[list[Any], str]:
-    """Devices of a TPU slice such as "v4:4x4x4", none of which need exist, and the kind of chip.
-
-    Raises:
-      ValueError: not a known chip.
-    """
-    kind = topology.split(":")[0]
-    if kind not in CHIPS or ":" not in topology:
-        raise ValueError(f"topology {topology!r}: expected CHIP:SHAPE with CHIP of {list(CHIPS)}")
-    # libtpu asks the cloud what machine this is, and locks the chips it does not find here.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    chip = CHIPS[kind]
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)
-    return described.devices, kind
-
-
 def compile_train_step(config: ConfigDict, topology: str) -> Compiled:
     """The whole training step of a config, compiled for a slice.
 
@@ -118,7 +62,7 @@ def compile_train_step(config: ConfigDict, topology: str) -> Compiled:
     """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
-    model, factors, optimizer = _make(config)
+    model, factors, optimizer = _make(config, kind)
     step = train_step.make_train_step(
         model, mesh, optimizer, factors, config_lib.loss_config(config), config.remat
     )
@@ -138,7 +82,7 @@ def compile_embedding_step(config: ConfigDict, topology: str) -> Compiled:
     """The forward pass alone, with bfloat16 parameters, on one micro-batch of the config's budget."""
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
-    model, _, _ = _make(config)
+    model, _, _ = _make(config, kind)
     model = model.clone(param_dtype=model.dtype)
     params = abstract_params(model)
     budget = config_lib.batch_budget(config, sharding.num_shards(mesh))
@@ -153,17 +97,21 @@ def compile_embedding_step(config: ConfigDict, topology: str) -> Compiled:
     return Compiled(program, mesh, kind, budget, model, config)
 
 
-def _make(config: ConfigDict) -> tuple[Llave, dict[str, float | None], Any]:
-    """Model, learning-rate factors and optimiser, with the attention that TPUs get."""
+def _make(config: ConfigDict, kind: str) -> tuple[Llave, dict[str, float | None], Any]:
+    """Model, learning-rate factors and optimiser, with the attention that such chips get."""
     config = config.copy_and_resolve_references()
     for field in ("attention", "vision_attention"):
         if config[field] == "auto":
-            config[field] = "splash"
+            config[field] = attention.BY_PLATFORM["gpu" if _is_gpu(kind) else "tpu"]
     model, factors = config_lib.make_model(config, config_lib.model_config(config))
     schedule = optim.learning_rate_schedule(
         config.optim.learning_rate, config.steps or 1000, config.optim.warmup_fraction
     )
     return model, factors, config_lib.make_optimizer(config, schedule, factors)
+
+
+def _is_gpu(kind: str) -> bool:
+    return isinstance(CHIPS[kind], Gpu)
 
 
 def _abstract_batch(
@@ -206,9 +154,11 @@ def _out_of_memory_message(text: str) -> str:
 def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     """What a run of the program takes, and the speed to expect, as plain numbers.
 
-    Times are predictions. Fusions take XLA's own cycle estimates; attention kernels run at
-    KERNEL_RATES; a collective moves its bytes over ICI_SHARE of the links; those XLA made
-    asynchronous cost nothing, the others add up. Nothing waits for the host.
+    Of TPUs times are predictions. Fusions take XLA's own cycle estimates; attention kernels run at
+    KERNEL_RATES; a collective moves its bytes over LINKS_SHARE of the links; those XLA made
+    asynchronous cost nothing, the others add up. Nothing waits for the host. Of GPUs, for which XLA
+    estimates nothing, times are bounds: matrix products at the published rate and nothing besides but
+    those collectives.
     """
     config, chip, mesh, model = compiled.config, compiled.chip, compiled.mesh, compiled.model
     devices = mesh.devices.size
@@ -219,13 +169,16 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     )
     pairs = packing.pairs * compiled.budget.groups * sharding.num_shards(mesh) * micro_batches
     necessary = pairs * flops_per_pair(model, training=training)
-    longest = model.config.inputs.max_length
-    visited = splash.visited_scores(packing.segment_ids, causal=True, longest=longest)
-    kernels = _kernel_costs(cost, compiled, float(np.mean(visited)))
+    scores = _kernel_scores(compiled, packing.segment_ids)
+    kernels = _kernel_costs(cost, compiled, scores)
     executed = devices * (cost.product_flops + kernels["flops"])
     collectives = _collective_table(cost, chip, compiled)
+    if _is_gpu(compiled.kind):
+        others = {"products": cost.product_flops / chip.flops}
+    else:
+        others = {"fusions": cost.cycles / chip.clock}
     seconds = {
-        "fusions": cost.cycles / chip.clock,
+        **others,
         "attention_kernels": kernels["seconds"],
         "collectives_waited_for": sum(c["seconds"] for c in collectives if not c["hidden"]),
     }
@@ -259,7 +212,7 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
             "crops": packing.crops,
             "pairs": packing.pairs,
             "carried_twice": packing.carried_twice,
-            "scores_visited": float(np.mean(visited))
+            "scores_visited": scores["causal"]
             / (compiled.budget.rows * compiled.budget.row_length) ** 2,
         },
         "pairs": pairs,
@@ -269,6 +222,7 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
         "kernels": {name: sum(n for _, n in calls) for name, calls in cost.kernels.items()},
         "collectives": collectives,
         "seconds": seconds,
+        "seconds_are": "bounds" if _is_gpu(compiled.kind) else "predictions",
         "step_seconds": step,
         "pairs_per_second_per_chip": pairs / step / devices,
         "mfu": necessary / step / devices / chip.flops,
@@ -287,26 +241,42 @@ def flops_per_pair(model: Llave, *, training: bool) -> float:
 
 
 # Matrix products over the scores in each of the attention kernels, by the end of their names.
-_KERNEL_PRODUCTS = {"fwd": 2, "bwd": 5}
+_KERNEL_PRODUCTS = {"fwd": 2, "bwd": 5, "bwd_queries": 3, "bwd_keys": 4}
 
 
-def _kernel_costs(cost: hlo.Cost, compiled: Compiled, visited: float) -> dict[str, float]:
-    """Operations and seconds of all attention kernels on one device.
+def _kernel_scores(compiled: Compiled, segment_ids: np.ndarray) -> dict[str, float]:
+    """Scores of one head that attention kernels compute for a micro-batch of a device, by their mask:
+    of rows packed as `segment_ids` [..., R, T] are on average, and of the vision tower's crops."""
+    config = compiled.model.config
+    patches, crops = config.vision.num_patches, compiled.budget.crops
+    if _is_gpu(compiled.kind):
+        heads = {"causal": config.text.head_dim, "full": _vision_head_dim(config)}
+        causal = triton.visited_scores(segment_ids, causal=True, head_dim=heads["causal"]).sum(-1)
+        crop = np.ones((1, patches), np.int32)
+        full = triton.visited_scores(crop, causal=False, head_dim=heads["full"]).sum()
+    else:
+        longest = config.inputs.max_length
+        causal = splash.visited_scores(segment_ids, causal=True, longest=longest)
+        full = splash.Blocks.of(patches).length ** 2
+    return {"causal": float(np.mean(causal)), "full": float(crops * full)}
 
-    `visited`: scores of one head that a micro-batch's packed rows have the kernels compute.
-    """
-    text, vision = compiled.model.config.text, compiled.model.config.vision
-    patches = splash.Blocks.of(vision.num_patches).length
+
+def _vision_head_dim(config: LlaveConfig) -> int:
+    return config.vision.hidden_size // config.vision.num_heads
+
+
+def _kernel_costs(cost: hlo.Cost, compiled: Compiled, scores: dict[str, float]) -> dict[str, float]:
+    """Operations and seconds of all attention kernels on one device, `scores` as of `_kernel_scores`."""
+    config = compiled.model.config
+    text, vision = config.text, config.vision
     # The tensor axis divides heads if it divides all; crops are whole on their device.
     heads = {
         "causal": (text.num_heads, text.num_kv_heads, text.head_dim),
-        "full": (vision.num_heads, vision.num_heads, vision.hidden_size // vision.num_heads),
+        "full": (vision.num_heads, vision.num_heads, _vision_head_dim(config)),
     }
-    scores = {"causal": visited, "full": compiled.budget.crops * patches**2}
-    rates = KERNEL_RATES[compiled.kind]
     total = {"flops": 0.0, "seconds": 0.0}
     for name, calls in cost.kernels.items():
-        mask, phase = re.search(r"splash_(causal|full)_(fwd|bwd)", name).groups()
+        kernels, mask, phase = re.fullmatch(r"(splash|triton)_(causal|full)_(\w+)", name).groups()
         count, groups, head_dim = heads[mask]
         divisor = compiled.mesh.shape["tensor"]
         if count % divisor == 0 and groups % divisor == 0:
@@ -314,8 +284,12 @@ def _kernel_costs(cost: hlo.Cost, compiled: Compiled, visited: float) -> dict[st
         times = sum(executions for _, executions in calls)
         flops = 2 * _KERNEL_PRODUCTS[phase] * times * count * scores[mask]
         total["flops"] += flops * head_dim
-        padded = -(-head_dim // splash.LANES) * splash.LANES
-        total["seconds"] += flops * padded / (compiled.chip.flops * rates[f"{mask}_{phase}"])
+        if kernels == "splash":
+            padded = -(-head_dim // splash.LANES) * splash.LANES
+            rate = KERNEL_RATES[compiled.kind][f"{mask}_{phase}"]
+        else:
+            padded, rate = triton.padded_head_dim(head_dim), 1.0
+        total["seconds"] += flops * padded / (compiled.chip.flops * rate)
     return total
 
 
@@ -335,7 +309,7 @@ def _collective_table(cost: hlo.Cost, chip: Chip, compiled: Compiled) -> list[di
             "hidden": hidden,
             "count": sum(c.count for c in members),
             "gib": sum(c.wire_bytes for c in members) / GIB,
-            "seconds": sum(c.wire_bytes for c in members) / (chip.ici * ICI_SHARE),
+            "seconds": sum(c.wire_bytes for c in members) / (chip.links * LINKS_SHARE),
         }
         for (kind, why, group, hidden), members in groups.items()
     ]
@@ -387,6 +361,10 @@ def purpose(collective: hlo.Collective, pool: int, whole: Collection[tuple[int, 
         return UNACCOUNTED
     if collective.kind in ("all-reduce", "all-gather") and shapes <= set(whole):
         return "parameter gather"
+    if collective.kind == "reduce-scatter" and all(
+        any(_is_part(dims, full, collective.group) for full in whole) for dims in shapes
+    ):
+        return "gradient scatter"
     # Shards that are no whole tiles are shifted to their places.
     if collective.kind == "collective-permute" and all(
         any(_is_part(dims, full) for full in whole) for dims in shapes
@@ -405,9 +383,12 @@ def _is_pool(collective: hlo.Collective, dims: tuple[int, ...], pool: int) -> bo
     return needed <= rows <= share * collective.group
 
 
-def _is_part(dims: tuple[int, ...], full: tuple[int, ...]) -> bool:
-    """`full` cut along one dimension."""
-    return len(dims) == len(full) and sum(a != b for a, b in zip(dims, full, strict=True)) == 1
+def _is_part(dims: tuple[int, ...], full: tuple[int, ...], parts: int | None = None) -> bool:
+    """`full` cut along one dimension (into so many equal parts)."""
+    if len(dims) != len(full):
+        return False
+    cut = [(part, size) for part, size in zip(dims, full, strict=True) if part != size]
+    return len(cut) == 1 and parts in (None, cut[0][1] / cut[0][0])
 
 
 def table(values: dict[str, Any]) -> str:
@@ -431,18 +412,21 @@ def table(values: dict[str, Any]) -> str:
         f"ratio {values['executed_over_necessary']:.2f}",
         "  attention kernels     "
         + ", ".join(f"{name} x {count}" for name, count in sorted(values["kernels"].items())),
-        f"  {'collective':<20}{'purpose':<28}{'group':>6}{'count':>8}{'GiB':>9}{'s':>8}",
+        f"  {'collective':<24}{'purpose':<28}{'group':>6}{'count':>8}{'GiB':>9}{'s':>8}",
     ]
     for row in values["collectives"]:
         kind = row["kind"] + (" (async)" if row["hidden"] else "")
         lines.append(
-            f"  {kind:<20.20}{row['purpose']:<28}{row['group']:>6}{row['count']:>8}"
+            f"  {kind:<24}{row['purpose']:<28}{row['group']:>6}{row['count']:>8}"
             f"{row['gib']:>9.3f}{row['seconds']:>8.3f}"
         )
+    step, speed = "predicted step", "predicted speed"
+    if values["seconds_are"] == "bounds":
+        step, speed = "step at least", "speed at most"
     lines += [
-        f"  predicted step        {values['step_seconds']:.2f} s: "
+        f"  {step:<22}{values['step_seconds']:.2f} s: "
         + ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in seconds.items()),
-        f"  predicted speed       {values['pairs_per_second_per_chip']:.2f} pairs/s a chip, "
+        f"  {speed:<22}{values['pairs_per_second_per_chip']:.2f} pairs/s a chip, "
         f"MFU {values['mfu']:.1%}",
     ]
     return "\n".join(lines)

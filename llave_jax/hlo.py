@@ -174,6 +174,17 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
+def _elements(shape: str) -> list[str]:
+    """Shapes that a tuple's shape holds."""
+    elements, depth, start = [], 0, 1
+    for n, character in enumerate(shape):
+        depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(character, 0)
+        if (character == "," and depth == 1) or depth == 0:
+            elements.append(shape[start:n])
+            start = n + 1
+    return elements
+
+
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     """[(dtype, dimensions)] of a shape or of a tuple of shapes."""
     return [
@@ -221,13 +232,24 @@ def _add(program: Program, computation: str, times: int, total: Cost, num_device
             total.cycles += times * int(cycles.group(1))
 
 
+# Custom calls of hand-written kernels: on TPUs, on GPUs with older and with newer jax.
+_KERNEL_CALLS = re.compile(
+    r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton|triton_kernel_call_ffi)"'
+)
+
+
 def _is_kernel(i: Instruction) -> bool:
-    return i.opcode == "custom-call" and "tpu_custom_call" in i.attributes
+    return i.opcode == "custom-call" and bool(_KERNEL_CALLS.search(i.attributes))
 
 
 def _add_kernel(i: Instruction, shapes: dict[str, str], times: int, total: Cost) -> None:
     operands = tuple(arrays(shapes[name])[0][1] for name in i.operands)
-    total.kernels[re.sub(r"[.\d]+$", "", i.name)].append((operands, times))
+    # On TPUs the instruction has the kernel's name, on GPUs only where it comes from does.
+    traced = re.search(r'op_name="[^"]*?(\w+)/pallas_call"', i.attributes)
+    name = re.sub(r"[.\d]+$", "", i.name)
+    if name == "pallas_call" and traced:
+        name = traced.group(1)
+    total.kernels[name].append((operands, times))
 
 
 def _flops_within(program: Program, computation: str) -> float:
@@ -286,11 +308,14 @@ def _valid_taps(size, kernel, outputs, stride, low, spread, reach) -> int:
 
 
 def _collective(i: Instruction, kind: str, times: int, num_devices: int) -> Collective:
-    found = arrays(i.shape)
     hidden = i.opcode.endswith("-start")
-    if hidden and kind in ("all-gather", "collective-permute"):
-        # The result is a tuple of operand, result and handles of the transfer.
-        found = found[1:2]
+    shape = i.shape
+    if hidden and kind != "all-reduce":
+        # A tuple of operand (or a tuple of them), result (or a tuple) and handles of the transfer.
+        shape = _elements(shape)[1]
+    # GPUs start all exchanges apart, even those they then wait for.
+    hidden &= '"is_sync":true' not in i.attributes
+    found = arrays(shape)
     shape = "+".join(f"{dtype}[{','.join(map(str, dims))}]" for dtype, dims in found)
     op_name = re.search(r'op_name="([^"]*)"', i.attributes)
     return Collective(

@@ -1,5 +1,6 @@
 """Compiling ahead: what is counted is what runs, and the tiny model compiles for a TPU slice."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llave_jax import aot, flops, hlo, sharding
+from llave_jax import aot, chips, flops, hlo, sharding
 from llave_jax.models.config import PRESETS
 from llave_jax.models.llave import Llave, abstract_params
 
@@ -135,6 +136,42 @@ def test_exchanges_that_tpus_fuse_count_once():
     assert cost.cycles == 70
 
 
+GPU_PROGRAM = """\
+HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[16,64], b: bf16[16,32], q: bf16[1,128,2,64]) -> bf16[64,64] {
+  %a = bf16[16,64]{1,0} parameter(0)
+  %b = bf16[16,32]{1,0} parameter(1)
+  %q = bf16[1,128,2,64]{3,2,1,0} parameter(2)
+  %start = ((bf16[16,64]{1,0}, bf16[16,32]{1,0}), (bf16[64,64]{1,0}, /*index=1*/bf16[64,32]{1,0})) all-gather-start(%a, %b), replica_groups={{0,1,2,3}}, dimensions={0}, backend_config={"collective_backend_config":{"is_sync":false}}
+  %done = (bf16[64,64]{1,0}, bf16[64,32]{1,0}) all-gather-done(%start)
+  %waited = (bf16[64,64]{1,0}, bf16[16,64]{1,0}) reduce-scatter-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}, backend_config={"collective_backend_config":{"is_sync":true}}
+  %sum = f32[8]{0} all-reduce-start(%c), replica_groups={{0,1,2,3}}, backend_config={"collective_backend_config":{"is_sync":false}}
+  %pallas_call.3 = bf16[1,128,2,64]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/self_attn/shard_map/triton_causal_fwd/pallas_call"}
+  ROOT %out = bf16[64,64]{1,0} get-tuple-element(%done), index=0
+}
+"""
+
+
+def test_programs_of_gpus():
+    """Exchanges start apart, with operands and results in tuples; kernels have names where they come
+    from."""
+    cost = hlo.cost(GPU_PROGRAM, 4)
+    gather, scatter, total = cost.collectives
+    assert (gather.kind, gather.hidden, gather.shape) == (
+        "all-gather",
+        True,
+        "bf16[64,64]+bf16[64,32]",
+    )
+    assert (scatter.kind, scatter.hidden, scatter.shape) == (
+        "reduce-scatter",
+        False,
+        "bf16[16,64]",
+    )
+    assert (total.kind, total.hidden, total.shape) == ("all-reduce", True, "f32[8]")
+    assert cost.kernels == {"triton_causal_fwd": [(((1, 128, 2, 64),) * 3, 1)]}
+
+
 def test_necessary_operations_are_those_of_the_parameters():
     """Two operations for each weight and token, but for embeddings, norms and biases."""
     config = PRESETS["llave-2b"]
@@ -181,15 +218,34 @@ def test_frozen_tower_has_no_backward_pass():
 
 def test_unknown_topologies_are_refused():
     with pytest.raises(ValueError, match="expected CHIP:SHAPE"):
-        aot.topology_devices("v99:2x2")
+        chips.topology_devices("v99:2x2")
+
+
+@pytest.mark.parametrize("topology", ["h100", "h100:", "h100:2x4", "h100:0"])
+def test_shapes_that_hosts_of_gpus_do_not_come_in_are_refused(topology):
+    with pytest.raises(ValueError, match="expected"):
+        chips.topology_devices(topology)
+
+
+def test_what_compiles_for_gpus_is_named_where_it_is_missing(monkeypatch):
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(chips.topologies, "get_topology_desc", missing)
+    with pytest.raises(RuntimeError, match=r"h100:8.*pip install llave_jax\[cuda\]"):
+        chips.topology_devices("h100:8")
 
 
 @pytest.fixture(scope="module")
 def tiny_config(tmp_path_factory):
-    """The tiny model in bfloat16, everything that large configs do."""
+    return write_tiny_config(tmp_path_factory, "tpu_v4")
+
+
+def write_tiny_config(tmp_path_factory, large):
+    """The tiny model in bfloat16, everything that a large config does."""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(
-        "from configs.tpu_v4 import get_config as large\n"
+        f"from configs.{large} import get_config as large\n"
         "def get_config():\n"
         "    config = large()\n"
         "    config.model.preset = 'tiny'\n"
@@ -222,6 +278,27 @@ def test_tiny_model_compiles_for_a_tpu_slice(tiny_config):
     assert values["executed_over_necessary"] > 1
 
 
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="needs jax's CUDA plugin: pip install llave_jax[cuda]",
+)
+def test_tiny_model_compiles_for_a_host_of_gpus(tmp_path_factory):
+    config = write_tiny_config(tmp_path_factory, "gpu_h100")
+    done = compile_tiny(config, "--topology=h100:8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert values["devices"] == 8
+    assert values["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert values["seconds_are"] == "bounds"
+    phases = {"causal_fwd", "causal_bwd_queries", "causal_bwd_keys", "full_fwd"}
+    assert {f"triton_{phase}" for phase in phases} <= set(values["kernels"])
+    purposes = {row["purpose"] for row in values["collectives"]}
+    assert aot.UNACCOUNTED not in purposes
+    assert {"parameter gather", "gradient scatter", "embedding gather and loss"} <= purposes
+    assert 0 < values["memory_gib"]["peak"] < values["memory_gib"]["hbm"]
+    assert values["executed_over_necessary"] > 1
+
+
 @pytest.mark.parametrize(
     ("kind", "shape", "expected"),
     [
@@ -232,6 +309,7 @@ def test_tiny_model_compiles_for_a_tpu_slice(tiny_config):
         ("reduce-scatter", "f32[32,1536]", aot.UNACCOUNTED),
         ("all-gather", "bf16[1152,1536]", "parameter gather"),
         ("all-reduce", "bf16[1152,1537]", aot.UNACCOUNTED),
+        ("reduce-scatter", "bf16[36,1536]+bf16[1152,48]", "gradient scatter"),
         ("all-reduce", "f32[]+f32[64]", "scalars and vectors"),
     ],
 )

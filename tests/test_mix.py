@@ -51,6 +51,7 @@ def test_budgets_of_the_configs_are_well_filled(sizes, size, chips):
     [
         ("tpu_v4", ["0.5b"], 16),
         ("tpu_v4", ["7b"], 64),
+        ("gpu_h100", ["0.5b"], 8),
         ("gpu_h100", ["2b"], 8),
         ("llave_0_5b", [], 8),
         ("llave_2b", [], 8),

@@ -1,10 +1,13 @@
-"""Compile a training run for a TPU slice without having one, and report memory and speed.
+"""Compile a training run for a TPU slice or a host of GPUs without having one, and report memory and
+speed.
 
     python tools/compile_ahead.py --config configs/tpu_v4.py:7b --topology v4:4x4x4
     python tools/compile_ahead.py --config configs/llave_0_5b.py --topology v5e:4x4 --json
+    python tools/compile_ahead.py --config configs/gpu_h100.py:2b --topology h100:8
 
-Needs the libtpu wheel (`pip install llave_jax[tpu]`), no accelerator. Assumptions are in
-docs/scaling.md. Exit status 1: the program does not fit into the chips' memory.
+Needs the libtpu wheel (`pip install llave_jax[tpu]`) or jax's CUDA plugin (`llave_jax[cuda]`), no
+accelerator. Assumptions are in docs/scaling.md. Exit status 1: the program does not fit into the chips'
+memory.
 """
 
 import json
@@ -19,7 +22,9 @@ from ml_collections import config_flags
 from llave_jax import aot
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The run: configs/NAME.py.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v4:4x4x4 or v5e:4x8.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "TPU slice (v4:4x4x4, v5e:4x8) or GPUs of a host (h100:8)."
+)
 _PROGRAM = flags.DEFINE_enum("program", "train", ["train", "embed"], "Which step to compile.")
 _JSON = flags.DEFINE_bool("json", False, "Print the report as one JSON object.")
 _HLO = flags.DEFINE_string("hlo", None, "Also write the optimised program's text to this file.")
@@ -44,7 +49,7 @@ def main(argv: list[str]) -> int:
             file.write(compiled.program.as_text())
     values = {"topology": _TOPOLOGY.value, **aot.report(compiled, training=training)}
     print(json.dumps(values) if _JSON.value else f"{_TOPOLOGY.value}: {aot.table(values)}")
-    return 0
+    return int(values["memory_gib"]["margin"] < 0)
 
 
 if __name__ == "__main__":

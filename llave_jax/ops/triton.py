@@ -95,6 +95,11 @@ def _parts(head_dim: int) -> tuple[tuple[int, int], ...]:
     return tuple(parts)
 
 
+def padded_head_dim(head_dim: int) -> int:
+    """The size that a head has for the kernels' products."""
+    return sum(_parts(head_dim)[-1])
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the kernels are compiled for: tokens of a row, size of a head, query heads that share keys."""
@@ -126,7 +131,7 @@ class Settings:
         tokens it reads the kernels say; the refs are longer and wider than arrays where blocks are."""
         tokens = math.lcm(tile.query, tile.key)
         tokens *= -(-self.length // tokens)
-        width = sum(self.parts[-1])
+        width = padded_head_dim(self.head_dim)
         groups = self.repeats if repeats is None else 1
         return {
             "runs": pl.BlockSpec((None, None, 2), lambda b, h, r: (r, b, 0)),
