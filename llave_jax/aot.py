@@ -157,8 +157,8 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     Of TPUs times are predictions. Fusions take XLA's own cycle estimates; attention kernels run at
     KERNEL_RATES; a collective moves its bytes over LINKS_SHARE of the links; those XLA made
     asynchronous cost nothing, the others add up. Nothing waits for the host. Of GPUs, for which XLA
-    estimates nothing, times are bounds: matrix products at the published rate and nothing besides but
-    those collectives.
+    estimates nothing, times are bounds: each operation at the published rate of matrix products or of
+    the memory, whichever takes longer, and attention kernels at the former.
     """
     config, chip, mesh, model = compiled.config, compiled.chip, compiled.mesh, compiled.model
     devices = mesh.devices.size
@@ -174,7 +174,7 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     executed = devices * (cost.product_flops + kernels["flops"])
     collectives = _collective_table(cost, chip, compiled)
     if _is_gpu(compiled.kind):
-        others = {"products": cost.product_flops / chip.flops}
+        others = {"operations": cost.roofline_seconds(chip.flops, chip.bandwidth)}
     else:
         others = {"fusions": cost.cycles / chip.clock}
     seconds = {

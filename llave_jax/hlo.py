@@ -87,7 +87,8 @@ class Cost:
       product_flops: of matrix products and convolutions outside kernels.
       kernels: name -> [(operand shapes, executions)] of hand-written kernels.
       collectives: all exchanges between devices.
-      cycles: XLA's estimates for fusions and plain operations, kernels and exchanges excluded.
+      cycles: XLA's estimates for fusions and plain operations, kernels and exchanges excluded: TPUs.
+      operations: the same fusions and operations as (product operations, bytes moved, executions).
     """
 
     product_flops: float = 0
@@ -96,6 +97,15 @@ class Cost:
     )
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     cycles: float = 0
+    operations: list[tuple[float, int, int]] = dataclasses.field(default_factory=list)
+
+    def roofline_seconds(self, flops: float, bandwidth: float) -> float:
+        """If each operation took as long as its products at `flops` a second or its bytes at `bandwidth`
+        a second, whichever is longer."""
+        return sum(
+            times * max(products / flops, moved / bandwidth)
+            for products, moved, times in self.operations
+        )
 
 
 def cost(text: str, num_devices: int) -> Cost:
@@ -211,11 +221,14 @@ def _add(program: Program, computation: str, times: int, total: Cost, num_device
         if _is_kernel(i):
             _add_kernel(i, shapes, times, total)
             continue
+        products = 0.0
         if i.opcode in ("convolution", "dot"):
-            total.product_flops += times * _product_flops(i, shapes)
+            products = _product_flops(i, shapes)
         called = i.attribute("calls") or (i.opcode == "call" and i.attribute("to_apply"))
         if called and i.opcode == "fusion":
-            total.product_flops += times * _flops_within(program, called)
+            products = _flops_within(program, called)
+        total.product_flops += times * products
+        if called and i.opcode == "fusion":
             # XLA may fuse a kernel with what reads its results.
             kernels = [k for k in program.computations[called] if _is_kernel(k)]
             for kernel in kernels:
@@ -227,9 +240,52 @@ def _add(program: Program, computation: str, times: int, total: Cost, num_device
                 continue
         elif called:
             _add(program, called, times, total, num_devices)
+            continue
+        if i.opcode not in _MOVES_NOTHING and not i.opcode.endswith("-done"):
+            total.operations.append((products, _bytes_moved(program, i, shapes), times))
         cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
         if cycles:
             total.cycles += times * int(cycles.group(1))
+
+
+_MOVES_NOTHING = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
+    *("after-all", "partition-id", "replica-id"),
+)
+_SLICES = ("slice", "dynamic-slice", "gather")
+
+
+def _bytes_moved(program: Program, i: Instruction, shapes: dict[str, str]) -> int:
+    """Bytes that an operation reads and writes: of what it only slices the slices, and of what it
+    updates in place the update."""
+    if i.opcode != "fusion":
+        within, results = [i], [i]
+        names = list(i.operands)
+    else:
+        within = program.computations[i.attribute("calls")]
+        places = {int(k.operands[0]): k.name for k in within if k.opcode == "parameter"}
+        names = [places.get(n, "") for n in range(len(i.operands))]
+        values = {k.name: k for k in within}
+        (root,) = (k for k in within if k.is_root)
+        results = [values[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    inner = program.shapes(i.attribute("calls")) if i.opcode == "fusion" else shapes
+
+    moved = 0
+    for name, operand in zip(names, i.operands, strict=True):
+        uses = [k for k in within if name in k.operands]
+        if uses and all(k.opcode in _SLICES and k.operands[0] == name for k in uses):
+            moved += sum(num_bytes(k.shape) for k in uses)
+        elif not (uses and all(_updates(k) == name for k in uses)):
+            moved += num_bytes(shapes.get(operand, ""))
+    for result in results:
+        update = _updates(result) is not None
+        moved += num_bytes(inner[result.operands[1]] if update else result.shape)
+    return moved
+
+
+def _updates(i: Instruction) -> str | None:
+    """The operand of which an operation writes a part in place."""
+    return i.operands[0] if i.opcode == "dynamic-update-slice" else None
 
 
 # Custom calls of hand-written kernels: on TPUs, on GPUs with older and with newer jax.

@@ -172,6 +172,53 @@ def test_programs_of_gpus():
     assert cost.kernels == {"triton_causal_fwd": [(((1, 128, 2, 64),) * 3, 1)]}
 
 
+MEMORY_PROGRAM = """\
+HloModule m, is_scheduled=true
+
+%read (stack: f32[27,64,32], at: s32[], x: f32[64,32]) -> f32[64,32] {
+  %stack = f32[27,64,32] parameter(0)
+  %at = s32[] parameter(1)
+  %x = f32[64,32] parameter(2)
+  %zero = s32[] constant(0)
+  %part = f32[1,64,32] dynamic-slice(%stack, %at, %zero, %zero), dynamic_slice_sizes={1,64,32}
+  %flat = f32[64,32] bitcast(%part)
+  ROOT %sum = f32[64,32] add(%flat, %x)
+}
+
+%write (stack2: f32[27,64,32], y: f32[1,64,32], at2: s32[]) -> f32[27,64,32] {
+  %stack2 = f32[27,64,32] parameter(0)
+  %y = f32[1,64,32] parameter(1)
+  %at2 = s32[] parameter(2)
+  %zero2 = s32[] constant(0)
+  ROOT %updated = f32[27,64,32] dynamic-update-slice(%stack2, %y, %at2, %zero2, %zero2)
+}
+
+ENTRY %main (s: f32[27,64,32], n: s32[], x3: f32[64,32]) -> f32[27,64,32] {
+  %s = f32[27,64,32] parameter(0)
+  %n = s32[] parameter(1)
+  %x3 = f32[64,32] parameter(2)
+  %layer = f32[64,32] fusion(%s, %n, %x3), kind=kLoop, calls=%read
+  %w = f32[64,32] constant({...})
+  %product = f32[64,64] dot(%layer, %w), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %b = f32[1,64,32] bitcast(%layer)
+  ROOT %all = f32[27,64,32] fusion(%s, %b, %n), kind=kLoop, calls=%write
+}
+"""
+
+
+def test_bytes_that_operations_move():
+    """Of stacked layers only the one that is read or written."""
+    cost = hlo.cost(MEMORY_PROGRAM, 1)
+    layer, index = 64 * 32 * 4, 4
+    read, product, write = cost.operations
+    assert read == (0, 3 * layer + index, 1)
+    assert product == (2 * 64 * 64 * 32, 2 * layer + 64 * 64 * 4, 1)
+    assert write == (0, 2 * layer + index, 1)
+    # Reading is limited by the memory, the product by its operations.
+    seconds = (read[1] + write[1]) / 1e9 + product[0] / 1e6
+    assert cost.roofline_seconds(1e6, 1e9) == pytest.approx(seconds)
+
+
 def test_necessary_operations_are_those_of_the_parameters():
     """Two operations for each weight and token, but for embeddings, norms and biases."""
     config = PRESETS["llave-2b"]
