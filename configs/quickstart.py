@@ -12,7 +12,7 @@ def get_config():
     config.model.tokenizer = "digits"
     config.data.path = "digits"
     config.data.num_workers = 0
-    config.steps = 1000
+    config.steps = 1250
 
     # Room for the largest pair (109 tokens and 7 crops; on average 89 and 5) 32 times, two to a row, so
     # that a step is the same pairs on any number of devices.
@@ -24,8 +24,8 @@ def get_config():
     config.loss.alpha = 9.0
     # Ten class names and a few answers: most batches hold the same target several times.
     config.loss.mask_false_negatives = True
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_fraction = 0.05
+    config.optim.learning_rate = 7e-4
+    config.optim.warmup_fraction = 0.1
     config.optim.beta2 = 0.98
     config.optim.weight_decay = 0.1
     config.optim.rates = ((".*", 1.0),)
