@@ -201,7 +201,8 @@ def _draw_panel(axes: Axes, label: str, stats: SimilarityStats) -> None:
     axes.set_title(label, fontsize=11, fontweight="bold", pad=30)
     note = {"ha": "center", "va": "bottom", "fontsize": 8.5, "color": "#444444"}
     axes.text(0.5, 1.02, f"mean: {means}\n{overlap}", transform=axes.transAxes, **note)
-    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(steps=(1, 2, 5, 10)))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
