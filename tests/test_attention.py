@@ -365,6 +365,8 @@ def test_triton_computes_little_between_sequences():
     for head_dim in (64, 128):
         visited = triton.visited_scores(ids, causal=True, head_dim=head_dim)
         assert needed < visited < 1.12 * needed
+        unused = triton.visited_scores(np.zeros_like(ids), causal=True, head_dim=head_dim)
+        assert unused < 0.2 * needed
 
 
 @pytest.mark.parametrize(
