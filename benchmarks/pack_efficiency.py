@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from configs import gpu_h100, llave_0_5b, tpu_v4
+from configs import gpu_h100, llave_0_5b, llave_7b, tpu_v4
 from llave_jax import config as config_lib
 from llave_jax.data import mix
 from llave_jax.inputs.packing import Budget
@@ -30,6 +30,7 @@ from llave_jax.ops import splash, triton
 # (name, config, devices it is for)
 CONFIGS = [
     ("llave_0_5b, llave_2b", llave_0_5b.get_config(), 8),
+    ("llave_7b", llave_7b.get_config(), 16),
     ("tpu_v4:0.5b", tpu_v4.get_config("0.5b"), 16),
     ("tpu_v4:2b", tpu_v4.get_config("2b"), 16),
     ("tpu_v4:7b", tpu_v4.get_config("7b"), 64),

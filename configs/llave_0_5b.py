@@ -22,12 +22,12 @@ def get_config():
     config.loss.alpha = 9.0
     config.optim.learning_rate = 1e-5
 
-    # Two images of 640 x 480 and their texts to a row. Four pairs to a device are few to choose
-    # from, so there is more room than larger batches need: docs/scaling.md, "Packing".
-    config.batch.row_length = 6144
-    config.batch.tokens_per_pair = 4608.0
+    # One row for the four pairs of a device. They are few to choose from, so there is more room than
+    # larger batches need: docs/scaling.md, "Packing".
+    config.batch.row_length = 15_360
+    config.batch.tokens_per_pair = 3840.0
     config.batch.crops_per_pair = 6.0
-    config.batch.fill = 0.99
+    config.batch.fill = 0.985
 
     # Parameters, moments and gradients divided over all devices; nothing is replicated that need
     # not be.

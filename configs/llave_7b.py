@@ -22,13 +22,12 @@ def get_config():
     config.loss.alpha = 9.0
     config.optim.learning_rate = 5e-6
 
-    # Two images of 640 x 480 and their texts to a row. Two pairs to a device are few to choose from,
-    # so there must be room for both whatever they are, and half of it stays empty: pools larger
-    # than the paper's are also cheaper (docs/scaling.md, "Packing").
-    config.batch.row_length = 6144
-    config.batch.tokens_per_pair = 4608.0
+    # One row for the two pairs of a device. They are few to choose from, so there must be room for both
+    # whatever they are: pools larger than the paper's are cheaper (docs/scaling.md, "Packing").
+    config.batch.row_length = 8192
+    config.batch.tokens_per_pair = 4096.0
     config.batch.crops_per_pair = 6.0
-    config.batch.fill = 0.945
+    config.batch.fill = 0.94
 
     # Parameters, moments and gradients divided over all devices; nothing is replicated that need
     # not be.

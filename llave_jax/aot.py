@@ -322,7 +322,7 @@ _PURPOSES = (
     (r"transpose\(.*rematted_computation.*/sharding_constraint", "parameter gather"),
     (r"transpose\(", "gradient scatter"),
     (r"/sharding_constraint", "parameter gather"),
-    (r"\)/shard_map/", "embedding gather and loss"),
+    (r"\)/shard_map/|/shard_map/all_gather", "embedding gather and loss"),
 )
 # An exchange of a few norms, biases and metrics: nothing to plan for.
 SMALL_BYTES = 64 * 1024

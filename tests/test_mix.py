@@ -77,6 +77,11 @@ def test_simulation_counts_what_it_packs():
     assert {tuple(np.unique(row, return_counts=True)[1]) for row in rows} == {(60, 40)}
 
 
+def test_budgets_too_small_for_a_pair_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"a pair of the mix: .* do not fit together into 1 rows"):
+        mix.simulate(sizes, Budget(rows=1, row_length=6144, crops=24, groups=4), shards=2)
+
+
 def test_too_few_pairs_are_refused(sizes):
     few = mix.PairSizes(sizes.lengths[:10], sizes.crops[:10])
     with pytest.raises(ValueError, match="too few pairs"):

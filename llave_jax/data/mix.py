@@ -164,11 +164,17 @@ def simulate(
     Args:
       shards: of one process, which packs by itself.
       lookahead: as of `data.pipeline.train_iterator`.
+
+    Raises:
+      ValueError: a pair does not fit in an empty batch either.
     """
     lookahead = lookahead or default_lookahead(budget, shards)
     pairs = [
         (lengths, sum(crops)) for lengths, crops in zip(sizes.lengths, sizes.crops, strict=True)
     ]
+    planner = Planner(budget, shards)
+    for lengths, crops in pairs:
+        planner.check(lengths, crops, 0, "a pair of the mix")
     stream = iter(range(len(pairs)))
     waiting: list[int] = []
     times_carried = np.zeros(len(pairs), int)
