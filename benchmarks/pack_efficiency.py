@@ -1,10 +1,11 @@
 """How well batches of fixed budgets are filled by MMEB's mix of images and texts.
 
     python benchmarks/pack_efficiency.py                      # the budgets of the configs
+    python benchmarks/pack_efficiency.py --shards 1           # with one device to a process, not 4
     python benchmarks/pack_efficiency.py --row-lengths        # why rows have the length they have
 
 The mix is the table of assumptions in llave_jax/data/mix.py; batches are filled as training fills
-them, 4 devices to a process.
+them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ CONFIGS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=6000, help="pairs drawn from the mix")
+    parser.add_argument("--shards", type=int, default=4, help="devices of a process")
     parser.add_argument("--row-lengths", action="store_true", help="compare lengths of rows")
     args = parser.parse_args()
     sizes = mix.sample_pairs(PRESETS["llave-0.5b"], args.pairs)
@@ -55,16 +57,16 @@ def main() -> None:
     )
     if not args.row_lengths:
         for name, config, devices in CONFIGS:
-            show(name, sizes, config_lib.batch_budget(config, devices))
+            show(name, sizes, config_lib.batch_budget(config, devices), args.shards)
         return
     groups = 8
     for length in (4096, 6144, 8192, 12288, 16384, 24576):
         rows = max(1, math.floor(groups * 2976 / length))
-        show("", sizes, Budget(rows, length, math.ceil(groups * 5.1), groups))
+        show("", sizes, Budget(rows, length, math.ceil(groups * 5.1), groups), args.shards)
 
 
-def show(name: str, sizes: mix.PairSizes, budget: Budget) -> None:
-    packing = mix.simulate(sizes, budget, shards=4)
+def show(name: str, sizes: mix.PairSizes, budget: Budget, shards: int) -> None:
+    packing = mix.simulate(sizes, budget, shards)
     # Scores the kernels compute, over those that sequences need.
     ids = packing.segment_ids
     visited = {
