@@ -174,6 +174,7 @@ def test_bad_loss_stops_with_its_rows(make_workdir, monkeypatch):
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2"]
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay(make_workdir, finished):
     """The paper's freezing: the vision tower stays as it was, with no optimiser state; the rest moves."""
     rates = (("vision_tower/.*", None), (".*", 1.0))
