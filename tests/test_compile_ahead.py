@@ -366,6 +366,21 @@ def test_exchanges_without_a_name_are_known_by_their_size(kind, shape, expected)
     assert aot.purpose(exchange, pool=1152 * 1536, whole={(1152, 1536)}) == expected
 
 
+@pytest.mark.parametrize(
+    ("op_name", "expected"),
+    [
+        # Pools of micro-batches are gathered within the loop over these.
+        ("jit(f)/jvp()/while/body/closed_call/shard_map/all_gather", "embedding gather and loss"),
+        ("jit(f)/jvp()/shard_map/psum", "embedding gather and loss"),
+        ("jit(f)/layers.body/self_attn/shard_map/triton_causal_fwd", aot.UNACCOUNTED),
+    ],
+)
+def test_exchanges_are_known_by_where_they_come_from(op_name, expected):
+    size = 8 * hlo.num_bytes("bf16[512,896]")
+    exchange = hlo.Collective("all-gather", op_name, "bf16[512,896]", 8, 8, size, hidden=False)
+    assert aot.purpose(exchange, pool=256 * 896, whole={(896, 4864)}) == expected
+
+
 @pytest.mark.slow
 def test_overflow_is_reported(tiny_config):
     pytest.importorskip("libtpu", reason="needs the libtpu wheel: pip install llave_jax[tpu]")

@@ -116,15 +116,37 @@ class Settings:
     def parts(self) -> tuple[tuple[int, int], ...]:
         return _parts(self.head_dim)
 
-    def call(self, kernel: Any, tile: Tile, name: str, *arrays: jax.Array, **options: Any) -> Any:
-        """Run it as a program for each block, head (of queries or keys) and row."""
+    def call(
+        self,
+        kernel: Callable[..., None],
+        tile: Tile,
+        name: str,
+        ids: jax.Array,
+        inputs: Sequence[tuple[str, jax.Array]],
+        outputs: Sequence[tuple[str, jax.ShapeDtypeStruct]],
+        *,
+        of_keys: bool = False,
+    ) -> list[jax.Array]:
+        """Runs a kernel: a program for each block of queries (or of keys), head and row.
+
+        Args:
+          inputs, outputs: arrays with their names in `specs`; the kernel also gets runs and ids.
+        """
+        needed = _needed(ids, tile, causal=self.causal)
+        runs = _runs(needed.swapaxes(1, 2) if of_keys else needed)
+        specs = self.specs(tile, self.repeats if of_keys else None)
+        inputs = [("runs", runs), ("ids", ids), *inputs]
+        heads = dict(inputs)["key" if of_keys else "query"].shape[2]
         return pl.pallas_call(
             functools.partial(kernel, self),
+            grid=(runs.shape[1], heads, len(ids)),
+            in_specs=[specs[spec] for spec, _ in inputs],
+            out_specs=[specs[spec] for spec, _ in outputs],
+            out_shape=[shape for _, shape in outputs],
             compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
             name=f"triton_{'causal' if self.causal else 'full'}_{name}",
             interpret=self.interpret,
-            **options,
-        )(*arrays)
+        )(*(array for _, array in inputs))
 
     def specs(self, tile: Tile, repeats: int | None = None) -> dict[str, pl.BlockSpec]:
         """What a program sees of arrays: whole rows of its head, or of its `repeats` query heads. Which
@@ -213,62 +235,39 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _forward(
     settings: Settings, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> list[jax.Array]:
     """Results [R, T, H, D] and log2 of the softmax's sums, float32 [R, H, T]."""
     rows, length, heads, _ = query.shape
-    tile = settings.tiles.forward
-    runs = _runs(_needed(ids, tile, causal=settings.causal))
-    specs = settings.specs(tile)
     return settings.call(
         _forward_kernel,
-        tile,
+        settings.tiles.forward,
         "fwd",
-        *(runs, ids, query, key, value),
-        grid=(runs.shape[1], heads, rows),
-        in_specs=[specs[name] for name in ("runs", "ids", "query", "key", "key")],
-        out_specs=[specs["query"], specs["statistic"]],
-        out_shape=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((rows, heads, length), jnp.float32),
+        ids,
+        [("query", query), ("key", key), ("key", value)],
+        [
+            ("query", jax.ShapeDtypeStruct(query.shape, query.dtype)),
+            ("statistic", jax.ShapeDtypeStruct((rows, heads, length), jnp.float32)),
         ],
     )
 
 
 def _backward(settings, query, key, value, ids, out, log_sum, cotangent) -> list[jax.Array]:
     """Gradients of queries, keys and values."""
-    rows, _, heads, _ = query.shape
-    groups = key.shape[2]
     delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
-    arrays = (ids, query, key, value, cotangent, log_sum, delta.swapaxes(1, 2))
-    names = ("runs", "ids", "query", "key", "key", "query", "statistic", "statistic")
-
-    tile = settings.tiles.queries
-    runs = _runs(_needed(ids, tile, causal=settings.causal))
-    specs = settings.specs(tile)
+    inputs = [
+        *(("query", query), ("key", key), ("key", value), ("query", cotangent)),
+        *(("statistic", log_sum), ("statistic", delta.swapaxes(1, 2))),
+    ]
+    of_query = ("query", jax.ShapeDtypeStruct(query.shape, query.dtype))
+    of_key = ("key", jax.ShapeDtypeStruct(key.shape, key.dtype))
+    tiles = settings.tiles
     query_gradient = settings.call(
-        _query_gradient_kernel,
-        tile,
-        "bwd_queries",
-        *(runs, *arrays),
-        grid=(runs.shape[1], heads, rows),
-        in_specs=[specs[name] for name in names],
-        out_specs=specs["query"],
-        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        _query_gradient_kernel, tiles.queries, "bwd_queries", ids, inputs, [of_query]
     )
-    tile = settings.tiles.keys
-    runs = _runs(_needed(ids, tile, causal=settings.causal).swapaxes(1, 2))
-    specs = settings.specs(tile, settings.repeats)
     key_gradients = settings.call(
-        _key_gradients_kernel,
-        tile,
-        "bwd_keys",
-        *(runs, *arrays),
-        grid=(runs.shape[1], groups, rows),
-        in_specs=[specs[name] for name in names],
-        out_specs=[specs["key"], specs["key"]],
-        out_shape=[jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2,
+        _key_gradients_kernel, tiles.keys, "bwd_keys", ids, inputs, [of_key] * 2, of_keys=True
     )
-    return [query_gradient, *key_gradients]
+    return [*query_gradient, *key_gradients]
 
 
 class _Block:
