@@ -11,7 +11,7 @@ Parameters are divided within a host, where NVLink is, and repeated between host
 several hosts of 40 GB devices use `--config.mesh.data=1 --config.mesh.fsdp=-1`.
 """
 
-from llave_jax.config import default_config
+from llave_jax.config import paper_config
 
 # Preset, learning rate of the paper, slots and micro-batches of one host, share of slots that is filled, and
 # what the backward pass recomputes. Block inputs of the whole batch are kept, and of 0.5B, where there
@@ -27,7 +27,7 @@ SIZES = {
 def get_config(size: str = "0.5b"):
     if size not in SIZES:
         raise ValueError(f"configs/gpu_h100.py:{size}: expected one of {', '.join(SIZES)}")
-    config = default_config()
+    config = paper_config()
     preset, learning_rate, pairs, micro_batches, fill, remat = SIZES[size]
     config.model.preset, config.optim.learning_rate = preset, learning_rate
     config.batch.pairs, config.batch.micro_batches = pairs, micro_batches
@@ -43,7 +43,6 @@ def get_config(size: str = "0.5b"):
 
     config.mesh.data = -1
     config.mesh.fsdp = 8
-    config.attention = config.vision_attention = "auto"
     config.remat = remat
     config.data.num_workers = 12
     return config

@@ -1,17 +1,20 @@
-"""LLaVE-7B by the paper's recipe: 256 pairs a step on 16 devices, pools of 32 candidates.
+"""LLaVE-7B: 256 pairs a step on 16 devices, pools of 32 candidates.
+
+The paper gives the batch and the devices of this size, not how the batch was accumulated. Eight
+accumulation steps are an assumption, after the script that the authors publish, which is for 2B.
 
     python -m llave_jax.train --config configs/llave_7b.py --workdir runs/llave-7b \\
         --config.model.path=models/llava-onevision-7b --config.data.path=data/MMEB-train
 
-For larger pools, which the paper's results ask for: `--config.loss.pool=global`, or tpu_v4.py and
+For one pool of all 256 pairs: `--config.loss.pool=global`; for still larger ones tpu_v4.py and
 gpu_h100.py.
 """
 
-from llave_jax.config import default_config
+from llave_jax.config import paper_config
 
 
 def get_config():
-    config = default_config()
+    config = paper_config()
     # Sizes for `tools/compile_ahead.py`; training reads them from `model.path`.
     config.model.preset = "llave-7b"
 
@@ -23,7 +26,7 @@ def get_config():
     config.optim.learning_rate = 5e-6
 
     # One row for the two pairs of a device. They are few to choose from, so there must be room for both
-    # whatever they are: pools larger than the paper's are cheaper (docs/scaling.md, "Packing").
+    # whatever they are: larger pools are cheaper (docs/scaling.md, "Packing").
     config.batch.row_length = 8192
     config.batch.tokens_per_pair = 4096.0
     config.batch.crops_per_pair = 6.0
@@ -33,7 +36,6 @@ def get_config():
     # not be.
     config.mesh.data = 1
     config.mesh.fsdp = -1
-    config.attention = config.vision_attention = "auto"
     config.remat = "block"
     config.checkpoint.every = 200
     return config

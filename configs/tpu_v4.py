@@ -10,7 +10,7 @@ below are for. Memory and speed of each are in docs/scaling.md; `tools/compile_a
 same table for other slices and chips.
 """
 
-from llave_jax.config import default_config
+from llave_jax.config import paper_config
 
 # Preset, learning rate of the paper, micro-batches (what memory holds: 18, 9 and 6 slots a chip each on
 # the slices above), tokens of a row, and the share of slots that is filled.
@@ -24,7 +24,7 @@ SIZES = {
 def get_config(size: str = "0.5b"):
     if size not in SIZES:
         raise ValueError(f"configs/tpu_v4.py:{size}: expected one of {', '.join(SIZES)}")
-    config = default_config()
+    config = paper_config()
     preset, learning_rate, micro_batches, row_length, fill = SIZES[size]
     config.model.preset, config.optim.learning_rate = preset, learning_rate
 
@@ -44,7 +44,6 @@ def get_config(size: str = "0.5b"):
     # keys), so the tensor axis is not for these sizes.
     config.mesh.data = 1
     config.mesh.fsdp = -1
-    config.attention = config.vision_attention = "auto"
     # Block inputs of the whole batch are kept, the rest is computed again: one extra forward pass
     # without its last products.
     config.remat = "block"

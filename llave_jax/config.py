@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,13 +18,16 @@ from ml_collections.config_dict import placeholder
 
 from llave_jax import optim, sharding
 from llave_jax.inputs.packing import Budget
-from llave_jax.models.config import PRESETS, LlaveConfig
+from llave_jax.models.config import PRESETS, LlaveConfig, grid_pinpoints
 from llave_jax.models.llave import Llave, abstract_params
 from llave_jax.train_step import BLOCK_REMAT, LossConfig
 
 
 def default_config() -> ConfigDict:
-    """The paper's recipe (section 4) for everything that does not depend on model and machine."""
+    """Every field, with the paper's optimiser and loss (section 4.1, appendix A.1) and no data of its own.
+
+    What the paper's data and inputs add is `paper_config`.
+    """
     config = ConfigDict()
     config.seed = 0
     # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take if batches
@@ -32,7 +36,9 @@ def default_config() -> ConfigDict:
 
     # A converted model directory; without one, the name of a preset to be trained from scratch with
     # the tokenizer found in `tokenizer` (a directory). `inputs` overrides fields of InputConfig (None: as
-    # the model has it).
+    # the model has it); the run's model keeps what was overridden. `pinpoints` are (rows, columns), for
+    # all canvases from 1 x 1 to rows x columns of the vision tower's crops, or a tuple of canvases
+    # (height, width) in pixels.
     config.model = ConfigDict()
     config.model.path = placeholder(str)
     config.model.preset = placeholder(str)
@@ -58,10 +64,11 @@ def default_config() -> ConfigDict:
     config.data.image_root = placeholder(str)
     config.data.subsets = ()
     config.data.split = "original"
-    config.data.max_rows = 50_000
+    # The first rows of each subset; None: all.
+    config.data.max_rows = placeholder(int)
     config.data.epochs = 1
     config.data.num_workers = 4
-    # Rows of one subset that follow one another (1: a uniform shuffle, as in the paper), and the
+    # Rows of one subset that follow one another (1: a uniform shuffle), and the
     # share of each subset in the stream, as (subset, weight) pairs (empty: every row once an epoch).
     config.data.sub_batch = 1
     config.data.weights = ()
@@ -92,7 +99,7 @@ def default_config() -> ConfigDict:
     config.loss.temperature = 0.02
     config.loss.pool = "global"
     # Equal targets (same text and image; class names, yes and no) are not each other's negatives.
-    # Off in the paper.
+    # The authors' code does not mask them.
     config.loss.mask_false_negatives = False
     # Use the hard negatives that rows name (`neg_text`, `neg_image_path`) as further candidates.
     config.loss.hard_negatives = False
@@ -113,9 +120,9 @@ def default_config() -> ConfigDict:
 
     # Activations and products; parameters are float32 masters. Norms, softmax and loss are float32.
     config.dtype = "bfloat16"
-    # Implementations of `llave_jax.ops.attention`.
-    config.attention = "xla"
-    config.vision_attention = "xla"
+    # Implementations of `llave_jax.ops.attention`; "auto": what suits the devices.
+    config.attention = "auto"
+    config.vision_attention = "auto"
     # What the backward pass recomputes: see `llave_jax.train_step.REMATS`.
     config.remat = "block"
 
@@ -134,6 +141,24 @@ def default_config() -> ConfigDict:
     config.eval.every = 0
     # From here on a field that is not there is an error, not a new field.
     return config.lock()
+
+
+def paper_config() -> ConfigDict:
+    """`default_config` with the data and inputs of the paper's models, whatever the base model says.
+
+    The base models have 36 canvases up to 6 x 6, sequences of 32 768 tokens and other newlines or none
+    said. The authors' training overrides all of these.
+    """
+    config = default_config()
+    # Up to 768 x 768 pixels, as in the authors' code. The paper says 672 x 672.
+    config.model.inputs.pinpoints = (2, 2)
+    config.model.inputs.anyres_max = 9
+    config.model.inputs.newline_position = "grid"
+    config.model.inputs.max_length = 4096
+    config.model.inputs.max_text_length = 4096
+    # 662 thousand pairs of MMEB's 20 training subsets.
+    config.data.max_rows = 50_000
+    return config
 
 
 def total_steps(config: ConfigDict, rows: int) -> int:
@@ -192,12 +217,33 @@ def model_config(config: ConfigDict) -> LlaveConfig:
         llave = PRESETS[preset]
     else:
         raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    overrides = {
-        key: tuple(map(tuple, value)) if key == "pinpoints" else value
-        for key, value in config.model.inputs.items()
-        if value is not None
-    }
+    overrides = {key: value for key, value in config.model.inputs.items() if value is not None}
+    if "pinpoints" in overrides:
+        overrides["pinpoints"] = canvases(overrides["pinpoints"], llave.vision.image_size)
     return dataclasses.replace(llave, inputs=dataclasses.replace(llave.inputs, **overrides))
+
+
+def canvases(pinpoints: Sequence[Any], tile: int) -> tuple[tuple[int, int], ...]:
+    """`model.inputs.pinpoints` as canvases (height, width) in pixels.
+
+    Args:
+      pinpoints: (rows, columns) in tiles, or a sequence of canvases in pixels.
+      tile: pixels of a side of the vision tower's crops.
+
+    Raises:
+      ValueError: it is neither, or a canvas is not made of whole tiles.
+    """
+    if len(pinpoints) == 2 and all(isinstance(n, int) and 0 < n < tile for n in pinpoints):
+        return grid_pinpoints(tile, *pinpoints)
+    found = tuple(tuple(canvas) if isinstance(canvas, Sequence) else () for canvas in pinpoints)
+    for canvas in found:
+        if len(canvas) != 2 or any(size < tile or size % tile for size in canvas):
+            raise ValueError(
+                f"model.inputs.pinpoints is {pinpoints!r}; expected (rows, columns) in tiles, or "
+                "canvases ((height, width), ...) in pixels that are multiples of the vision tower's "
+                f"{tile}"
+            )
+    return found
 
 
 def mesh_of(config: ConfigDict) -> jax.sharding.Mesh:
