@@ -101,6 +101,53 @@ def golden_config(layout: str) -> dict:
     }
 
 
+def saved_by_transformers(values: dict, model_type: str) -> dict:
+    """The config.json that transformers 4.39.3 makes of `values` when it reads and saves them under
+    another `model_type` (compared with that version)."""
+    saved = {"_name_or_path": "somewhere/it-was", **values, "model_type": model_type}
+    if model_type != "llava":
+        return saved
+    # Its LlavaConfig belongs to another model. It brings that model's settings, drops the
+    # vocabulary's size and does not write what is the default of all configurations.
+    saved.pop("vocab_size", None)
+    if saved.get("tie_word_embeddings"):
+        del saved["tie_word_embeddings"]
+    return saved | {
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "projector_hidden_act": "gelu",
+        "text_config": {"model_type": "llama"},
+        "vision_config": {
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "model_type": "clip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "projection_dim": 768,
+            "vocab_size": 32000,
+        },
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def add_token(directory: Path, token: str, number: int) -> None:
+    """Give a tokenizer one more token, as `add_tokens` does."""
+    kinds = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    path = directory / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["added_tokens"].append({"id": number, "content": token, **kinds, "special": True})
+    path.write_text(json.dumps(values))
+    path = directory / "added_tokens.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {token: number}))
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    values["added_tokens_decoder"][str(number)] = {"content": token, **kinds, "special": True}
+    path.write_text(json.dumps(values))
+
+
 def write_hf(
     directory: Path,
     layout: str = "llave",

@@ -3,7 +3,8 @@
     python tools/convert_hf.py --input HF_DIR --output DIR
     python tools/convert_hf.py --to-hf {llave,onevision} --input DIR --output HF_DIR
 
-HF_DIR is a checkpoint in the layout of the authors' code (llava_qwen) or of transformers'
+HF_DIR is a checkpoint in the layout of the authors' code (LlavaQwenForCausalLM: the released LLaVE
+models, LLaVA-OneVision and Aquila-VL, and what was fine-tuned from them) or of transformers'
 LlavaOnevision. In the other direction DIR is a model directory or a training run.
 """
 
@@ -31,7 +32,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vision-config",
         metavar="FILE",
-        help="config.json of the vision tower, where a llava_qwen checkpoint does not tell it",
+        help="config.json of the vision tower, where a LlavaQwen checkpoint does not tell it",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in --output")
     values = parser.parse_args(arguments)

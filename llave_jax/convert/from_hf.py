@@ -25,6 +25,8 @@ from llave_jax.convert.safetensors_io import (
     SafetensorsWriter,
     encode_header,
 )
+from llave_jax.convert.tokens import token_ids
+from llave_jax.inputs.chat import IMAGE_MARKER
 from llave_jax.models.config import LlaveConfig
 from llave_jax.progress import Progress
 
@@ -107,6 +109,7 @@ def convert_from_hf(
         hf_config.check_image_processor(source)
     model_dir.check_tokenizer_files(source)
     plan = make_plan(weights, model)
+    _warn_of_tokens_without_embedding(source, model.config)
     with model_dir.staged_directory(output, overwrite=overwrite, keep=source) as staged:
         _write_parameters(staged / model_dir.WEIGHTS, weights, plan, model.config, show_progress)
         if plan.carried:
@@ -199,12 +202,9 @@ def make_plan(weights: HfWeights, model: hf_config.HfModel) -> Plan:
             problems.append(f"shape: {name} is {list(shape)}; expected {list(expected)}")
         holders[hit] = name
         matches[name] = hit
-    needed = names.parameter_matches(model.config)
-    if not model.config.text.tie_word_embeddings:
-        needed.append(Match(names.LM_HEAD))
     problems += [
         f"missing: {names.hf_name(hit, model.layout)} {list(names.hf_shape(hit.rule, model.config))}"
-        for hit in needed
+        for hit in names.parameter_matches(model.config)
         if hit not in holders
     ]
     parameters: dict[str, list[str]] = defaultdict(list)
@@ -219,8 +219,23 @@ def make_plan(weights: HfWeights, model: hf_config.HfModel) -> Plan:
         raise CheckpointError("the weights do not fit the configuration:\n  " + "\n  ".join(listed))
     used = {name for group in parameters.values() for name in group}
     carried = [name for name in matches if name not in used]
-    tied = _tied_heads(weights, holders, model.config)
+    tied = _tied_heads(weights, holders)
     return Plan(dict(parameters), matches, [name for name in carried if name not in tied], tied)
+
+
+def _warn_of_tokens_without_embedding(source: Path, config: LlaveConfig) -> None:
+    """Resized checkpoints can have fewer rows than the tokenizer has tokens. It is no fault until
+    such a token occurs; `<image>` never does, visual tokens take its place."""
+    ids, rows = token_ids(source), config.text.vocab_size
+    beyond = sorted((number, token) for token, number in ids.items() if number >= rows)
+    beyond = [(number, token) for number, token in beyond if token != IMAGE_MARKER]
+    if beyond:
+        listed = ", ".join(f"{token!r} ({number})" for number, token in beyond[:3])
+        logger.warning(
+            "%s: the embedding has %d rows, none for %d token(s) of the tokenizer: %s%s. Texts with "
+            "such a token have no embedding; training refuses the tokenizer",
+            *(source, rows, len(beyond), listed, ", ..." if len(beyond) > 3 else ""),
+        )
 
 
 def _within(hit: Match, model: hf_config.HfModel) -> bool:
@@ -244,10 +259,10 @@ def _mixed_dtypes(weights: HfWeights, parameters: dict[str, list[str]]) -> list[
     return problems
 
 
-def _tied_heads(weights: HfWeights, holders: dict[Match, str], config: LlaveConfig) -> list[str]:
-    """A tied LM head that is stored all the same need not be kept: it is the embedding."""
+def _tied_heads(weights: HfWeights, holders: dict[Match, str]) -> list[str]:
+    """A stored LM head with the bytes of the embedding need not be kept: it is the embedding."""
     head = holders.get(Match(names.LM_HEAD))
-    if head is None or not config.text.tie_word_embeddings:
+    if head is None:
         return []
     embedding = holders[Match(names.EMBEDDING)]
     head_file, embedding_file = weights.owner[head], weights.owner[embedding]

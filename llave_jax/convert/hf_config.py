@@ -1,19 +1,22 @@
 """Hugging Face `config.json` to `LlaveConfig` and back, for both layouts.
 
-Only settings: which tensors there are and how they are called is in `names`. A setting that the
-model does not implement is an error, never ignored.
+Only settings: which tensors there are and how they are called is in `names`. A setting that changes
+embeddings and that the model does not implement is an error; all others are ignored, since
+checkpoints are full of what training and other model classes left in them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llave_jax.convert.names import LAYOUTS
+from llave_jax.convert import names
+from llave_jax.convert.names import Match
 from llave_jax.convert.safetensors_io import CheckpointError
 from llave_jax.models.config import (
     SIGLIP_SO400M,
@@ -24,7 +27,7 @@ from llave_jax.models.config import (
     grid_pinpoints,
 )
 
-LAYOUT_OF_MODEL_TYPE = {"llava_qwen": "llave", "llava_onevision": "onevision"}
+logger = logging.getLogger(__name__)
 
 # In a OneVision configuration: the settings of the authors' code that transformers has no place for.
 LLAVE_KEY = "llave_config"
@@ -99,39 +102,63 @@ def read_hf_model(
 ) -> HfModel:
     """Read the configuration of a Hugging Face directory.
 
+    The tensors' names say which layout it is, and their shapes the size of the vocabulary, whether
+    there is an LM head, and the usual vision tower: config.json is often silent or wrong on these
+    (`model_type` is llava_qwen, qwen2 or llava for one and the same layout).
+
     Args:
       directory: holds config.json and tokenizer_config.json.
-      shapes: tensor name -> shape: tells the usual vision tower of the llave layout, whose
-        config.json has none of its sizes.
-      vision_config: config.json of the vision tower, for the llave layout; by default looked for
-        where `mm_vision_tower` points to.
+      shapes: tensor name -> shape.
+      vision_config: config.json of the vision tower, for the llave layout, whose config.json has
+        none of its sizes; by default looked for where `mm_vision_tower` points to.
 
     Raises:
       CheckpointError: an unknown layout, a missing or an unsupported setting.
     """
     path = directory / "config.json"
     values = read_json(path)
-    model_type = values.get("model_type")
-    if model_type not in LAYOUT_OF_MODEL_TYPE:
-        raise CheckpointError(
-            f"{path}: model_type is {model_type!r}; expected one of "
-            f"{', '.join(LAYOUT_OF_MODEL_TYPE)}"
-        )
-    layout = LAYOUT_OF_MODEL_TYPE[model_type]
+    layout = _layout(values, shapes, path)
+    known = {hit: name for name in shapes if (hit := names.match(name, layout))}
+    found = {hit: shapes[name] for hit, name in known.items()}
     if layout == "llave":
-        vision, tower_layers = _llave_vision(directory, values, shapes, vision_config)
-        text = _text_config(values, str(path))
+        vision, tower_layers = _llave_vision(directory, values, found, vision_config)
+        text = _text_config(values, found, str(path))
     else:
         if vision_config is not None:
             raise CheckpointError(
                 f"{path} has a vision_config of its own; leave --vision-config away"
             )
         vision, tower_layers = _onevision_vision(values, str(path))
-        text = _text_config(values.get("text_config", {}), f"{path}: text_config")
-        tied = text.tie_word_embeddings or bool(values.get("tie_word_embeddings", False))
-        text = dataclasses.replace(text, tie_word_embeddings=tied)
+        text = _text_config(values.get("text_config", {}), found, f"{path}: text_config")
     inputs = read_inputs(values, layout, vision.image_size, str(path), _tokenizer_limit(directory))
     return HfModel(layout, LlaveConfig(vision, text, inputs), tower_layers)
+
+
+def _layout(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
+    """The layout whose tensors these are, if the model is of the class that the layout is for."""
+    layout = names.layout_of(shapes)
+    classes = values.get("architectures") or []
+    model_type = values.get("model_type")
+    described = f"architectures {json.dumps(classes)}, model_type {json.dumps(model_type)}"
+    if layout is None:
+        some = ", ".join(sorted(shapes)[:3]) or "none"
+        raise CheckpointError(
+            f"{path}: neither a LLaVE checkpoint nor a LlavaOnevision one: no tensor has a name of "
+            f"theirs, such as model.embed_tokens.weight or language_model.model.embed_tokens.weight "
+            f"(tensors: {some}; {described})"
+        )
+    # Other classes of these families share the tensor names, but not what is computed with them.
+    if layout == "llave":
+        fits = not classes or any(name.startswith("LlavaQwen") for name in classes)
+        only = "LlavaQwenForCausalLM"
+    else:
+        only = "LlavaOnevisionForConditionalGeneration"
+        fits = only in classes or model_type == "llava_onevision"
+    if not fits:
+        raise CheckpointError(
+            f"{path}: {described}; with tensors named like these, only {only} is supported"
+        )
+    return layout
 
 
 def _expect(values: Mapping[str, Any], where: str, key: str, *allowed: Any) -> None:
@@ -142,8 +169,11 @@ def _expect(values: Mapping[str, Any], where: str, key: str, *allowed: Any) -> N
         raise CheckpointError(f"{where}: {key} is {json.dumps(found)}; only {options} is supported")
 
 
-def _text_config(values: Mapping[str, Any], where: str) -> TextConfig:
-    """Qwen2 settings of a configuration of transformers 4 or 5."""
+def _text_config(
+    values: Mapping[str, Any], found: Mapping[Match, tuple[int, ...]], where: str
+) -> TextConfig:
+    """Qwen2 settings of a configuration of transformers 4 or 5, with vocabulary and tying as the
+    tensors have them."""
     _expect(values, where, "hidden_act", "silu")
     _expect(values, where, "use_sliding_window", False, None)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
@@ -155,16 +185,17 @@ def _text_config(values: Mapping[str, Any], where: str) -> TextConfig:
         )
     full = {**_TEXT_DEFAULTS, **values}
     theta = rope.get("rope_theta", values.get("rope_theta", _ROPE_THETA_DEFAULT))
+    embedding = found.get(Match(names.EMBEDDING), ())
     text = TextConfig(
         hidden_size=full["hidden_size"],
         num_layers=full["num_hidden_layers"],
         num_heads=full["num_attention_heads"],
         num_kv_heads=full["num_key_value_heads"] or full["num_attention_heads"],
         intermediate_size=full["intermediate_size"],
-        vocab_size=full["vocab_size"],
+        vocab_size=embedding[0] if len(embedding) == 2 else full["vocab_size"],
         rope_theta=float(theta),
         rms_norm_eps=full["rms_norm_eps"],
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        tie_word_embeddings=Match(names.LM_HEAD) not in found,
     )
     if text.hidden_size % text.num_heads or text.num_heads % text.num_kv_heads:
         raise CheckpointError(
@@ -217,7 +248,7 @@ def _onevision_vision(values: Mapping[str, Any], where: str) -> tuple[VisionConf
 def _llave_vision(
     directory: Path,
     values: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[Match, tuple[int, ...]],
     vision_config: Path | None,
 ) -> tuple[VisionConfig, int]:
     """The authors' code takes the tower's sizes from the tower's own configuration, then deletes
@@ -226,7 +257,6 @@ def _llave_vision(
     _expect(values, where, "mm_resampler_type", None)
     _expect(values, where, "mm_vision_select_feature", "patch")
     _expect(values, where, "mm_use_im_start_end", False, None)
-    _expect(values, where, "use_pos_skipping", False, None)
     _expect(values, where, "add_faster_video", False, None)
     for key, only in (
         ("mm_projector_type", "mlp2x_gelu"),
@@ -238,17 +268,16 @@ def _llave_vision(
                 "supported"
             )
     path = vision_config or _find_tower_config(directory, values.get("mm_vision_tower"))
-    if path is not None:
-        tower = read_json(path)
-        tower = _vision_config(tower.get("vision_config", tower), str(path))
-    elif _is_so400m(shapes):
-        tower = dataclasses.replace(SIGLIP_SO400M, num_layers=SIGLIP_SO400M.num_layers + 1)
-    else:
+    if path is None and _is_so400m(found):
+        return _so400m(found, where)
+    if path is None:
         raise CheckpointError(
             f"{where}: the vision tower {values.get('mm_vision_tower')!r} is not of the size of "
             "SigLIP so400m-patch14-384, and its configuration is not beside the checkpoint. Name "
             "the tower's own config.json with --vision-config FILE."
         )
+    tower = read_json(path)
+    tower = _vision_config(tower.get("vision_config", tower), str(path))
     if tower.num_layers < 2:
         raise CheckpointError(
             f"{path}: num_hidden_layers is {tower.num_layers}; expected 2 or more, since the last "
@@ -266,17 +295,28 @@ def _find_tower_config(directory: Path, tower: str | None) -> Path | None:
     return None
 
 
-def _is_so400m(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _is_so400m(found: Mapping[Match, tuple[int, ...]]) -> bool:
     """Whether all sizes that shapes can tell are those of SigLIP so400m-patch14-384."""
-    (prefix,) = LAYOUTS["llave"]["vision"]
     so400m = SIGLIP_SO400M
     width, patch = so400m.hidden_size, so400m.patch_size
     expected = {
-        f"{prefix}.embeddings.patch_embedding.weight": (width, 3, patch, patch),
-        f"{prefix}.embeddings.position_embedding.weight": (so400m.num_patches, width),
-        f"{prefix}.encoder.layers.0.mlp.fc1.weight": (so400m.intermediate_size, width),
+        Match(names.PATCH_EMBEDDING): (width, 3, patch, patch),
+        Match(names.POSITION_EMBEDDING): (so400m.num_patches, width),
+        Match(names.VISION_FC1, 0): (so400m.intermediate_size, width),
     }
-    return all(shapes.get(name) == shape for name, shape in expected.items())
+    return all(found.get(hit) == shape for hit, shape in expected.items())
+
+
+def _so400m(found: Mapping[Match, tuple[int, ...]], where: str) -> tuple[VisionConfig, int]:
+    """The usual tower, with as many layers as are stored: its last one, if all are, does not run."""
+    running = SIGLIP_SO400M.num_layers
+    stored = 1 + max(hit.layer for hit in found if hit.rule == names.VISION_FC1)
+    if stored < running:
+        logger.warning(
+            "%s: the vision tower has %d layers, SigLIP so400m runs %d of its %d; all %d run",
+            *(where, stored, running, running + 1, stored),
+        )
+    return dataclasses.replace(SIGLIP_SO400M, num_layers=min(stored, running)), running + 1
 
 
 def _tokenizer_limit(directory: Path) -> int | None:

@@ -11,13 +11,14 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
 from llave_jax.models.config import LlaveConfig
 
 # The prefixes of each layout. Where several are in use, the first is the one we write.
-#   llave: the authors' code (model_type llava_qwen).
+#   llave: the authors' code (LlavaQwenForCausalLM).
 #   onevision: transformers' LlavaOnevisionForConditionalGeneration. Checkpoints on the hub and
 #     those saved by transformers 4 have the first form; transformers 5 drops the inner
 #     `vision_model`; a bare state dict has everything below `model`.
@@ -166,8 +167,16 @@ RULES: tuple[Rule, ...] = (
     *_linear(f"{_HEAD}.mlp.fc2", None, "v_mlp v_width"),
 )
 
-LM_HEAD = next(rule for rule in RULES if rule.name == "{lm_head}.weight")
-EMBEDDING = next(rule for rule in RULES if rule.name == "{text}.embed_tokens.weight")
+
+def _rule(name: str) -> Rule:
+    return next(rule for rule in RULES if rule.name == name)
+
+
+LM_HEAD = _rule("{lm_head}.weight")
+EMBEDDING = _rule("{text}.embed_tokens.weight")
+PATCH_EMBEDDING = _rule("{vision}.embeddings.patch_embedding.weight")
+POSITION_EMBEDDING = _rule("{vision}.embeddings.position_embedding.weight")
+VISION_FC1 = _rule(f"{_VISION_LAYER}.mlp.fc1.weight")
 POST_LAYERNORM = tuple(rule for rule in RULES if "{vision}.post_layernorm" in rule.name)
 
 
@@ -202,6 +211,16 @@ def match(name: str, layout: str) -> Match | None:
         rows = ", ".join(hit.rule.name for hit in found)
         raise ValueError(f"tensor name {name} matches several rows of the name table: {rows}")
     return found[0] if found else None
+
+
+def layout_of(tensor_names: Iterable[str]) -> str | None:
+    """The layout that knows most of these tensor names; None if neither knows any."""
+    known = dict.fromkeys(LAYOUTS, 0)
+    for name in tensor_names:
+        for layout in LAYOUTS:
+            known[layout] += match(name, layout) is not None
+    best = max(known, key=known.__getitem__)
+    return best if known[best] else None
 
 
 def hf_name(hit: Match, layout: str) -> str:

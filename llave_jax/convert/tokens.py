@@ -17,7 +17,7 @@ def add_special_tokens(directory: Path, tokens: list[str]) -> list[int]:
     Returns:
       The ids of `tokens`.
     """
-    known = _token_ids(directory)
+    known = token_ids(directory)
     free = max(known.values()) + 1
     new: dict[str, int] = {}
     for token in tokens:
@@ -28,7 +28,7 @@ def add_special_tokens(directory: Path, tokens: list[str]) -> list[int]:
     return [(known | new)[token] for token in tokens]
 
 
-def _token_ids(directory: Path) -> dict[str, int]:
+def token_ids(directory: Path) -> dict[str, int]:
     """token -> id, from all files that list some."""
     known: dict[str, int] = {}
     if (directory / "vocab.json").is_file():
