@@ -1,39 +1,134 @@
-"""Check a converted LLaVE-0.5B against the example that its authors publish.
+"""Check a converted LLaVE-0.5B, -2B or -7B against the example that its authors publish.
 
     python tools/check_example.py --model DIR --image PHOTO
 
-PHOTO is the cat and dog picture of the authors' repository. Prints the cosines beside the published
-ones and fails if they differ by more than half precision explains.
+PHOTO is the picture of a cat and a dog of the authors' repository, `figures/example.jpg`. Prints the
+cosines of both directions, image to text and text to image, beside the published ones.
+
+Exit status: 0 if all agree as far as half precision allows, 1 if one differs, 2 if the check could
+not be made.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import NamedTuple
 
-from llave_jax import Embedder
+from llave_jax import Embedder, model_dir
 
 # The authors' demo puts a space, not a newline, behind the image.
-QUERY = "<image> Represent the given image with the following question: What is in the image"
-PUBLISHED = {"A cat and a dog": 0.4802, "A cat and a tiger": 0.3413}
+QUESTION = "<image> Represent the given image with the following question: What is in the image"
+CAPTION = "Find me an everyday image that matches the given caption: {}."
+PICTURE = "<image> Represent the given image."
+ANIMALS = ("A cat and a dog", "A cat and a tiger")
+
 # The published numbers were computed in float16.
 TOLERANCE = 0.01
 
 
-def main() -> int:
+class Published(NamedTuple):
+    """Cosines that the authors print, each for ANIMALS in their order."""
+
+    hidden_size: int
+    image_to_text: tuple[float, float]
+    text_to_image: tuple[float, float]
+
+
+PUBLISHED = {
+    "0.5B": Published(896, (0.4802, 0.3413), (0.3992, 0.3354)),
+    "2B": Published(1536, (0.5132, 0.3809), (0.5225, 0.4141)),
+    "7B": Published(3584, (0.6240, 0.4543), (0.5347, 0.4001)),
+}
+
+
+class Row(NamedTuple):
+    query: str
+    target: str
+    cosine: float
+    published: float
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self.cosine - self.published) <= TOLERANCE
+
+
+def size_of(hidden_size: int) -> str:
+    """Which released model has embeddings of this size.
+
+    Raises:
+      ValueError: none.
+    """
+    for size, published in PUBLISHED.items():
+        if published.hidden_size == hidden_size:
+            return size
+    known = ", ".join(f"{p.hidden_size} ({size})" for size, p in PUBLISHED.items())
+    raise ValueError(
+        f"the model's embeddings have {hidden_size} dimensions, those of the released models {known}; "
+        "name the one to compare with: --size"
+    )
+
+
+def compare(model: Embedder, image: str, published: Published) -> list[Row]:
+    """The example's cosines, published and of `model`."""
+    captions = [CAPTION.format(animals) for animals in ANIMALS]
+    question, picture, *texts = model.encode(
+        [
+            {"text": QUESTION, "image": image},
+            {"text": PICTURE, "image": image},
+            *ANIMALS,
+            *captions,
+        ]
+    )
+    answers, queries = texts[: len(ANIMALS)], texts[len(ANIMALS) :]
+    rows = [
+        Row("the picture, what is in it", text, float(question @ answer), cosine)
+        for text, answer, cosine in zip(ANIMALS, answers, published.image_to_text, strict=True)
+    ]
+    rows += [
+        Row(f"caption: {text}", "the picture", float(query @ picture), cosine)
+        for text, query, cosine in zip(ANIMALS, queries, published.text_to_image, strict=True)
+    ]
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'query':28}{'target':20}{'cosine':>8}{'published':>11}{'difference':>12}"]
+    lines += [
+        f"{row.query:28}{row.target:20}{row.cosine:8.4f}{row.published:11.4f}"
+        f"{row.cosine - row.published:+12.4f}{'' if row.agrees else '  differs'}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="converted LLaVE-0.5B")
-    parser.add_argument("--image", required=True, help="the picture of the authors' example")
-    args = parser.parse_args()
-    model = Embedder.from_pretrained(args.model, dtype="float32")
-    query, *targets = model.encode([{"text": QUERY, "image": args.image}, *PUBLISHED])
-    agrees = True
-    for (text, published), target in zip(PUBLISHED.items(), targets, strict=True):
-        cosine = float(query @ target)
-        agrees &= abs(cosine - published) <= TOLERANCE
-        print(f"{text:20} {cosine:.4f}   published {published:.4f}")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a converted LLaVE")
+    parser.add_argument("--image", required=True, metavar="PHOTO", help="the authors' picture")
+    parser.add_argument(
+        "--size",
+        choices=tuple(PUBLISHED),
+        help="released model to compare with; by default the one with embeddings of this size",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of parameters and activations (default: %(default)s)",
+    )
+    args = parser.parse_args(arguments)
+    try:
+        size = args.size or size_of(model_dir.load_config(args.model).text.hidden_size)
+        model = Embedder.from_pretrained(args.model, dtype=args.dtype)
+        rows = compare(model, args.image, PUBLISHED[size])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.model} in {args.dtype}, beside LLaVE-{size} as published\n\n{table(rows)}\n")
+    agrees = all(row.agrees for row in rows)
     print("agrees" if agrees else f"differs by more than {TOLERANCE}")
     return 0 if agrees else 1
 
