@@ -1,7 +1,7 @@
 """Sums over the negatives of a pool too large for its matrix of similarities to be held.
 
 Owns the traversal in tiles and its gradient rule. A tile is computed once in the forward and once
-in the backward pass, and serves both directions of the loss. The formula is `loss.py`.
+in the backward pass, and serves both directions of the loss. The formulas are `loss.py` and `focal_loss.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llave_jax.loss import hardness, no_logit, similarity_matrix
+from llave_jax.loss import Formula, no_logit, similarity_matrix
 
 
 class Pool(NamedTuple):
@@ -29,7 +29,7 @@ class Pool(NamedTuple):
 class Negatives(NamedTuple):
     """The negatives of each of k rows among the columns, or of k columns among the rows."""
 
-    logsumexp: jax.Array  # [k] of their hardness-weighted logits; `no_logit` if there are none
+    logsumexp: jax.Array  # [k] of their weighted logits; `no_logit` if there are none
     hardest: jax.Array  # [k] their largest similarity; -inf if there are none
     hardest_index: jax.Array  # int32 [k] where that is found first; a row counts as its positive
     easiest: jax.Array  # [k] their smallest similarity; inf if there are none
@@ -41,14 +41,9 @@ class PoolSums(NamedTuple):
     columns: Negatives  # of the M columns
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def pool_sums(
-    rows: jax.Array,
-    columns: jax.Array,
-    pool: Pool,
-    alpha: float,
-    temperature: float,
-    block_size: int,
+    rows: jax.Array, columns: jax.Array, pool: Pool, formula: Formula, block_size: int
 ) -> PoolSums:
     """What the loss needs of the similarities `rows @ columns.T`, in O((n + M) D) memory.
 
@@ -56,13 +51,12 @@ def pool_sums(
       rows: float32 [n, D] embeddings; empty slots have no influence, whatever they hold.
       columns: float32 [M, D].
       pool: what the rows and columns are to each other.
-      alpha: hardness, finite.
-      temperature: positive.
+      formula: its numbers float32 arrays; inside `shard_map` they vary over the axes that `rows` do.
       block_size: side of the square tiles; it need not divide n or M.
 
     Returns:
-      `PoolSums`, differentiable in `rows` and `columns` through `positive` and both `logsumexp`;
-      the other fields are diagnostics without a gradient.
+      `PoolSums`, differentiable in `rows`, `columns` and `formula` through `positive` and both
+      `logsumexp`; the other fields are diagnostics without a gradient.
     """
     grid = _Grid(rows.shape[0], columns.shape[0], block_size)
 
@@ -71,7 +65,7 @@ def pool_sums(
         tile = _tile(rows, columns, pool, grid, step)
         logits = jnp.where(
             tile.is_negative,
-            tile.similarity / temperature + hardness(tile.similarity, alpha),
+            _negative_logits(tile.similarity, formula),
             no_logit(tile.similarity.dtype),
         )
         row_numbers = pool.first_positive + tile.row_start + _arange(grid.height)
@@ -98,27 +92,31 @@ def pool_sums(
     return PoolSums(positive, _finish(of_rows), _finish(of_columns))
 
 
-def _forward(rows, columns, pool, alpha, temperature, block_size):
-    sums = pool_sums(rows, columns, pool, alpha, temperature, block_size)
-    return sums, (rows, columns, pool, sums.rows.logsumexp, sums.columns.logsumexp)
+def _negative_logits(similarity: jax.Array, formula: Formula) -> jax.Array:
+    return formula.negative(similarity) / formula.temperature + formula.log_weight(similarity)
 
 
-def _backward(alpha, temperature, block_size, residuals, cotangent: PoolSums):
-    """d logsumexp / d s is the softmax over the temperature: the weight has no gradient."""
-    rows, columns, pool, row_logsumexp, column_logsumexp = residuals
+def _forward(rows, columns, pool, formula, block_size):
+    sums = pool_sums(rows, columns, pool, formula, block_size)
+    return sums, (rows, columns, pool, formula, sums.rows.logsumexp, sums.columns.logsumexp)
+
+
+def _backward(block_size, residuals, cotangent: PoolSums):
+    """d logsumexp / d logit is the softmax; from there on it is the formula's own derivative."""
+    rows, columns, pool, formula, row_logsumexp, column_logsumexp = residuals
     grid = _Grid(rows.shape[0], columns.shape[0], block_size)
 
     def visit(step, carry):
-        d_rows, d_columns = carry
+        d_rows, d_columns, d_formula = carry
         tile = _tile(rows, columns, pool, grid, step)
-        logits = tile.similarity / temperature + hardness(tile.similarity, alpha)
+        logits, derivative = jax.vjp(_negative_logits, tile.similarity, formula)
 
         def part(values, start, size):
             return jax.lax.dynamic_slice_in_dim(values, start, size)
 
         def softmax(logsumexp):
             # A logit is never above its logsumexp, except by rounding, which is coarse where
-            # alpha is huge.
+            # the weights are huge.
             return jnp.exp(jnp.minimum(logits - logsumexp, 0))
 
         in_rows = softmax(part(row_logsumexp, tile.row_start, grid.height)[:, None])
@@ -126,7 +124,7 @@ def _backward(alpha, temperature, block_size, residuals, cotangent: PoolSums):
         in_columns = softmax(part(column_logsumexp, tile.column_start, grid.width))
         in_columns *= part(cotangent.columns.logsumexp, tile.column_start, grid.width)
         d_positive = part(cotangent.positive, tile.row_start, grid.height)[:, None]
-        d_similarity = jnp.where(tile.is_negative, (in_rows + in_columns) / temperature, 0)
+        d_similarity, d_numbers = derivative(jnp.where(tile.is_negative, in_rows + in_columns, 0))
         d_similarity += jnp.where(tile.is_positive, d_positive, 0)
 
         def add_rows(old):
@@ -138,11 +136,12 @@ def _backward(alpha, temperature, block_size, residuals, cotangent: PoolSums):
         return (
             _update(d_rows, tile.row_start, grid.height, add_rows),
             _update(d_columns, tile.column_start, grid.width, add_columns),
+            jax.tree.map(jnp.add, d_formula, d_numbers),
         )
 
-    start = (jnp.zeros_like(rows), jnp.zeros_like(columns))
-    d_rows, d_columns = jax.lax.fori_loop(0, grid.steps, visit, start)
-    return d_rows, d_columns, None
+    start = jax.tree.map(jnp.zeros_like, (rows, columns, formula))
+    d_rows, d_columns, d_formula = jax.lax.fori_loop(0, grid.steps, visit, start)
+    return d_rows, d_columns, None, d_formula
 
 
 pool_sums.defvjp(_forward, _backward)

@@ -1,7 +1,7 @@
 """The contrastive loss of a batch whose pairs are spread over the devices of a mesh.
 
-Owns the communication: gathering candidates from all devices and averaging over them. The formula
-is `loss.py`.
+Owns the communication: gathering candidates from all devices and averaging over them. The formulas
+are `loss.py` and `focal_loss.py`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from llave_jax.blockwise_loss import Negatives, Pool, pool_sums
+from llave_jax.focal_loss import Focal
 from llave_jax.loss import (
+    Formula,
+    Hardness,
     RowStatistics,
-    check_parameters,
     masked_mean,
     metrics_from_rows,
     row_losses,
     row_statistics,
     similarity_matrix,
 )
+
+KINDS = ("hardness", "focal")
 
 # Up to this many similarities per device their matrix is held (16 MiB, and value and gradient hold
 # seven such); a larger one is computed in tiles, which is also faster: benchmarks/loss_memory.py.
@@ -38,19 +43,27 @@ def contrastive_loss(
     *,
     mesh: jax.sharding.Mesh,
     axes: tuple[str, ...] = ("data", "fsdp"),
-    alpha: float = 9.0,
-    temperature: float = 0.02,
+    kind: str = "hardness",
+    alpha: ArrayLike = 9.0,
+    temperature: ArrayLike = 0.02,
+    margin: ArrayLike = 0.3,
+    cross_device: bool = True,
     extra_targets: jax.Array | None = None,
     extra_valid: jax.Array | None = None,
     target_ids: jax.Array | None = None,
     extra_ids: jax.Array | None = None,
     block_size: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Hardness-weighted contrastive loss of the global batch, each device computing its own rows.
+    """Contrastive loss of the global batch, each device computing its own rows.
 
-    Equals `hardness_weighted_contrastive_loss(query @ target.T, valid=valid)` of the whole batch,
-    in value and in gradient, however the valid pairs are spread over the devices. Gradients flow
-    through the gather: a device's embeddings are also negatives of the others' rows.
+    Equals `hardness_weighted_contrastive_loss(query @ target.T, valid=valid)` of the whole batch
+    (`focal_contrastive_loss` for kind "focal"), in value and in gradient, however the valid pairs
+    are spread over the devices. Gradients flow through the gather: a device's embeddings are also
+    negatives of the others' rows.
+
+    With `cross_device=False` nothing is gathered: the pairs of each shard are a pool by themselves,
+    and the result is the mean over all valid pairs of their losses there. Where all shards have
+    equally many valid pairs that is the mean of the shards' losses, as the authors take it.
 
     Args:
       query: [N, D] L2-normalised embeddings of the global batch, sharded over `axes` (arrays with
@@ -60,8 +73,12 @@ def contrastive_loss(
       mesh: the mesh; axes of it that are not in `axes` (tensor) do the same work redundantly.
       axes: the mesh axes that split the batch. An axis left out would not lose negatives, only
         repeat work.
-      alpha: hardness; 0 is InfoNCE. A constant of the program, like the temperature.
+      kind: one of KINDS.
+      alpha: hardness, for kind "hardness"; 0 is InfoNCE. Like the temperature and the margin it may
+        be traced and has a gradient.
       temperature: positive.
+      margin: for kind "focal".
+      cross_device: whether the targets of all shards are candidates of every query.
       extra_targets: [K, D] further negatives of every query (hard negatives), K a multiple of the
         number of shards. They are no rows: the target -> query direction does not see them.
       extra_valid: bool [K]; goes with `extra_targets`.
@@ -83,7 +100,7 @@ def contrastive_loss(
 
     References: LLaVE (arXiv 2503.04812), section 3, cross-device negative sample gathering.
     """
-    check_parameters(alpha, temperature)
+    formula = _formula(kind, alpha, temperature, margin)
     batch = {"embedding": target, "valid": valid, "ids": target_ids}
     extra = {"embedding": extra_targets, "valid": extra_valid, "ids": extra_ids}
     if block_size is not None and block_size < 1:
@@ -91,32 +108,46 @@ def contrastive_loss(
     shards = _check(query, batch, extra, mesh, axes)
     size = query.shape[0]
     candidates = size + (0 if extra_targets is None else extra_targets.shape[0])
+    if not cross_device:
+        candidates //= shards
     if block_size is None and size // shards * candidates > LARGEST_MATRIX:
         block_size = BLOCK_SIZE
-    options = {"axes": axes, "alpha": float(alpha), "temperature": float(temperature)}
+    options = {"axes": axes, "pool_axes": axes if cross_device else ()}
     if block_size is None:
         local = functools.partial(_loss_of_rows, **options)
     else:
         local = functools.partial(_loss_in_blocks, **options, block_size=block_size)
-    spec = PartitionSpec(axes)
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=PartitionSpec())
-    return sharded(query, batch, extra)
+    spec, everywhere = PartitionSpec(axes), PartitionSpec()
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, spec, spec, everywhere), out_specs=everywhere
+    )
+    return sharded(query, batch, extra, formula)
 
 
-def _loss_of_rows(query, batch, extra, *, axes, alpha, temperature):
+def _formula(kind: str, alpha: ArrayLike, temperature: ArrayLike, margin: ArrayLike) -> Formula:
+    """The formula of that kind, its numbers checked and float32."""
+    formulas = {"hardness": Hardness(alpha, temperature), "focal": Focal(margin, temperature)}
+    if kind not in formulas:
+        raise ValueError(f"kind is {kind!r}; expected one of {KINDS}")
+    formulas[kind].check()
+    return jax.tree.map(lambda number: jnp.asarray(number, jnp.float32), formulas[kind])
+
+
+def _loss_of_rows(query, batch, extra, formula, *, axes, pool_axes):
     """One device's n = N / shards queries, and its n targets, against all candidates.
 
-    `batch` holds the device's targets with their masks, `extra` its hard negatives.
+    `batch` holds the device's targets with their masks, `extra` its hard negatives; candidates come
+    from the devices along `pool_axes`, the mean is taken over those along `axes`.
     """
     valid, ids = batch["valid"], batch["ids"]
     # An empty slot may hold anything; 0 * nan in the matrix product's gradient would be nan.
     query = jnp.where(valid[:, None], query.astype(jnp.float32), 0)
-    targets = _gather_candidates(batch, extra, axes)
+    targets = _gather_candidates(batch, extra, pool_axes)
     targets["embedding"] = jnp.where(targets["valid"][:, None], targets["embedding"], 0)
-    queries = jax.lax.all_gather(query, axes, tiled=True)
+    queries = _gather(query, pool_axes)
     size = queries.shape[0]
     n = valid.shape[0]
-    positive = jax.lax.axis_index(axes) * n + jnp.arange(n)
+    positive = _first_row(n, pool_axes) + jnp.arange(n)
     target = jax.lax.dynamic_slice_in_dim(targets["embedding"], positive[0], n)
 
     to_target = {"columns": targets["valid"], "negatives": None}
@@ -126,16 +157,15 @@ def _loss_of_rows(query, batch, extra, *, axes, alpha, temperature):
         to_query["negatives"] = to_target["negatives"][:, :size]
     query_to_target = similarity_matrix(query, targets["embedding"])
     target_to_query = similarity_matrix(target, queries)
-    options = {"alpha": alpha, "temperature": temperature}
-    losses = row_losses(query_to_target, positive, **options, **to_target)
-    losses += row_losses(target_to_query, positive, **options, **to_query)
+    losses = row_losses(query_to_target, positive, formula, **to_target)
+    losses += row_losses(target_to_query, positive, formula, **to_query)
     statistics = row_statistics(query_to_target, positive, **to_target)
     targets_correct = row_statistics(target_to_query, positive, **to_query).correct
     metrics = metrics_from_rows(statistics, targets_correct, valid, axes)
     return 0.5 * masked_mean(losses, valid, axes), metrics
 
 
-def _loss_in_blocks(query, batch, extra, *, axes, alpha, temperature, block_size):
+def _loss_in_blocks(query, batch, extra, formula, *, axes, pool_axes, block_size):
     """The same from tiles of the device's n queries against all candidates.
 
     The rows of the target -> query direction are the columns of these tiles: each device holds a
@@ -143,14 +173,16 @@ def _loss_in_blocks(query, batch, extra, *, axes, alpha, temperature, block_size
     """
     valid = batch["valid"]
     n = valid.shape[0]
-    targets = _gather_candidates(batch, extra, axes)
-    first = jax.lax.axis_index(axes) * n
+    targets = _gather_candidates(batch, extra, pool_axes)
+    first = _first_row(n, pool_axes)
+    # The rule of `pool_sums` gives each device's part of the numbers' gradient; pcast adds them up.
+    formula = jax.tree.map(lambda number: jax.lax.pcast(number, axes, to="varying"), formula)
     pool = Pool(valid, targets["valid"], first, batch["ids"], targets["ids"])
     query = query.astype(jnp.float32)
-    sums = pool_sums(query, targets["embedding"], pool, alpha, temperature, block_size)
-    of_targets = _merge_columns(sums.columns, n, axes)
+    sums = pool_sums(query, targets["embedding"], pool, formula, block_size)
+    of_targets = _merge_columns(sums.columns, n, pool_axes)
 
-    logit = sums.positive / temperature
+    logit = formula.positive(sums.positive) / formula.temperature
     losses = jax.nn.softplus(sums.rows.logsumexp - logit)
     losses += jax.nn.softplus(of_targets.logsumexp - logit)
     sums, of_targets = jax.lax.stop_gradient((sums, of_targets))
@@ -168,20 +200,32 @@ def _loss_in_blocks(query, batch, extra, *, axes, alpha, temperature, block_size
     return 0.5 * masked_mean(losses, valid, axes), metrics
 
 
-def _gather_candidates(batch, extra, axes):
-    """All devices' targets, followed by all devices' extra targets, float32 [N + K, D]."""
+def _gather(arrays, axes: tuple[str, ...]):
+    """The arrays of all devices along `axes`, one after the other; without axes the device's own."""
+    return jax.lax.all_gather(arrays, axes, tiled=True) if axes else arrays
+
+
+def _first_row(n: int, axes: tuple[str, ...]) -> jax.Array:
+    """Where the device's own n rows begin in what `_gather` returns."""
+    return jax.lax.axis_index(axes) * n if axes else jnp.int32(0)
+
+
+def _gather_candidates(batch, extra, axes: tuple[str, ...]):
+    """The devices' targets, followed by the devices' extra targets, float32."""
     batch = {**batch, "embedding": batch["embedding"].astype(jnp.float32)}
-    candidates = jax.lax.all_gather(batch, axes, tiled=True)
+    candidates = _gather(batch, axes)
     if extra["embedding"] is None:
         return candidates
     extra = {**extra, "embedding": extra["embedding"].astype(jnp.float32)}
-    gathered = jax.lax.all_gather(extra, axes, tiled=True)
+    gathered = _gather(extra, axes)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), candidates, gathered)
 
 
 def _merge_columns(columns: Negatives, n: int, axes: tuple[str, ...]) -> Negatives:
-    """Of what each device found in its rows for all M columns, the total for its own n columns."""
-    first = jax.lax.axis_index(axes) * n
+    """Of what each device found in its rows for all columns, the total for its own n columns."""
+    if not axes:
+        return jax.tree.map(lambda x: x[:n], columns)
+    first = _first_row(n, axes)
     size = n * jax.lax.axis_size(axes)
 
     def own(values):

@@ -2,12 +2,13 @@
 
 Owns the formula and the diagnostics of the matrix. Knows nothing of devices or training: the loss
 of a batch spread over a mesh is `contrastive.py`, of a pool without its matrix `blockwise_loss.py`.
+Another formula for the same matrix is `focal_loss.py`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +57,67 @@ def hardness_weighted_contrastive_loss(
     >>> embeddings = jnp.eye(4)
     >>> loss = hardness_weighted_contrastive_loss(similarity_matrix(embeddings, embeddings))
     """
+    return symmetric_loss(similarity, Hardness(alpha, temperature), valid)
+
+
+class Formula(Protocol):
+    """A kind of contrastive loss; a pytree of its numbers. The loss of a row is, with temperature t,
+
+        L = -log( exp(p/t) / (exp(p/t) + sum_j w_j exp(n_j/t)) )
+
+    where p = positive(s) of the positive's similarity s, and n_j = negative(s_j) and
+    log w_j = log_weight(s_j) of each negative's.
+    """
+
+    temperature: ArrayLike
+
+    def positive(self, similarity: jax.Array) -> jax.Array: ...
+
+    def negative(self, similarity: jax.Array) -> jax.Array: ...
+
+    def log_weight(self, similarity: jax.Array) -> ArrayLike: ...
+
+    def check(self) -> None:
+        """Raises ValueError for a number out of range. Traced numbers are the caller's to check."""
+
+
+class Hardness(NamedTuple):
+    """The formula of `hardness_weighted_contrastive_loss`."""
+
+    alpha: ArrayLike = 9.0
+    temperature: ArrayLike = 0.02
+
+    def positive(self, similarity: jax.Array) -> jax.Array:
+        return similarity
+
+    def negative(self, similarity: jax.Array) -> jax.Array:
+        return similarity
+
+    def log_weight(self, similarity: jax.Array) -> jax.Array:
+        """alpha * sg(s), what a negative's weight w = exp(alpha * sg(s)) adds to its logit.
+
+        The weight itself is never formed: the exponential would overflow. Saturates at a quarter of
+        the largest number, so that sums and differences of logits stay finite.
+        """
+        limit = float(jnp.finfo(similarity.dtype).max) / 4
+        return jnp.clip(self.alpha * jax.lax.stop_gradient(similarity), -limit, limit)
+
+    def check(self) -> None:
+        check_finite(alpha=self.alpha)
+        check_temperature(self.temperature)
+
+
+def symmetric_loss(
+    similarity: ArrayLike, formula: Formula, valid: ArrayLike | None = None
+) -> jax.Array:
+    """The mean of a formula's loss over rows and over columns, averaged.
+
+    Args, results and errors as of `hardness_weighted_contrastive_loss`.
+    """
     similarity, valid = _check_pairs(similarity, valid)
     positive = jnp.arange(similarity.shape[0])
-    options = {"alpha": alpha, "temperature": temperature, "columns": valid}
-    query_to_target = row_losses(similarity, positive, **options)
-    target_to_query = row_losses(similarity.T, positive, **options)
+    query_to_target = row_losses(similarity, positive, formula, columns=valid)
+    target_to_query = row_losses(similarity.T, positive, formula, columns=valid)
     return 0.5 * (masked_mean(query_to_target, valid) + masked_mean(target_to_query, valid))
 
 
@@ -97,9 +154,8 @@ def similarity_matrix(rows: jax.Array, columns: jax.Array) -> jax.Array:
 def row_losses(
     similarity: ArrayLike,
     positive: ArrayLike,
+    formula: Formula,
     *,
-    alpha: ArrayLike,
-    temperature: ArrayLike,
     columns: ArrayLike,
     negatives: ArrayLike | None = None,
 ) -> jax.Array:
@@ -109,8 +165,7 @@ def row_losses(
       similarity: [n, M] cosines of n queries with M candidates; candidates that are nobody's
         positive (hard negatives) are fine.
       positive: int [n], the column of each row's positive, in 0..M-1.
-      alpha: hardness, as in `hardness_weighted_contrastive_loss`.
-      temperature: positive.
+      formula: `Hardness(alpha, temperature)`, or another one.
       columns: bool [M], False for candidates that are empty slots.
       negatives: bool [n, M], False where a candidate must not count as a negative of that row
         (it is known to match). The positive's own entry is ignored. None: all count.
@@ -118,26 +173,17 @@ def row_losses(
     Returns:
       [n] losses; 0 for rows whose positive is an empty slot, and for rows without negatives.
     """
-    check_parameters(alpha, temperature)
+    formula.check()
     rows, is_positive, is_negative = _roles(similarity, positive, columns, negatives)
     # Before any arithmetic: a nan in an empty slot would survive a mask applied later, in the
     # gradient of the temperature if not in the value.
     similarity = jnp.where(is_positive | is_negative, similarity, 0)
     positives = jnp.sum(jnp.where(is_positive, similarity, 0), axis=1, keepdims=True)
-    logits = (similarity - positives) / temperature + hardness(similarity, alpha)
+    logits = (formula.negative(similarity) - formula.positive(positives)) / formula.temperature
+    logits += formula.log_weight(similarity)
     logits = jnp.where(is_negative, logits, no_logit(similarity.dtype))
     # log(1 + sum_j exp(logit_j)) with logits relative to the positive's: exact for small losses.
     return jnp.where(rows, jax.nn.softplus(jax.nn.logsumexp(logits, axis=1)), 0)
-
-
-def hardness(similarity: jax.Array, alpha: ArrayLike) -> jax.Array:
-    """log w = alpha * sg(s), what a negative's weight w = exp(alpha * sg(s)) adds to its logit.
-
-    The weight itself is never formed: the exponential would overflow. Saturates at a quarter of the
-    largest number, so that sums and differences of logits stay finite.
-    """
-    limit = float(jnp.finfo(similarity.dtype).max) / 4
-    return jnp.clip(alpha * jax.lax.stop_gradient(similarity), -limit, limit)
 
 
 def no_logit(dtype: jnp.dtype) -> float:
@@ -255,12 +301,16 @@ def _check_pairs(similarity: ArrayLike, valid: ArrayLike | None) -> tuple[jax.Ar
     return similarity, valid
 
 
-def check_parameters(alpha: ArrayLike, temperature: ArrayLike) -> None:
+def check_finite(**values: ArrayLike) -> None:
     """Values that are known while tracing are checked; traced ones are the caller's to check."""
-    if not isinstance(alpha, jax.core.Tracer) and not abs(float(alpha)) <= _LARGEST_ALPHA:
-        raise ValueError(f"alpha must be a finite float32, found {alpha}")
+    for name, value in values.items():
+        if not isinstance(value, jax.core.Tracer) and not abs(float(value)) <= _LARGEST:
+            raise ValueError(f"{name} must be a finite float32, found {value}")
+
+
+def check_temperature(temperature: ArrayLike) -> None:
     if not isinstance(temperature, jax.core.Tracer) and not 0 < float(temperature) < math.inf:
         raise ValueError(f"temperature must be positive and finite, found {temperature}")
 
 
-_LARGEST_ALPHA = float(jnp.finfo(jnp.float32).max)
+_LARGEST = float(jnp.finfo(jnp.float32).max)

@@ -42,38 +42,49 @@ def draw_batch(seed, pairs, extra=0):
     }
 
 
-@functools.cache
-def compiled_loss(mesh, axes, *, extra=False, ids=False, block_size=None, alpha=9.0, t=0.1):
-    """((loss, metrics), gradients) as a function of a batch of `draw_batch`."""
+# The numbers of the two formulas; all are traced, and all have a gradient.
+HARDNESS = {"alpha": 9.0, "temperature": 0.1}
+FOCAL = {"margin": 0.3, "temperature": 0.1}
 
-    def loss(embeddings, valid, ids_of):
+
+@functools.cache
+def compiled_loss(mesh, axes, *, extra=False, ids=False, **options):
+    """((loss, metrics), gradients) as a function of a batch of `draw_batch` and a formula's numbers.
+
+    Gradients are those by query, target, extra and {name: number}.
+    """
+
+    def loss(embeddings, numbers, valid, ids_of):
         query, target, extras = embeddings
         pairs = len(query)
-        options = {}
+        more = dict(options)
         if extra:
-            options |= {"extra_targets": extras, "extra_valid": valid[pairs:]}
+            more |= {"extra_targets": extras, "extra_valid": valid[pairs:]}
         if ids:
-            options |= {"target_ids": ids_of[:pairs]}
+            more |= {"target_ids": ids_of[:pairs]}
         if ids and extra:
-            options |= {"extra_ids": ids_of[pairs:]}
+            more |= {"extra_ids": ids_of[pairs:]}
+        if "margin" in numbers:
+            more |= {"kind": "focal"}
         return contrastive_loss(
-            query,
-            target,
-            valid[:pairs],
-            mesh=mesh,
-            axes=axes,
-            alpha=alpha,
-            temperature=t,
-            block_size=block_size,
-            **options,
+            query, target, valid[:pairs], mesh=mesh, axes=axes, **numbers, **more
         )
 
-    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return lambda b: compiled((b["query"], b["target"], b["extra"]), b["valid"], b["ids"])
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+    def run(b, numbers=HARDNESS):
+        embeddings = b["query"], b["target"], b["extra"]
+        value, (gradients, by_number) = compiled(embeddings, numbers, b["valid"], b["ids"])
+        return value, (*gradients, by_number)
+
+    return run
 
 
-def whole_batch(batch, *, extra=False, ids=False, alpha=9.0, t=0.1):
-    """((loss, metrics), gradients) of the whole batch in float64 NumPy."""
+def whole_batch(batch, numbers=HARDNESS, *, extra=False, ids=False, shards=None):
+    """((loss, metrics), gradients) of the whole batch in float64 NumPy.
+
+    shards: None for one pool, else a pool for each of so many shards.
+    """
     query, target = (batch[name].astype(np.float64) for name in ("query", "target"))
     pairs = len(query)
     width = len(batch["valid"]) if extra else pairs
@@ -82,27 +93,46 @@ def whole_batch(batch, *, extra=False, ids=False, alpha=9.0, t=0.1):
         "valid": batch["valid"][:width],
         "ids": batch["ids"][:width] if ids else None,
         "extra": width - pairs,
+        "pools": None,
     }
+    if shards:
+        sizes = (pairs, len(batch["valid"]) - pairs)
+        pools = [np.repeat(np.arange(shards), size // shards) for size in sizes]
+        options["pools"] = np.concatenate(pools)[:width]
     similarity = query @ candidates.T
-    loss, gradient = reference.symmetric_loss(similarity, alpha, t, **options)
+    loss, gradient, by_number = reference.symmetric_loss(
+        similarity, **{"alpha": 0.0, **numbers}, **options
+    )
     metrics = reference.similarity_metrics(similarity, **options)
     d_candidates = gradient.T @ query
     d_extra = d_candidates[pairs:] if extra else np.zeros_like(batch["extra"])
-    return (loss, metrics), (gradient @ candidates, d_candidates[:pairs], d_extra)
+    return (loss, metrics), (gradient @ candidates, d_candidates[:pairs], d_extra, by_number)
 
 
-def assert_equal_loss(found, expected, alpha=9.0, t=0.1, width=40):
+def assert_equal_loss(found, expected, numbers=HARDNESS, width=40):
     """Equal but for the rounding of float32, with DIM-term dot products of unit vectors."""
-    error = reference.logit_error(alpha, t, width, similarity_error=DIM * reference.UNIT)
-    (loss, metrics), gradients = found
-    (expected_loss, expected_metrics), expected_gradients = expected
+    t, margin = numbers["temperature"], numbers.get("margin")
+    error = reference.logit_error(
+        numbers.get("alpha", 0), t, width, similarity_error=DIM * reference.UNIT, margin=margin
+    )
+    (loss, metrics), (*gradients, by_number) = found
+    (expected_loss, expected_metrics), (*expected_gradients, expected_by_number) = expected
     reference.assert_close_loss(loss, expected_loss, error)
     assert set(metrics) == set(expected_metrics)
     for name, value in metrics.items():
         np.testing.assert_allclose(value, expected_metrics[name], atol=1e-6, err_msg=name)
+    # Of a logit, relative to the positive's, by similarities and by numbers.
+    slope = (1 if margin is None else 2 + margin) / t
+    by = {"alpha": 1, "margin": 1 / t, "temperature": 2 * slope / t}
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        # A sum of `width` terms of either sign and at most 1/t (over the pairs: the mean) each.
-        np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=4 * error / t)
+        # A sum of `width` terms of either sign and at most `slope` (over the pairs: the mean) each.
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=4 * error * slope)
+    assert set(by_number) == set(expected_by_number) == set(numbers)
+    for name, value in by_number.items():
+        # Means over rows of means, by probability, of what is at most `by[name]`.
+        np.testing.assert_allclose(
+            value, expected_by_number[name], rtol=0, atol=4 * error * by[name], err_msg=name
+        )
 
 
 # One device is below, in blocks; 2 and 4 devices are compared with the authors' numbers.
@@ -115,12 +145,65 @@ MESHES = [
 
 
 @pytest.mark.parametrize("block_size", [None, 3])
-@pytest.mark.parametrize(("sizes", "axes"), MESHES, ids=str)
-def test_every_mesh_gives_the_loss_of_the_whole_batch(sizes, axes, block_size):
+@pytest.mark.parametrize(
+    ("sizes", "axes", "numbers"),
+    [*((*mesh, HARDNESS) for mesh in MESHES), (*MESHES[-1], FOCAL)],
+    ids=str,
+)
+def test_every_mesh_gives_the_loss_of_the_whole_batch(sizes, axes, block_size, numbers):
     loss = compiled_loss(make_mesh(**sizes), axes, extra=True, ids=True, block_size=block_size)
     for seed in range(3):
         batch = draw_batch(seed, pairs=16, extra=8)
-        assert_equal_loss(loss(batch), whole_batch(batch, extra=True, ids=True))
+        expected = whole_batch(batch, numbers, extra=True, ids=True)
+        assert_equal_loss(loss(batch, numbers), expected, numbers)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_numbers_are_not_part_of_the_program(block_size):
+    loss = compiled_loss(make_mesh(data=8), ("data",), extra=True, ids=True, block_size=block_size)
+    batch = draw_batch(0, pairs=16, extra=8)
+
+    @hypothesis.settings(max_examples=20)
+    @hypothesis.given(st.floats(-20, 20, width=32), st.sampled_from([0.02, 0.1, 1.0]))
+    def check(alpha, temperature):
+        numbers = {"alpha": alpha, "temperature": temperature}
+        expected = whole_batch(batch, numbers, extra=True, ids=True)
+        assert_equal_loss(loss(batch, numbers), expected, numbers)
+
+    check()
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.parametrize(
+    ("sizes", "axes", "numbers", "options"),
+    [
+        (*MESHES[0], HARDNESS, {}),
+        (*MESHES[-1], HARDNESS, {"extra": True, "ids": True}),
+        (*MESHES[-1], FOCAL, {"extra": True, "ids": True}),
+    ],
+    ids=str,
+)
+def test_pools_of_one_device(sizes, axes, block_size, numbers, options):
+    shards = int(np.prod([sizes[axis] for axis in axes]))
+    loss = compiled_loss(
+        make_mesh(**sizes), axes, block_size=block_size, cross_device=False, **options
+    )
+    for seed in range(3):
+        batch = draw_batch(seed, pairs=4 * shards, extra=2 * shards)
+        expected = whole_batch(batch, numbers, shards=shards, **options)
+        assert_equal_loss(loss(batch, numbers), expected, numbers)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_full_pools_of_one_device_are_averaged_over_the_devices(block_size):
+    """As the authors do: the mean over devices of the means over their own rows."""
+    batch = draw_batch(0, pairs=32)
+    batch["valid"][:] = True
+    loss = compiled_loss(make_mesh(data=8), ("data",), block_size=block_size, cross_device=False)
+    parts = [{k: v[i : i + 4] for k, v in batch.items()} for i in range(0, 32, 4)]
+    own = [whole_batch(part)[0][0] for part in parts]
+    np.testing.assert_allclose(loss(batch)[0][0], np.mean(own), rtol=1e-5)
+    assert abs(np.mean(own) / whole_batch(batch)[0][0] - 1) > 0.1
 
 
 @pytest.mark.parametrize("options", [{"extra": True}, {"ids": True}], ids=str)
@@ -174,15 +257,16 @@ def test_blocks_equal_the_matrix(block_size):
 @pytest.mark.parametrize("alpha", [-4.0, 1e4, 3e38])
 def test_blocks_take_hardness_of_any_size(alpha):
     batch = draw_batch(1, pairs=16, extra=8)
-    loss = compiled_loss(make_mesh(data=2), ("data",), alpha=alpha, block_size=3)
-    found = loss(batch)
+    numbers = HARDNESS | {"alpha": alpha}
+    loss = compiled_loss(make_mesh(data=2), ("data",), block_size=3)
+    found = loss(batch, numbers)
     (value, _), gradients = found
     assert np.isfinite(value)
-    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert all(np.isfinite(gradient).all() for gradient in jax.tree.leaves(gradients))
     if abs(alpha) < 10:
-        assert_equal_loss(found, whole_batch(batch, alpha=alpha), alpha=alpha)
+        assert_equal_loss(found, whole_batch(batch, numbers), numbers)
     elif abs(alpha) < 1e30:
-        (expected, _), _ = whole_batch(batch, alpha=alpha)
+        (expected, _), _ = whole_batch(batch, numbers)
         assert abs(float(value) - expected) <= 4 * DIM * reference.UNIT * (2 / 0.1 + abs(alpha))
 
 
@@ -198,7 +282,7 @@ def test_empty_slots_have_no_influence_whatever_they_hold(block_size):
         batch["extra"][empty[16:]] = garbage
         found = loss(batch)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
-    for gradient, slots in zip(found[1], (empty[:16], empty[:16], empty[16:]), strict=True):
+    for gradient, slots in zip(found[1][:3], (empty[:16], empty[:16], empty[16:]), strict=True):
         assert not np.asarray(gradient)[slots].any()
 
 
@@ -244,10 +328,9 @@ def test_the_authors_losses_and_gradients_over_processes(case, block_size):
         make_mesh(data=case["world"]),
         ("data",),
         block_size=block_size,
-        alpha=case["alpha"],
-        t=1 / case["logit_scale"],
     )
-    (found, _), gradients = function(batch)
+    numbers = {"alpha": case["alpha"], "temperature": 1 / case["logit_scale"]}
+    (found, _), gradients = function(batch, numbers)
     np.testing.assert_allclose(found, loss, rtol=1e-5)
     for gradient, expected in zip(gradients, (d_query, d_target), strict=False):
         expected = np.concatenate(expected)
@@ -318,6 +401,8 @@ def test_a_large_pool_is_computed_without_its_matrix():
         ({"target_ids": np.zeros(4, np.int32)}, ValueError, "target_ids has shape"),
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"alpha": float("nan")}, ValueError, "alpha"),
+        ({"kind": "focal", "margin": float("inf")}, ValueError, "margin"),
+        ({"kind": "infonce"}, ValueError, r"kind is 'infonce'; expected one of"),
         ({"block_size": 0}, ValueError, "block_size"),
     ],
 )

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llave_jax.focal_loss import focal_contrastive_loss
 from llave_jax.loss import (
+    Hardness,
     hardness_weighted_contrastive_loss,
     row_losses,
     row_statistics,
@@ -55,10 +57,76 @@ def value_and_grad(similarity, alpha, temperature, valid=None):
 def test_value_and_gradient_are_those_of_the_formula(case, alpha, temperature):
     similarity, valid = case
     loss, gradient = value_and_grad(similarity, alpha, temperature, valid)
-    expected, expected_gradient = reference.symmetric_loss(similarity, alpha, temperature, valid)
+    expected, expected_gradient, _ = reference.symmetric_loss(similarity, alpha, temperature, valid)
     error = reference.logit_error(alpha, temperature, len(similarity))
     reference.assert_close_loss(loss, expected, error)
     reference.assert_close_gradient(gradient, expected_gradient, error)
+
+
+@jax.jit
+def focal_value_and_grads(similarity, margin, temperature, valid):
+    def loss(similarity, margin, temperature):
+        return focal_contrastive_loss(
+            similarity, margin=margin, temperature=temperature, valid=valid
+        )
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2))(similarity, margin, temperature)
+
+
+@hypothesis.given(masked_matrices(), st.floats(-2, 2, width=32), temperatures)
+def test_focal_value_and_gradients_are_those_of_the_formula(case, margin, temperature):
+    similarity, valid = case
+    loss, (gradient, *numbers) = focal_value_and_grads(similarity, margin, temperature, valid)
+    expected, expected_gradient, expected_numbers = reference.symmetric_loss(
+        similarity, 0, temperature, valid, margin=margin
+    )
+    size = len(similarity)
+    error = reference.logit_error(0, temperature, size, margin=margin)
+    reference.assert_close_loss(loss, expected, error)
+    # 2 s + m cancels, so its error is measured by its terms; probabilities are at most 1.
+    slope = (2 + abs(margin)) / temperature
+    atol = (math.expm1(2 * error) + 4 * reference.UNIT) * slope
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=atol)
+    # Sums over a row's negatives of a probability times s/t and times a logit over t.
+    largest = {"margin": 1 / temperature, "temperature": (2 + abs(margin)) / temperature**2}
+    for name, number in zip(("margin", "temperature"), numbers, strict=True):
+        atol = (math.expm1(2 * error) + 2 * size * reference.UNIT) * largest[name]
+        np.testing.assert_allclose(number, expected_numbers[name], rtol=0, atol=atol)
+
+
+def test_focal_of_a_pair():
+    """By hand: logits .8 * .8 / .5 and -.2 * (-.2 + .3) / .5, .4 * .7 / .5 and .6 * .6 / .5."""
+    similarity = np.array([[0.8, -0.2], [0.4, 0.6]])
+    positives, negatives = np.array([1.28, 0.72]), np.array([-0.04, 0.56])
+    expected = np.mean(
+        [np.log1p(np.exp(negatives[i] - positives[j])) for i, j in ((0, 0), (1, 1), (1, 0), (0, 1))]
+    )
+    loss = focal_contrastive_loss(similarity, margin=0.3, temperature=0.5)
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+@jax.jit
+def gradients_of_numbers(similarity, alpha, temperature, valid):
+    def loss(alpha, temperature):
+        return hardness_weighted_contrastive_loss(
+            similarity, alpha=alpha, temperature=temperature, valid=valid
+        )
+
+    return jax.grad(loss, argnums=(0, 1))(alpha, temperature)
+
+
+@hypothesis.given(masked_matrices(), alphas, temperatures)
+def test_gradients_of_the_numbers_are_those_of_the_formula(case, alpha, temperature):
+    similarity, valid = case
+    numbers = gradients_of_numbers(similarity, alpha, temperature, valid)
+    *_, expected = reference.symmetric_loss(similarity, alpha, temperature, valid)
+    size = len(similarity)
+    error = reference.logit_error(alpha, temperature, size)
+    # Sums over a row's negatives of a probability times s and times (s - p)/t^2.
+    largest = {"alpha": 1, "temperature": 2 / temperature**2}
+    for name, number in zip(("alpha", "temperature"), numbers, strict=True):
+        atol = (math.expm1(2 * error) + 2 * size * reference.UNIT) * largest[name]
+        np.testing.assert_allclose(number, expected[name], rtol=0, atol=atol)
 
 
 @hypothesis.given(matrices(), temperatures)
@@ -166,7 +234,7 @@ def test_nothing_overflows(case, alpha, temperature):
     # A row's softmax sums to at most 1: so does each half of the gradient, over the temperature.
     assert np.abs(gradient).sum() <= 2.001 / temperature
     if abs(alpha) <= 1e37:  # beyond, weights saturate
-        expected, _ = reference.symmetric_loss(similarity, alpha, temperature, valid)
+        expected, *_ = reference.symmetric_loss(similarity, alpha, temperature, valid)
         scale = 2 / temperature + abs(alpha) + 1
         assert abs(float(loss) - expected) <= 20 * reference.UNIT * scale
 
@@ -208,6 +276,13 @@ def test_bad_arguments_are_named(arguments, error, message):
         jax.eval_shape(lambda s: hardness_weighted_contrastive_loss(s, **arguments), similarity)
 
 
+def test_bad_margin_is_named():
+    with pytest.raises(ValueError, match="margin must be a finite float32"):
+        focal_contrastive_loss(np.zeros((3, 3)), margin=math.nan)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        focal_contrastive_loss(np.zeros((3, 3)), temperature=0.0)
+
+
 def draw_rows(seed):
     """n rows of an n x m problem with hard-negative columns, empty slots and false negatives."""
     random = np.random.default_rng(seed)
@@ -223,14 +298,14 @@ def draw_rows(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_rows_against_candidates_and_masks(seed):
     similarity, positive, columns, negatives, rows, is_negative = draw_rows(seed)
-    options = {"alpha": 9.0, "temperature": 0.1, "columns": columns, "negatives": negatives}
 
     @jax.jit
     def losses_of(similarity):
-        return row_losses(similarity, positive, **options)
+        formula = Hardness(alpha=9.0, temperature=0.1)
+        return row_losses(similarity, positive, formula, columns=columns, negatives=negatives)
 
     losses, vjp = jax.vjp(losses_of, similarity)
-    expected, gradient = reference.rows_loss(similarity, positive, is_negative, 9.0, 0.1)
+    expected, gradient, _ = reference.rows_loss(similarity, positive, is_negative, 9.0, 0.1)
     error = reference.logit_error(9.0, 0.1, similarity.shape[1])
     reference.assert_close_loss(losses, np.where(rows, expected, 0), error)
     reference.assert_close_gradient(vjp(jnp.ones(4))[0], gradient * rows[:, None], error)
