@@ -92,11 +92,19 @@ def default_config() -> ConfigDict:
     config.batch.crops_per_pair = 4.0
     config.batch.taps = 1
 
+    # kind "hardness": the paper's, with hardness `alpha` (0: InfoNCE). "focal": Focal-InfoNCE, with
+    # `margin`.
+    config.loss = ConfigDict()
+    config.loss.kind = "hardness"
+    config.loss.alpha = 9.0
+    config.loss.margin = 0.3
+    config.loss.temperature = 0.02
     # pool "global": every pair of the step is a negative of every other, with exact gradients.
     # "micro": those of its own micro-batch only, as the authors' gradient accumulation does.
-    config.loss = ConfigDict()
-    config.loss.alpha = 9.0
-    config.loss.temperature = 0.02
+    # "device": those of its micro-batch on its own device only, batch.pairs / (shards *
+    # batch.micro_batches) of them, as without the paper's cross-device gathering. Shards are the
+    # devices along data and fsdp, so this pool depends on the mesh. In all three every pair of the
+    # step counts the same. Hard negatives and `mask_false_negatives` apply within the pool.
     config.loss.pool = "global"
     # Equal targets (same text and image; class names, yes and no) are not each other's negatives.
     # The authors' code does not mask them.

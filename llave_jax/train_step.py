@@ -1,8 +1,9 @@
 """One optimiser step: from a packed batch to new parameters.
 
 The whole batch goes through the model in micro-batches; the loss sees one pool of pairs, the whole
-batch (`pool="global"`, exact gradients) or each micro-batch by itself (`pool="micro"`, the authors'
-gradient accumulation).
+batch (`pool="global"`, exact gradients), each micro-batch by itself (`pool="micro"`, the authors'
+gradient accumulation) or each device's part of a micro-batch (`pool="device"`, no negatives from
+other devices). The loss is the mean over all pairs of the step, whatever pool they are in.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import jax.numpy as jnp
 import optax
 
 from llave_jax import optim, sharding
-from llave_jax.contrastive import contrastive_loss
+from llave_jax.contrastive import KINDS, contrastive_loss
 from llave_jax.inputs.packing import PackedBatch
 from llave_jax.models.llave import VISION_FEATURES, Llave
 
-POOLS = ("global", "micro")
+POOLS = ("global", "micro", "device")
 # What is recomputed in the backward pass instead of kept:
 #   none         nothing
 #   attention    each transformer block, from its input and the results of its attention kernel
@@ -43,12 +44,16 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
+    kind: str = "hardness"
     alpha: float = 9.0
     temperature: float = 0.02
+    margin: float = 0.3
     pool: str = "global"
     mask_false_negatives: bool = False
 
     def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"loss.kind is {self.kind!r}; expected one of {KINDS}")
         if self.pool not in POOLS:
             raise ValueError(f"loss.pool is {self.pool!r}; expected one of {POOLS}")
 
@@ -115,7 +120,7 @@ def make_loss(
 
     def pool_loss(pool: Pool) -> tuple[jax.Array, dict]:
         sides = pool.embeddings.shape[1]
-        settings = {"alpha": config.alpha, "temperature": config.temperature}
+        settings = {}
         if pool.ids is not None:
             settings["target_ids"] = pool.ids[:, 0].reshape(-1)
         if sides > 2:
@@ -129,6 +134,11 @@ def make_loss(
             pool.present[:, 0].reshape(-1),
             mesh=mesh,
             axes=sharding.BATCH_AXES,
+            kind=config.kind,
+            alpha=config.alpha,
+            temperature=config.temperature,
+            margin=config.margin,
+            cross_device=config.pool != "device",
             **settings,
         )
 

@@ -17,9 +17,10 @@ import pytest
 from llave_jax import optim, sharding, train_step
 from llave_jax.convert import names
 from llave_jax.inputs.item import Item
-from llave_jax.inputs.packing import Budget, Packer, stack_batches
+from llave_jax.inputs.packing import Budget, Packer, empty_batch, stack_batches
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.llave import Llave
+from tests import loss_reference as reference_loss
 
 FROZEN_VISION = (("vision_tower/.*", None), (".*", 1.0))
 ALL_TRAINED = ((".*", 1.0),)
@@ -251,6 +252,61 @@ def test_micro_pools_are_the_mean_of_their_losses(golden_model, pairs, run_once)
     assert abs(loss / whole - 1) > 1e-3
 
 
+class LookUp:
+    """A model whose embeddings are parameters: those that `pooled` counts."""
+
+    freeze_vision = True
+
+    def apply(self, variables, micro_batch):
+        return variables["params"]["embeddings"][jnp.maximum(micro_batch.pooled, 0)]
+
+
+@pytest.mark.parametrize("kind", ["hardness", "focal"])
+@pytest.mark.parametrize("pool", train_step.POOLS)
+def test_pools_in_value_and_gradient(pool, kind, golden_model):
+    """Pools of unequal size, hard negatives that some pairs lack, and equal targets."""
+    micro_batches, shards, sides, groups = 3, 4, 3, 3
+    random = np.random.default_rng(0)
+    shape = (micro_batches, shards, sides, groups)
+    embeddings = random.normal(size=(np.prod(shape), 6))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    pooled = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    pooled[:, :, 2][random.random((micro_batches, shards, groups)) < 0.4] = -1
+    valid = random.random((micro_batches, shards, groups)) < 0.7
+    ids = random.integers(0, 12, (micro_batches, shards, sides - 1, groups)).astype(np.int32)
+    vision = golden_model.config.vision
+    one = empty_batch(Budget(1, 8, 0, groups, sides), shards, vision.num_patches, vision.patch_dim)
+    batch = stack_batches([one] * micro_batches)._replace(pooled=pooled, valid=valid)
+
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1}, jax.devices()[:4])
+    numbers = {"alpha": 5.0, "temperature": 0.1, "margin": 0.4}
+    config = train_step.LossConfig(kind, pool=pool, mask_false_negatives=True, **numbers)
+    loss = train_step.make_loss(LookUp(), mesh, config, "none")
+    params = {"embeddings": jnp.asarray(embeddings, jnp.float32)}
+    (found, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, ids)
+
+    pairs = pooled[:, :, 0].reshape(-1)
+    targets, extra = pooled[:, :, 1].reshape(-1), pooled[:, :, 2].reshape(-1)
+    candidates = np.concatenate([targets, extra])
+    every = np.arange(micro_batches * shards).repeat(groups)
+    pool_of = {"global": 0 * every, "micro": every // shards, "device": every}[pool]
+    expected, by_similarity, _ = reference_loss.symmetric_loss(
+        embeddings[pairs] @ embeddings[candidates].T,
+        numbers["alpha"],
+        numbers["temperature"],
+        valid=np.concatenate([valid.reshape(-1), valid.reshape(-1) & (extra >= 0)]),
+        ids=np.concatenate([ids[:, :, 0].reshape(-1), ids[:, :, 1].reshape(-1)]),
+        pools=np.concatenate([pool_of, pool_of]),
+        extra=len(extra),
+        margin=numbers["margin"] if kind == "focal" else None,
+    )
+    expected_gradient = np.zeros_like(embeddings)
+    np.add.at(expected_gradient, pairs, by_similarity @ embeddings[candidates])
+    np.add.at(expected_gradient, candidates, by_similarity.T @ embeddings[pairs])
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(gradient["embeddings"], expected_gradient, atol=1e-5)
+
+
 def test_unknown_settings_are_refused(golden_model):
     with pytest.raises(ValueError, match=r"remat.*expected one of"):
         train_step.make_loss(
@@ -258,3 +314,5 @@ def test_unknown_settings_are_refused(golden_model):
         )
     with pytest.raises(ValueError, match=r"loss\.pool.*expected one of"):
         train_step.LossConfig(pool="local")
+    with pytest.raises(ValueError, match=r"loss\.kind.*expected one of"):
+        train_step.LossConfig(kind="triplet")
