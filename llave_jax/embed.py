@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     items, ids = read_items(Path(args.input))
     embedder = Embedder.from_pretrained(args.model, max_length=args.max_length)
-    settings = (embedder.model.dtype, embedder.config)
-    fingerprint = caching.fingerprint(caching.model_files(args.model), *settings)
+    fingerprint = caching.model_fingerprint(args.model, embedder)
     try:
         path = embed_file(
             embedder, items, ids, Path(args.output), fingerprint, batch_size=args.batch_size

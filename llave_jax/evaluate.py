@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     embedder = Embedder.from_pretrained(args.model, max_length=args.max_length)
     cache = EmbeddingCache()
     if first:
-        settings = (embedder.model.dtype, embedder.config)
-        fingerprint = caching.fingerprint(caching.model_files(args.model), *settings)
+        fingerprint = caching.model_fingerprint(args.model, embedder)
         cache = EmbeddingCache(args.cache or Path(args.output) / "embeddings", fingerprint)
 
     def encode(items):

@@ -3,16 +3,21 @@
 import json
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llave_jax import embed
+from llave_jax import embed, sharding
+from llave_jax import embedder as embedder_module
 from llave_jax.embedder import Embedder, as_item
 from llave_jax.inputs.item import Item
+from llave_jax.models.llave import Llave
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,73 @@ def test_forms_of_items(embedder, golden):
     vectors = embedder.encode(forms)
     np.testing.assert_allclose(vectors, np.broadcast_to(vectors[0], vectors.shape), atol=1e-6)
     assert np.abs(embedder.encode([picture]) - vectors[:1]).max() > 1e-3
+
+
+def test_one_item_gives_one_vector(embedder, golden):
+    path = str(golden / "images" / "small.png")
+    for item in (
+        "A cat and a dog",
+        {"image": path, "text": "Represent the given image."},
+        PIL.Image.open(path),
+        Item("Represent the given image.", images=(path,)),
+    ):
+        vector = embedder.encode(item)
+        assert vector.shape == (embedder.config.text.hidden_size,)
+        assert vector.dtype == np.float32
+        np.testing.assert_allclose(vector, embedder.encode([item])[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("slip", [Path("cat.jpg"), b"A cat"])
+def test_one_slip_is_one_item(embedder, slip):
+    with pytest.raises(ValueError, match=f"item 0: is {type(slip).__name__}; expected a text"):
+        embedder.encode(slip)
+
+
+def test_items_of_a_generator_are_not_kept(embedder):
+    """Alive at once: what is read ahead of the device, whatever the number of items."""
+    made, most = [], 0
+
+    def items():
+        nonlocal most
+        for i in range(60):
+            picture = PIL.Image.new("RGB", (20, 20), (4 * i, 0, 0))
+            made.append(weakref.ref(picture))
+            most = max(most, sum(ref() is not None for ref in made))
+            yield picture
+            del picture
+
+    vectors = embedder.encode(items())
+    assert vectors.shape == (60, embedder.config.text.hidden_size)
+    assert most < 60 // 2
+    assert len(np.unique(vectors.round(5), axis=0)) == 60
+
+
+def test_many_batches_are_those_of_few(golden_model):
+    """What is left after many full batches takes a full batch as well."""
+    model = Llave(golden_model.config, freeze_vision=True)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
+    small = Embedder(model, golden_model.params, golden_model.tokenizer, mesh, tokens_per_batch=256)
+    texts = [f"caption {i} " + "word " * (i % 40) for i in range(101)]
+    shapes = []
+    apply = small._apply
+    small._apply = lambda params, batch: shapes.append(batch.tokens.shape) or apply(params, batch)
+    vectors = small.encode(texts)
+    assert len(shapes) > 2 * embedder_module.FULL_BATCHES_BEFORE_REST
+    assert len(set(shapes)) == 2  # one a length of rows
+    alone = [small.encode(texts[i]) for i in (0, 39, 100)]
+    np.testing.assert_allclose(vectors[[0, 39, 100]], alone, rtol=0, atol=1e-5)
+
+
+def test_unreadable_items_are_skipped(embedder, golden):
+    fine = {"image": str(golden / "images" / "small.png")}
+    vectors, failures = embedder.encode_skipping(
+        ["a", {"image": "nowhere.png"}, fine, {"txt": ""}, "<image> b"]
+    )
+    assert list(failures) == [1, 3, 4]
+    assert "nowhere.png" in failures[1]
+    assert "unknown key" in failures[3]
+    np.testing.assert_array_equal(vectors[[1, 3, 4]], 0)
+    np.testing.assert_allclose(vectors[[0, 2]], embedder.encode(["a", fine]), rtol=0, atol=1e-5)
 
 
 def test_nothing_to_encode(embedder):

@@ -1,6 +1,7 @@
 """mteb's own evaluation on tasks made here: retrieval over texts and images, no downloads."""
 
 import doctest
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -12,9 +13,11 @@ import datasets
 import mteb
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
+from safetensors.numpy import load_file, save_file
 
 from llave_jax.benchmarks import mteb_model
 from llave_jax.benchmarks.mteb_model import MtebEncoder
+from llave_jax.embedder import Embedder
 from tests.fake_encoder import hash_vector
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -81,7 +84,7 @@ class ColourEncoder:
 
 
 def make_model(encode):
-    return MtebEncoder(encode, name="llave_jax/test", dimension=16, max_length=512)
+    return MtebEncoder(encode, name="llave_jax/test", revision="1", dimension=16, max_length=512)
 
 
 def test_retrieval_of_images_by_text():
@@ -101,6 +104,30 @@ def test_a_wrong_model_scores_low():
 
     results = mteb.evaluate(make_model(encode), ColourRetrieval(), cache=None, co2_tracker=False)
     assert results.task_results[0].scores["test"][0]["ndcg_at_10"] < 1.0
+
+
+def test_models_of_one_name_share_no_results(golden_model, tmp_path, monkeypatch):
+    """Two models in folders called alike, scored into one --output."""
+    folders = [tmp_path / which / "model" for which in "ab"]
+    for scale, folder in enumerate(folders, 1):
+        shutil.copytree(golden_model.directory, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights = {name: (scale * x).astype(x.dtype) for name, x in weights.items()}
+        save_file(weights, folder / "model.safetensors")
+    encoded = []
+    encode = Embedder.encode
+    monkeypatch.setattr(
+        Embedder,
+        "encode",
+        lambda self, items, **k: encoded.append(len(items)) or encode(self, items),
+    )
+    monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [ColourRetrieval()])
+    counts = []
+    for folder in [*folders, folders[0]]:
+        mteb_model.main(["--model", str(folder), "--tasks", "x", "--output", str(tmp_path / "out")])
+        counts.append(sum(encoded))
+    assert counts == [6, 12, 12]
+    assert len(list((tmp_path / "out").rglob("ColourRetrieval.json"))) == 2
 
 
 def test_wording():

@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -20,6 +21,9 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from llave_jax.inputs.item import ImageLike, Item
+
+if TYPE_CHECKING:
+    from llave_jax.embedder import Embedder
 
 Encode = Callable[[Sequence[Item]], np.ndarray]
 
@@ -89,6 +93,18 @@ def fingerprint(paths: Iterable[str | os.PathLike], *settings: object) -> str:
             digest.update(f"{name} {file.stat().st_size} ".encode())
             digest.update(_file_digest(file) if _is_small(file) else _sampled_digest(file))
     return digest.hexdigest()[:32]
+
+
+def model_fingerprint(directory: str | os.PathLike, embedder: Embedder) -> str:
+    """Identity of a model as it was loaded: its files, the compute dtype, how inputs are laid out.
+
+    Args:
+      directory: what `embedder` was loaded from.
+
+    Returns:
+      32 hexadecimal digits.
+    """
+    return fingerprint(model_files(directory), embedder.model.dtype, embedder.config)
 
 
 def model_files(directory: str | os.PathLike) -> list[Path]:

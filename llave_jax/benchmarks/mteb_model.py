@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llave_jax.benchmarks.cache import Encode
+from llave_jax.benchmarks.cache import Encode, model_fingerprint
 from llave_jax.embedder import Embedder
 from llave_jax.inputs.item import Item
 
@@ -34,10 +34,14 @@ _CHUNK_ITEMS = 512
 class MtebEncoder(AbsEncoder):
     """A LLaVE model for `mteb.evaluate`: texts, images, or both in one item."""
 
-    def __init__(self, encode: Encode, *, name: str, dimension: int, max_length: int):
+    def __init__(
+        self, encode: Encode, *, name: str, revision: str, dimension: int, max_length: int
+    ):
         """Args:
         encode: items -> float32 [n, D], L2-normalised.
         name: of the model in mteb's results, "organisation/model".
+        revision: identity of its weights. mteb keeps results by name and revision, and does not
+          compute again what it has.
         dimension: D.
         max_length: tokens of the longest item.
         """
@@ -48,7 +52,7 @@ class MtebEncoder(AbsEncoder):
         self.mteb_model_meta = ModelMeta(
             loader=None,
             name=name,
-            revision="local",
+            revision=revision,
             release_date=None,
             languages=["eng-Latn"],
             n_parameters=None,
@@ -144,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = MtebEncoder(
         lambda items: embedder.encode(items, show_progress=True),
         name=f"llave_jax/{Path(args.model).resolve().name}",
+        revision=model_fingerprint(args.model, embedder),
         dimension=embedder.config.text.hidden_size,
         max_length=embedder.config.inputs.max_length,
     )
