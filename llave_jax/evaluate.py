@@ -18,14 +18,14 @@ import jax
 
 from llave_jax import distributed
 from llave_jax.benchmarks import cache as caching
-from llave_jax.benchmarks import digits, report, video_retrieval
+from llave_jax.benchmarks import digits, report, video_data, video_retrieval
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode
 from llave_jax.benchmarks.mmeb import evaluate_mmeb
 from llave_jax.benchmarks.retrieval import evaluate_retrieval, read_task
 from llave_jax.embedder import Embedder
 from llave_jax.files import write_text
 
-BENCHMARKS = ("mmeb", "digits", "retrieval", *video_retrieval.READERS)
+BENCHMARKS = ("mmeb", "digits", "retrieval", *video_data.READERS)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,13 +50,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--max_length",
         type=int,
         help=f"tokens of an item; default: the model's, {video_retrieval.MAX_LENGTH} for "
-        f"{', '.join(video_retrieval.READERS)}",
+        f"{', '.join(video_data.READERS)}",
     )
     distributed.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.data is None and args.benchmark != "digits":
         parser.error(f"--benchmark {args.benchmark} needs --data")
-    if args.max_length is None and args.benchmark in video_retrieval.READERS:
+    if args.max_length is None and args.benchmark in video_data.READERS:
         args.max_length = video_retrieval.MAX_LENGTH
     return args
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def encode(items):
         return embedder.encode(items, batch_size=args.batch_size, show_progress=first)
 
-    if args.benchmark in video_retrieval.READERS:
+    if args.benchmark in video_data.READERS:
         table = evaluate_videos(encode, cache, args)
     elif args.benchmark == "retrieval":
         table = evaluate_own_corpus(encode, cache, args)
@@ -108,7 +108,7 @@ def evaluate_rows(encode: Encode, cache: EmbeddingCache, args: argparse.Namespac
 
 def evaluate_videos(encode: Encode, cache: EmbeddingCache, args: argparse.Namespace) -> str:
     """Text-video retrieval. Returns the table."""
-    dataset = video_retrieval.READERS[args.benchmark](args.data)
+    dataset = video_data.READERS[args.benchmark](args.data)
     result = video_retrieval.evaluate_video(encode, dataset, args.output, cache=cache)
     if jax.process_index() == 0:
         report.write_video_report(

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from llave_jax.benchmarks import mmeb, report, report_html, retrieval, video_retrieval
+from llave_jax.benchmarks import mmeb, report, report_html, retrieval, video_data, video_retrieval
 from llave_jax.benchmarks.mmeb_data import MMEB_DATASETS
 from tests.fake_encoder import HashEncoder
 from tests.mmeb_eval_tree import make_tree
@@ -128,7 +128,7 @@ def test_videos(tmp_path):
     (tmp_path / "t.csv").write_text("video_id,sentence\nv0,a\nv1,b\nv2,c\n")
     for number in range(3):
         write_video(tmp_path / f"v{number}.mp4", 4 + number)
-    dataset = video_retrieval.read_msrvtt(tmp_path)
+    dataset = video_data.read_msrvtt(tmp_path)
     result = video_retrieval.evaluate_video(HashEncoder(), dataset)
     report.write_video_report(tmp_path / "r.html", dataset, result, model="m")
     page = Page(tmp_path / "r.html")

@@ -18,7 +18,8 @@ from llave_jax.benchmarks.report_html import Bar, Candidate, Card, Example
 from llave_jax.benchmarks.results import DatasetResult, Results, percent
 from llave_jax.benchmarks.retrieval import RetrievalResult, RetrievalTask
 from llave_jax.benchmarks.similarity import SimilarityStats, similarity_overlap
-from llave_jax.benchmarks.video_retrieval import VideoDataset, VideoResult
+from llave_jax.benchmarks.video_data import VideoDataset
+from llave_jax.benchmarks.video_retrieval import VideoResult
 from llave_jax.files import write_text
 from llave_jax.inputs import video_decode
 from llave_jax.inputs.item import Item

@@ -1,17 +1,15 @@
 """Zero-shot text-video retrieval: MSR-VTT 1k and MSVD as published, recall and ranks both ways.
 
-Owns the readers and the metrics. Decoding is `inputs/video_decode.py` (extra `video`), which frames
-are seen `inputs/video.py`, published numbers `published.py`.
+Owns the metrics. Files are read by `video_data.py`, videos decoded by `inputs/video_decode.py` (extra
+`video`); which frames are seen is `inputs/video.py`, published numbers are `published.py`.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
-import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 from llave_jax.benchmarks import published
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first_process
 from llave_jax.benchmarks.results import align
+from llave_jax.benchmarks.video_data import VideoDataset
 from llave_jax.files import write_text
 from llave_jax.inputs.item import Item
 
@@ -31,18 +30,7 @@ TARGET = "<image>\nRepresent the given video."
 # 32 frames of 14 x 15 tokens and the prompt do not fit into the 4096 tokens of images.
 MAX_LENGTH = 8192
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".m4v")
 METRICS = ("R@1", "R@5", "R@10", "median rank", "mean rank")
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoDataset:
-    """`captions[i]` describes `videos[owners[i]]`; a video may have many captions."""
-
-    name: str
-    videos: tuple[Path, ...]
-    captions: tuple[str, ...]
-    owners: np.ndarray  # int32 [captions]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +76,7 @@ def evaluate_video(
 
     Args:
       encode: items -> float32 [n, D], L2-normalised, up to `MAX_LENGTH` tokens an item.
-      dataset: from one of `READERS`.
+      dataset: from one of `video_data.READERS`.
       output_dir: where `<name>_score.json` and `<name>_similarity.npy` (float32 [captions, videos])
         go, if given.
       cache: embeddings of earlier runs.
@@ -173,99 +161,3 @@ def _lower_median(ranks: np.ndarray) -> float:
 def _summary(ranks: np.ndarray, median: Callable[[np.ndarray], Any]) -> dict[str, float]:
     values = [float(np.mean(ranks <= k)) for k in (1, 5, 10)]
     return dict(zip(METRICS, [*values, float(median(ranks)), float(np.mean(ranks))], strict=True))
-
-
-def read_msrvtt(data_dir: str | os.PathLike) -> VideoDataset:
-    """MSR-VTT 1k: a csv with columns `video_id` and `sentence`, videos `<video_id>.mp4` below.
-
-    Raises:
-      FileNotFoundError, ValueError: files missing or malformed, by name.
-    """
-    path = _only(Path(data_dir), "*.csv")
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"video_id", "sentence"} <= set(reader.fieldnames or ()):
-            raise ValueError(
-                f"{path}: columns are {reader.fieldnames}; expected video_id and sentence"
-            )
-        rows = [(row["video_id"], row["sentence"]) for row in reader]
-    return _dataset("msrvtt", Path(data_dir), path, rows)
-
-
-def read_msvd(data_dir: str | os.PathLike) -> VideoDataset:
-    """MSVD: `test_list.txt`, a captions pickle {video: [caption or list of words]}, videos below."""
-    data_dir = Path(data_dir)
-    list_path = _only(data_dir, "test_list.txt")
-    names = list_path.read_text(encoding="utf-8").split()
-    path = _only(data_dir, "*.pkl")
-    captions = load_plain_pickle(path)
-    if not isinstance(captions, dict):
-        raise ValueError(f"{path}: holds {type(captions).__name__}; expected a dict of captions")
-    missing = [name for name in names if not captions.get(name)]
-    if missing:
-        raise ValueError(f"{path}: no captions for {len(missing)} videos, such as {missing[0]!r}")
-    rows = [
-        (name, caption if isinstance(caption, str) else " ".join(caption))
-        for name in names
-        for caption in captions[name]
-    ]
-    return _dataset("msvd", data_dir, list_path, rows)
-
-
-READERS: dict[str, Callable[[str | os.PathLike], VideoDataset]] = {
-    "msrvtt": read_msrvtt,
-    "msvd": read_msvd,
-}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Loads str, bytes, numbers, list, tuple, dict, set: what needs no import, so runs no code."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(
-            f"refers to {module}.{name}; only text, numbers, lists, tuples and dicts are read"
-        )
-
-
-def load_plain_pickle(path: Path) -> Any:
-    """A pickle of plain values only. The published file was written by Python 2.
-
-    Raises:
-      ValueError: it holds anything else, or is not a pickle; nothing of it has been run.
-    """
-    with path.open("rb") as file:
-        try:
-            return _PlainUnpickler(file, encoding="utf-8", errors="replace").load()
-        except Exception as error:  # broken opcodes raise whatever they lead to
-            raise ValueError(f"{path}: not a pickle of plain captions: {error}") from error
-
-
-def _only(root: Path, pattern: str) -> Path:
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a directory")
-    found = sorted(root.rglob(pattern))
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(root)) for path in found) or "none"
-        raise FileNotFoundError(f"{root}: expected exactly one {pattern} below it, found {names}")
-    return found[0]
-
-
-def _dataset(name: str, root: Path, source: Path, rows: Iterable[tuple[str, str]]) -> VideoDataset:
-    """Rows of (video name, caption) with the video files found below `root` by their name."""
-    files = {path.stem: path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES}
-    order: dict[str, int] = {}
-    captions, owners = [], []
-    for video, caption in rows:
-        captions.append(caption)
-        owners.append(order.setdefault(video, len(order)))
-    missing = [video for video in order if video not in files]
-    if missing:
-        raise FileNotFoundError(
-            f"{source}: {len(missing)} of {len(order)} videos are not below {root}, such as "
-            f"{missing[0]!r}; looked for {', '.join(VIDEO_SUFFIXES)}"
-        )
-    if not order:
-        raise ValueError(f"{source}: names no videos")
-    return VideoDataset(
-        name, tuple(files[video] for video in order), tuple(captions), np.array(owners, np.int32)
-    )
