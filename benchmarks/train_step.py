@@ -24,12 +24,14 @@ import numpy as np
 
 from llave_jax import flops, optim, sharding, train_step
 from llave_jax.data import mix
+from llave_jax.embedding_step import build_embedding_step
 from llave_jax.inputs.anyres import image_taps
 from llave_jax.inputs.packing import Budget, PackedBatch, Packer, stack_batches
 from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence
 from llave_jax.inputs.taps import newlines
 from llave_jax.models.config import PRESETS, LlaveConfig
 from llave_jax.models.llave import Llave, example_batch
+from llave_jax.ops import attention
 
 # Dense bfloat16 operations a second, as published, by a part of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
@@ -134,12 +136,13 @@ def jax_run(config, pairs, batch, args) -> tuple[float, float | None]:
     """(seconds of a step, peak GiB)."""
     del pairs
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    implementation = attention.on_mesh(args.attention, mesh)
     model = Llave(
         config,
         dtype=jnp.dtype(args.dtype),
         param_dtype=jnp.dtype(args.dtype) if args.embed else jnp.float32,
-        attention=args.attention,
-        vision_attention=args.attention,
+        attention=implementation,
+        vision_attention=implementation,
         remat=train_step.BLOCK_REMAT.get(args.remat),
         freeze_vision=True,
     )
@@ -147,31 +150,31 @@ def jax_run(config, pairs, batch, args) -> tuple[float, float | None]:
         jax.random.key(0)
     )
     if args.embed:
+        embed = build_embedding_step(model, mesh)
+        parts = [
+            sharding.device_put_batch(jax.tree.map(lambda x, i=i: x[i], batch), mesh)
+            for i in range(args.micro_batches)
+        ]
 
-        def embed(params, batch):
-            def one(_, micro_batch):
-                with sharding.use_mesh(mesh):
-                    return None, model.apply({"params": params}, micro_batch)
+        def run():
+            jax.block_until_ready([embed(params, part) for part in parts])
 
-            return jax.lax.scan(one, None, batch)[1]
-
-        run = jax.jit(embed)
-        batch = jax.device_put(batch)
-        return timed(lambda: jax.block_until_ready(run(params, batch)), args.repeats), peak_memory()
+        return timed(run, args.repeats), peak_memory()
     factors = optim.rate_factors(list(sharding.flatten(params)), FROZEN)
-    optimizer = optim.make_optimizer(1e-5, factors)
-    state = train_step.init_state(params, optimizer, factors)
-    step = jax.jit(
-        train_step.make_train_step(
-            model, mesh, optimizer, factors, train_step.LossConfig(), args.remat
-        ),
-        donate_argnums=0,
+    step = train_step.build_step(
+        model,
+        mesh,
+        optim.make_optimizer(1e-5, factors),
+        factors,
+        train_step.LossConfig(),
+        args.remat,
     )
+    state = step.init(params)
     batch = sharding.device_put_batch(batch, mesh, leading_axes=1)
 
     def run_step():
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step.run(state, batch, None)
         float(metrics["loss"])
 
     return timed(run_step, args.repeats), peak_memory()

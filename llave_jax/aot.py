@@ -20,13 +20,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llave_jax import config as config_lib
-from llave_jax import flops, hlo, optim, sharding, train_step
+from llave_jax import flops, hlo, setup, sharding, train_step
 from llave_jax.chips import CHIPS, GIB, KERNEL_RATES, LINKS_SHARE, Chip, Gpu, topology_devices
 from llave_jax.data import mix
-from llave_jax.inputs.packing import Budget, PackedBatch, empty_batch
+from llave_jax.embedding_step import build_embedding_step
+from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params
-from llave_jax.ops import attention, splash, triton
+from llave_jax.ops import splash, triton
 
 # Pairs whose sizes stand for the data, and those of which packing is simulated.
 SAMPLE = 4000
@@ -62,78 +63,44 @@ def compile_train_step(config: ConfigDict, topology: str) -> Compiled:
     """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
-    model, factors, optimizer = _make(config, kind)
-    step = train_step.make_train_step(
-        model, mesh, optimizer, factors, config_lib.loss_config(config), config.remat
-    )
-    state = jax.eval_shape(
-        lambda params: train_step.init_state(params, optimizer, factors),
-        abstract_params(model),
-    )
-    places = train_step.state_shardings(state, mesh)
+    lowered, training, budget = lower_train_step(config, mesh)
+    return Compiled(_compile(lowered), mesh, kind, budget, training.model, config)
+
+
+def lower_train_step(
+    config: ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[jax.stages.Lowered, setup.Training, Budget]:
+    """The program that training runs on a mesh, before XLA compiles it."""
+    llave_config = config_lib.model_config(config)
+    # The number of steps is a constant of the schedule and changes nothing else.
+    training = setup.build_training(config, llave_config, mesh, config.steps or 1000)
     budget = config_lib.batch_budget(config, sharding.num_shards(mesh))
-    batch = _abstract_batch(model.config, budget, mesh, (config.batch.micro_batches,))
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-    program = _compile(jitted, _placed(state, places), batch)
-    return Compiled(program, mesh, kind, budget, model, config)
+    leading = (config.batch.micro_batches,)
+    batch = train_step.abstract_batch(training.model, mesh, budget, leading)
+    return training.step.run.lower(training.step.state, *batch), training, budget
 
 
 def compile_embedding_step(config: ConfigDict, topology: str) -> Compiled:
     """The forward pass alone, with bfloat16 parameters, on one micro-batch of the config's budget."""
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
-    model, _, _ = _make(config, kind)
+    model = setup.build_training(config, config_lib.model_config(config), mesh, 1000).model
     model = model.clone(param_dtype=model.dtype)
     params = abstract_params(model)
     budget = config_lib.batch_budget(config, sharding.num_shards(mesh))
-    batch = _abstract_batch(model.config, budget, mesh, ())
-
-    def embed(params: Any, batch: PackedBatch) -> jax.Array:
-        with sharding.use_mesh(mesh):
-            return model.apply({"params": params}, batch)
-
-    jitted = jax.jit(embed, out_shardings=sharding.batch_sharding(mesh))
-    program = _compile(jitted, _placed(params, sharding.param_shardings(params, mesh)), batch)
-    return Compiled(program, mesh, kind, budget, model, config)
-
-
-def _make(config: ConfigDict, kind: str) -> tuple[Llave, dict[str, float | None], Any]:
-    """Model, learning-rate factors and optimiser, with the attention that such chips get."""
-    config = config.copy_and_resolve_references()
-    for field in ("attention", "vision_attention"):
-        if config[field] == "auto":
-            config[field] = attention.BY_PLATFORM["gpu" if _is_gpu(kind) else "tpu"]
-    model, factors = config_lib.make_model(config, config_lib.model_config(config))
-    schedule = optim.learning_rate_schedule(
-        config.optim.learning_rate, config.steps or 1000, config.optim.warmup_fraction
+    batch, _ = train_step.abstract_batch(model, mesh, budget, ())
+    places = sharding.param_shardings(params, mesh)
+    lowered = build_embedding_step(model, mesh).lower(
+        sharding.with_shardings(params, places), batch
     )
-    return model, factors, config_lib.make_optimizer(config, schedule, factors)
+    return Compiled(_compile(lowered), mesh, kind, budget, model, config)
 
 
 def _is_gpu(kind: str) -> bool:
     return isinstance(CHIPS[kind], Gpu)
 
 
-def _abstract_batch(
-    config: LlaveConfig, budget: Budget, mesh: jax.sharding.Mesh, leading: tuple[int, ...]
-) -> PackedBatch:
-    shards = sharding.num_shards(mesh)
-    place = sharding.batch_sharding(mesh, len(leading))
-    empty = empty_batch(budget, 1, config.vision.num_patches, config.vision.patch_dim)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((*leading, shards, *x.shape[1:]), x.dtype, sharding=place),
-        empty,
-    )
-
-
-def _placed(tree: Any, places: Any) -> Any:
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
-    )
-
-
-def _compile(jitted: Any, *arguments: Any) -> Any:
-    lowered = jitted.lower(*arguments)
+def _compile(lowered: jax.stages.Lowered) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -3,7 +3,8 @@
     WORKDIR/checkpoints/STEP/{params,optimizer,data}
     WORKDIR/best/checkpoints/STEP/params                the best by a metric, a model of its own
 
-A checkpoint appears under its name only when all of it is written.
+A checkpoint appears under its name only when all of it is written. Optimiser state is kept under names
+(optimizer/opt_state/adam/mu/PATH), so that a library that orders its fields anew swaps nothing.
 """
 
 from __future__ import annotations
@@ -53,39 +54,43 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(
-                    {"step": state.step, "opt_state": _as_dict(state.opt_state)}
+                    {"step": state.step, "opt_state": _by_name(state.opt_state)}
                 ),
                 data=grain.checkpoint.CheckpointSave(iterator),
             ),
         )
 
-    def restore(
-        self, abstract: TrainState, shardings: TrainState, iterator: grain.DatasetIterator
-    ) -> TrainState:
+    def restore(self, target: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         """The latest checkpoint, directly into its shards; the iterator continues where it was.
 
+        Args:
+          target: shapes, dtypes and shardings of the state.
+
         Raises:
-          ValueError: the run had another number of processes.
+          ValueError: the run had another number of processes or another optimiser.
         """
         step = self._manager.latest_step()
-        _check_processes(self._manager.directory / str(step) / "data")
-        target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
+        folder = self._manager.directory / str(step)
+        _check_processes(folder / "data")
+        opt_state = _by_name(target.opt_state)
+        _check_optimizer(folder / "optimizer", opt_state)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(target.params),
-                optimizer=ocp.args.StandardRestore(
-                    {"step": target.step, "opt_state": _as_dict(target.opt_state)}
-                ),
+                optimizer=ocp.args.StandardRestore({"step": target.step, "opt_state": opt_state}),
                 data=grain.checkpoint.CheckpointRestore(iterator),
             ),
         )
         optimizer = restored["optimizer"]
-        leaves = jax.tree.leaves(optimizer["opt_state"])
-        opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), leaves)
-        return TrainState(optimizer["step"], restored["params"], opt_state)
+        by_name = sharding.flatten(optimizer["opt_state"])
+        return TrainState(
+            step=optimizer["step"],
+            params=restored["params"],
+            opt_state=jax.tree_util.tree_map_with_path(
+                lambda path, _: by_name[sharding.path_string(path)], target.opt_state
+            ),
+        )
 
     def close(self) -> None:
         """Wait for files still being written."""
@@ -174,6 +179,38 @@ def _check_processes(folder: Path) -> None:
         )
 
 
-def _as_dict(tree: Any) -> dict[str, Any]:
-    """Leaves by position: optax's states are tuples of many kinds."""
-    return {f"{i:06}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+def _check_optimizer(folder: Path, opt_state: Mapping[str, Any]) -> None:
+    """What an optimiser keeps has names, and a checkpoint must have the same."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(folder.resolve()).item_metadata.tree["opt_state"]
+    saved, expected = sharding.flatten(saved).keys(), sharding.flatten(opt_state).keys()
+    if saved == expected:
+        return
+    advice = "start a new run from the saved parameters (config.model.path, another --workdir)"
+    if all(name.isdigit() for name in saved):
+        raise ValueError(
+            f"{folder} has the optimiser's state by position, as earlier versions wrote it; this version "
+            f"reads it by name. Continue with the version that began the run, or {advice}"
+        )
+    raise ValueError(
+        f"{folder} has the state of another optimiser: it lacks "
+        f"{sorted(expected - saved)[:3] or 'nothing'} and has {sorted(saved - expected)[:3] or 'nothing'} "
+        f"besides; {advice}"
+    )
+
+
+def _by_name(opt_state: Any) -> dict[str, Any]:
+    """Leaves as a nested dict by the names of the optimiser's parts, their fields and parameters.
+
+    Raises:
+      TypeError: a part of the optimiser has no name, only a position.
+    """
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        if any(isinstance(key, jax.tree_util.SequenceKey) for key in path):
+            raise TypeError(
+                f"optimiser state {jax.tree_util.keystr(path)} has a position for a name; put optimisers "
+                "together by optax.named_chain"
+            )
+        named[sharding.path_string(path)] = leaf
+    return sharding.unflatten(named)

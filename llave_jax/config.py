@@ -11,16 +11,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from llave_jax import optim, sharding
 from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import PRESETS, LlaveConfig, grid_pinpoints
-from llave_jax.models.llave import Llave, abstract_params
-from llave_jax.train_step import BLOCK_REMAT, LossConfig
 
 
 def default_config() -> ConfigDict:
@@ -252,39 +247,3 @@ def canvases(pinpoints: Sequence[Any], tile: int) -> tuple[tuple[int, int], ...]
                 f"{tile}"
             )
     return found
-
-
-def mesh_of(config: ConfigDict) -> jax.sharding.Mesh:
-    return sharding.make_mesh(dict(config.mesh))
-
-
-def make_model(
-    config: ConfigDict, llave_config: LlaveConfig
-) -> tuple[Llave, dict[str, float | None]]:
-    """The model, and the learning-rate factor of each parameter."""
-    options: dict[str, Any] = {
-        "dtype": jnp.dtype(config.dtype),
-        "attention": config.attention,
-        "vision_attention": config.vision_attention,
-        "remat": BLOCK_REMAT.get(config.remat),
-    }
-    paths = sharding.flatten(abstract_params(Llave(llave_config)))
-    factors = optim.rate_factors(list(paths), config.optim.rates)
-    freeze_vision = all(
-        factor is None for path, factor in factors.items() if path.startswith("vision_tower/")
-    )
-    return Llave(llave_config, freeze_vision=freeze_vision, **options), factors
-
-
-def make_optimizer(config: ConfigDict, schedule: Any, factors: dict[str, float | None]) -> Any:
-    settings = {
-        key: value
-        for key, value in config.optim.items()
-        if key not in ("learning_rate", "warmup_fraction", "rates")
-    }
-    return optim.make_optimizer(schedule, factors, **settings)
-
-
-def loss_config(config: ConfigDict) -> LossConfig:
-    settings = {key: value for key, value in config.loss.items() if key != "hard_negatives"}
-    return LossConfig(**settings)

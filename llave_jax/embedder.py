@@ -21,11 +21,13 @@ import PIL.Image
 from jax.experimental import multihost_utils
 
 from llave_jax import sharding
+from llave_jax.embedding_step import build_embedding_step
 from llave_jax.inputs.item import Item
 from llave_jax.inputs.packing import Budget, PackedBatch, Packer, Planner, empty_batch
 from llave_jax.inputs.sequence import Sequence, SequenceBuilder
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave
+from llave_jax.ops.attention import on_mesh
 from llave_jax.progress import Progress
 
 ItemLike = Union[str, PIL.Image.Image, Mapping[str, Any], Item]
@@ -71,12 +73,7 @@ class Embedder:
         self.mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
         self.builder = SequenceBuilder(tokenizer, model.config)
         self._tokens_per_batch = tokens_per_batch
-
-        def apply(params: Any, batch: PackedBatch) -> jax.Array:
-            with sharding.use_mesh(self.mesh):
-                return model.apply({"params": params}, batch)[:, 0]
-
-        self._apply = jax.jit(apply, out_shardings=sharding.replicated(self.mesh))
+        self._apply = build_embedding_step(model, self.mesh)
 
     @classmethod
     def from_pretrained(
@@ -111,8 +108,8 @@ class Embedder:
             config,
             dtype=jnp.dtype(dtype),
             param_dtype=jnp.dtype(dtype),
-            attention=attention,
-            vision_attention=attention,
+            attention=on_mesh(attention, mesh),
+            vision_attention=on_mesh(attention, mesh),
             freeze_vision=True,
         )
         params = model_dir.load_params(directory, mesh=mesh, dtype=jnp.dtype(dtype))
@@ -184,10 +181,10 @@ class Embedder:
         for packed, indices in batches:
             vectors = self._apply(self.params, sharding.device_put_batch(packed, self.mesh))
             if running is not None:
-                yield np.asarray(running[0]), running[1]
+                yield np.asarray(running[0])[:, 0], running[1]
             running = vectors, indices
         if running is not None:
-            yield np.asarray(running[0]), running[1]
+            yield np.asarray(running[0])[:, 0], running[1]
 
     def _sequences(self, items: Iterable[ItemLike], work: _Work) -> Iterator[tuple[int, Sequence]]:
         """Read and lay out this process's share of the items, in threads, a bounded number ahead."""

@@ -79,15 +79,16 @@ def make_optimizer(
     def decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:
         return {path: bool(re.search(r"(kernel|embedding)$", path)) for path in params}
 
-    steps = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    steps.append(optax.scale_by_adam(beta1, beta2, epsilon))
+    steps: dict[str, optax.GradientTransformation] = {}
+    if clip_norm is not None:
+        steps["clip"] = optax.clip_by_global_norm(clip_norm)
+    steps["adam"] = optax.scale_by_adam(beta1, beta2, epsilon)
     if weight_decay:
-        steps.append(optax.add_decayed_weights(weight_decay, mask=decayed))
-    steps.append(optax.scale_by_learning_rate(schedule))
+        steps["weight_decay"] = optax.add_decayed_weights(weight_decay, mask=decayed)
+    steps["learning_rate"] = optax.scale_by_learning_rate(schedule)
     if any(factor not in (None, 1.0) for factor in factors.values()):
-        steps.append(
-            optax.stateless(
-                lambda updates, _: {path: u * factors[path] for path, u in updates.items()}
-            )
+        steps["rates"] = optax.stateless(
+            lambda updates, _: {path: u * factors[path] for path, u in updates.items()}
         )
-    return optax.chain(*steps)
+    # Checkpoints keep the state under these names.
+    return optax.named_chain(*steps.items())

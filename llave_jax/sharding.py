@@ -244,6 +244,8 @@ def device_put_batch(batch: Any, mesh: Mesh, leading_axes: int = 0) -> Any:
     return jax.tree.map(put, batch)
 
 
-def init_sharded(init: Callable[..., Any], shardings: Any, *args: Any) -> Any:
-    """Run an initialiser so that every result is made directly in its shards."""
-    return jax.jit(init, out_shardings=shardings)(*args)
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Shapes and dtypes (arrays or ShapeDtypeStructs), placed."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, shardings
+    )

@@ -24,7 +24,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from llave_jax import config as config_lib
-from llave_jax import distributed, model_dir, optim, sharding, train_step
+from llave_jax import distributed, model_dir, setup, sharding, train_step
 from llave_jax.benchmarks import digits, digits_tokenizer
 from llave_jax.benchmarks.during_training import TrainingEvaluation
 from llave_jax.benchmarks.mmeb_data import DatasetInfo
@@ -35,7 +35,7 @@ from llave_jax.files import write_text
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.metrics import MetricsWriter
 from llave_jax.models.config import LlaveConfig
-from llave_jax.models.llave import Llave, abstract_params, example_batch
+from llave_jax.models.llave import example_batch
 from llave_jax.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if first_process:
         workdir.mkdir(parents=True, exist_ok=True)
         record_config(config, workdir)
-    mesh = config_lib.mesh_of(config)
+    mesh = sharding.make_mesh(dict(config.mesh))
     log.info("mesh %s, %s", dict(mesh.shape), jax.devices()[0].device_kind)
 
     data_path, tokenizer_path = locate_data(config, workdir)
@@ -71,24 +71,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
         config, source, SequenceBuilder(tokenizer, llave_config), mesh, workdir
     )
 
-    model, factors = config_lib.make_model(config, llave_config)
-    schedule = optim.learning_rate_schedule(
-        config.optim.learning_rate, total_steps, config.optim.warmup_fraction
-    )
-    optimizer = config_lib.make_optimizer(config, schedule, factors)
+    training = setup.build_training(config, llave_config, mesh, total_steps)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    state = make_state(config, model, optimizer, factors, mesh, checkpoints, iterator)
-    step_function = jax.jit(
-        train_step.make_train_step(
-            model, mesh, optimizer, factors, config_lib.loss_config(config), config.remat
-        ),
-        donate_argnums=0,
-    )
+    state = make_state(config, training, mesh, checkpoints, iterator)
 
     start = int(state.step)
     writer = MetricsWriter(workdir, first_step=start, enabled=first_process)
     evaluation = TrainingEvaluation(
-        config.eval, model, tokenizer, mesh, workdir, *locate_benchmark(config, workdir)
+        config.eval, training.model, tokenizer, mesh, workdir, *locate_benchmark(config, workdir)
     )
     best = make_best(config, workdir)
 
@@ -99,13 +89,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     if evaluation.due(start, total_steps):
         evaluate(start)
-    watch = Watch(config, writer, schedule, total_steps, start)
+    watch = Watch(config, writer, training.schedule, total_steps, start)
     # However the loop ends, a checkpoint that is being written is completed.
     with contextlib.closing(checkpoints), watch.progress:
         for step in range(start + 1, total_steps + 1):
             batch = next(iterator)
             arrays = (batch.packed, batch.target_ids)
-            state, metrics = step_function(
+            state, metrics = training.step.run(
                 state, *sharding.device_put_batch(arrays, mesh, leading_axes=1)
             )
             watch.add(step, metrics, batch)
@@ -274,9 +264,7 @@ def make_iterator(
 
 def make_state(
     config: ConfigDict,
-    model: Llave,
-    optimizer: Any,
-    factors: dict[str, float | None],
+    training: setup.Training,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
     iterator: grain.DatasetIterator,
@@ -285,23 +273,18 @@ def make_state(
 
     Every array is made or read directly in its shards.
     """
-
-    def from_params(params: Any) -> train_step.TrainState:
-        return train_step.init_state(params, optimizer, factors)
-
-    abstract = jax.eval_shape(from_params, abstract_params(model))
-    shardings = train_step.state_shardings(abstract, mesh)
+    model, step = training.model, training.step
     if checkpoints.latest_step is not None:
         log.info("continuing from step %d", checkpoints.latest_step)
-        return checkpoints.restore(abstract, shardings, iterator)
+        return checkpoints.restore(step.state, iterator)
     if config.model.path is not None:
-        params = model_dir.load_params(config.model.path, mesh=mesh, dtype=jnp.float32)
-        return sharding.init_sharded(from_params, shardings, params)
+        return step.init(model_dir.load_params(config.model.path, mesh=mesh, dtype=jnp.float32))
 
     def from_seed(key: jax.Array) -> train_step.TrainState:
-        return from_params(model.init(key, example_batch(model.config))["params"])
+        return step.init(model.init(key, example_batch(model.config))["params"])
 
-    return sharding.init_sharded(from_seed, shardings, jax.random.key(config.seed))
+    places = jax.tree.map(lambda x: x.sharding, step.state)
+    return jax.jit(from_seed, out_shardings=places)(jax.random.key(config.seed))
 
 
 def make_best(config: ConfigDict, workdir: Path) -> BestCheckpoint | None:

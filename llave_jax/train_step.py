@@ -1,5 +1,8 @@
 """One optimiser step: from a packed batch to new parameters.
 
+`build_step` is the one place that compiles it: training, compiling ahead, benchmarks and tests run the
+same program.
+
 The whole batch goes through the model in micro-batches; the loss sees one pool of pairs, the whole
 batch (`pool="global"`, exact gradients), each micro-batch by itself (`pool="micro"`, the authors'
 gradient accumulation) or each device's part of a micro-batch (`pool="device"`, no negatives from
@@ -14,12 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llave_jax import optim, sharding
 from llave_jax.contrastive import KINDS, contrastive_loss
-from llave_jax.inputs.packing import PackedBatch
-from llave_jax.models.llave import VISION_FEATURES, Llave
+from llave_jax.inputs.packing import Budget, PackedBatch, empty_batch
+from llave_jax.models.llave import VISION_FEATURES, Llave, abstract_params
 
 POOLS = ("global", "micro", "device")
 # What is recomputed in the backward pass instead of kept:
@@ -185,22 +189,84 @@ def _merge_micro_batches(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def make_train_step(
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A compiled training step and the state it works on.
+
+    Attributes:
+      run: `(state, batch, target_ids) -> (state, metrics)`, jitted with the shardings of a mesh; the state
+        that is given is used up. Batch and target ids as of `make_loss`; target ids may be None.
+      init: `params -> state`, jitted: the state before the first step, made in its shards.
+      state: shapes, dtypes and shardings of the state.
+    """
+
+    run: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    init: Callable[[Any], TrainState]
+    state: TrainState
+
+
+def build_step(
     model: Llave,
     mesh: jax.sharding.Mesh,
     optimizer: optax.GradientTransformation,
     factors: Mapping[str, float | None],
     loss_config: LossConfig,
     remat: str = "none",
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch, target_ids=None) -> (state, metrics)`, to be jitted with its state donated.
+) -> TrainStep:
+    """The training step of a model on a mesh, of real devices or of a topology.
 
-    Batch and target ids as of `make_loss`.
+    Args:
+      optimizer: over the flat dict of trainable parameters.
+      factors: path -> learning-rate factor of each parameter; None where it is frozen.
+      remat: one of REMATS.
+
+    Raises:
+      ValueError: no such `remat`.
     """
-    loss = make_loss(model, mesh, loss_config, remat)
 
+    def init(params: Any) -> TrainState:
+        return init_state(params, optimizer, factors)
+
+    abstract = jax.eval_shape(init, abstract_params(model))
+    places = state_shardings(abstract, mesh)
+    of_batch = sharding.batch_sharding(mesh, leading_axes=1)
+    return TrainStep(
+        run=jax.jit(
+            _train_step(make_loss(model, mesh, loss_config, remat), optimizer, factors),
+            in_shardings=(places, of_batch, of_batch),
+            out_shardings=(places, sharding.replicated(mesh)),
+            donate_argnums=0,
+        ),
+        init=jax.jit(init, out_shardings=places),
+        state=sharding.with_shardings(abstract, places),
+    )
+
+
+def abstract_batch(
+    model: Llave, mesh: jax.sharding.Mesh, budget: Budget, leading: tuple[int, ...]
+) -> tuple[PackedBatch, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch of a budget and of its target ids.
+
+    Args:
+      leading: axes in front of the shards: (micro_batches,) for training, () for embedding.
+    """
+    vision = model.config.vision
+    batch = empty_batch(budget, 1, vision.num_patches, vision.patch_dim)
+    ids = np.zeros((1, budget.sides - 1, budget.groups), np.int32)
+    shards, place = sharding.num_shards(mesh), sharding.batch_sharding(mesh, len(leading))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*leading, shards, *x.shape[1:]), x.dtype, sharding=place),
+        (batch, ids),
+    )
+
+
+def _train_step(
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    optimizer: optax.GradientTransformation,
+    factors: Mapping[str, float | None],
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     def train_step(
-        state: TrainState, batch: PackedBatch, target_ids: jax.Array | None = None
+        state: TrainState, batch: PackedBatch, target_ids: jax.Array | None
     ) -> tuple[TrainState, dict]:
         flat = sharding.flatten(state.params)
         trainable, frozen = optim.split_params(flat, factors)

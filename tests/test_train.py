@@ -1,5 +1,6 @@
 """The trainer as its users run it: continues exactly, stops on bad losses, says what is wrong."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from llave_jax import Embedder, model_dir, optim, sharding, train
+from llave_jax import Embedder, aot, model_dir, optim, sharding, train, train_step
 from llave_jax import config as config_lib
 from llave_jax.config import batch_budget, default_config, model_config
 from llave_jax.data.measure import measure_subset, mixed_sizes
@@ -116,6 +117,33 @@ def test_continues_to_the_same_result(finished, make_workdir, monkeypatch):
     expected = params(finished)
     for path, value in params(workdir).items():
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_what_is_compiled_ahead_is_what_trains(make_workdir, monkeypatch):
+    """The same text, with its shardings and the donation of the state."""
+    config = quickstart(mesh__data=2, mesh__fsdp=-1, batch__micro_batches=2)
+    build_step = train_step.build_step
+
+    def stop_at_first_step(*args):
+        step = build_step(*args)
+
+        def run(*arguments):
+            raise Stopped(step.run.lower(*arguments).as_text())
+
+        return dataclasses.replace(step, run=run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step, "build_step", stop_at_first_step)
+        with pytest.raises(Stopped) as stopped:
+            train.train(config, make_workdir("program"))
+    lowered, _, _ = aot.lower_train_step(config, sharding.make_mesh(dict(config.mesh)))
+    assert lowered.as_text() == str(stopped.value)
+    for mark in ("fsdp", "jax.buffer_donor|tf.aliasing_output"):
+        assert re.search(mark, lowered.as_text())
 
 
 def test_another_number_of_processes_is_refused(finished, tmp_path):

@@ -128,24 +128,14 @@ def run(golden_model, pairs, r):
     optimizer = optax.chain(record_gradient(), optim.make_optimizer(LEARNING_RATE, factors))
     loss = train_step.LossConfig(alpha=9.0, temperature=0.02, pool=r.pool)
 
-    state = jax.eval_shape(
-        lambda p: train_step.init_state(p, optimizer, factors), golden_model.params
-    )
-    places = train_step.state_shardings(state, mesh)
-    params = jax.device_put(golden_model.params, places.params)
-    state = jax.jit(lambda p: train_step.init_state(p, optimizer, factors), out_shardings=places)(
-        params
-    )
+    step = train_step.build_step(model, mesh, optimizer, factors, loss, r.remat)
+    places = jax.tree.map(lambda x: x.sharding, step.state)
+    state = step.init(jax.device_put(golden_model.params, places.params))
     batch = sharding.device_put_batch(batch, mesh, leading_axes=1)
 
-    step = jax.jit(
-        train_step.make_train_step(model, mesh, optimizer, factors, loss, r.remat),
-        donate_argnums=0,
-        out_shardings=(places, None),
-    )
     history, gradients = [], []
     for _ in range(r.steps):
-        state, metrics = step(state, batch)
+        state, metrics = step.run(state, batch, None)
         history.append(jax.tree.map(float, metrics))
         gradients.append(jax.tree.map(np.asarray, state.opt_state[0]))
     params = jax.tree.map(np.asarray, sharding.flatten(state.params))

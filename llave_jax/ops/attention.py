@@ -73,6 +73,13 @@ def attention(
     return sharding.map_rows_and_heads(kernel, (query, key, value), (segment_ids,))
 
 
+def on_mesh(implementation: str, mesh: jax.sharding.Mesh) -> str:
+    """The implementation that "auto" means on the devices of a mesh; others as they are."""
+    if implementation == "auto":
+        return BY_PLATFORM[mesh.devices.flat[0].platform]
+    return _resolve(implementation)
+
+
 def padded_length(length: int, implementation: str) -> int:
     """What an implementation pads rows to. Longer rows of that length it need not copy."""
     implementation = _resolve(implementation)
