@@ -126,7 +126,9 @@ def our_stages(config: LlaveConfig, params: dict, sequence: Sequence) -> dict[st
     def run(params, batch):
         variables, stages = {"params": params}, {}
         if batch.patches.shape[1]:
-            stages["vision"] = model.apply(variables, batch.patches, method=Llave.vision_features)
+            stages["vision"] = model.apply(
+                variables, batch.patches, batch.zero_crops, method=Llave.vision_features
+            )
             stages["projector"] = model.apply(
                 variables, stages["vision"], method=lambda module, x: module.projector(x)
             )

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,13 @@ from jax.experimental import multihost_utils
 
 from llave_jax import sharding
 from llave_jax.embedding_step import build_embedding_step
-from llave_jax.inputs.item import Item
+from llave_jax.inputs.item import Item, ItemLike, as_item
 from llave_jax.inputs.packing import Budget, PackedBatch, Packer, Planner, empty_batch
 from llave_jax.inputs.sequence import Sequence, SequenceBuilder
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave
 from llave_jax.ops.attention import on_mesh
 from llave_jax.progress import Progress
-
-ItemLike = Union[str, PIL.Image.Image, Mapping[str, Any], Item]
 
 # Rows for texts: (longest text, row length). Plain attention costs as much as a row is long, and
 # texts of at most half a row fill it well.
@@ -129,12 +127,13 @@ class Embedder:
           items: one item, or any iterable of them (a generator's are not kept in memory). An item
             is a text, an image, or a dict with any of `text`, `image`, `images`, `video` (paths or
             PIL images; a video may be a list of frames). Text is user content as in MMEB rows, with
-            or without `<image>` markers; an image without one goes in front.
+            or without `<image>` markers; an image without one goes in front, and a marker whose
+            image is None holds the authors' zero picture.
           batch_size: at most so many items in a batch and device; None: as many as fit.
           show_progress: show a progress bar (plain lines where there is no terminal).
 
         Raises:
-          ValueError: an item cannot be read; it names the item.
+          ValueError: an item is empty or cannot be read; it names the item.
         """
         if isinstance(items, _NOT_SEVERAL):
             return self.encode([items], batch_size, show_progress)[0]
@@ -377,35 +376,6 @@ def _shape_of(batch: Indexed | None) -> np.ndarray:
     rows, length, taps = packed.tap_index.shape[1:]
     crops, groups = packed.patches.shape[1], packed.valid.shape[1]
     return np.array([rows, length, crops, groups, 1, taps], np.int32)
-
-
-def as_item(item: ItemLike, name: str) -> Item:
-    """Any form of item that `Embedder.encode` takes, as an Item."""
-    if isinstance(item, Item):
-        return item
-    if isinstance(item, str):
-        return Item(item, name=name)
-    if isinstance(item, PIL.Image.Image):
-        return Item(images=(item,), name=name)
-    if not isinstance(item, Mapping):
-        raise ValueError(
-            f"{name}: is {type(item).__name__}; expected a text, an image, or a dict with any of "
-            "text, image, images, video"
-        )
-    unknown = set(item) - {"text", "image", "images", "video"}
-    if unknown:
-        raise ValueError(
-            f"{name}: unknown key(s) {sorted(unknown)}; known are text, image, images, video"
-        )
-    if item.get("image") is not None and item.get("images"):
-        raise ValueError(f"{name}: has both image and images; give one")
-    images = tuple(item.get("images") or ())
-    if item.get("image") is not None:
-        images = (item["image"],)
-    text = item.get("text") or ""
-    if not isinstance(text, str):
-        raise ValueError(f"{name}: text is {type(text).__name__}; expected a string")
-    return Item(text, images=images, video=item.get("video"), name=name)
 
 
 # What `encode` takes for one item, or for a slip, rather than for several items.

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 from llave_jax.benchmarks.mmeb_data import MMEB_DATASETS
 
 # Datasets whose rows have no image at all, images on one side, or images on both.
-TEXT_ONLY = ("Wiki-SS-NQ", "WebQA")
-IMAGE_TARGETS = ("VisDial", "VisualNews_t2i", "MSCOCO_t2i", "EDIS")
+TEXT_ONLY = ("Wiki-SS-NQ",)
+IMAGE_TARGETS = ("VisDial", "VisualNews_t2i", "MSCOCO_t2i", "WebQA", "EDIS")
+# Datasets whose queries have a marker and no image.
+MARKER_ALONE = ("WebQA", "EDIS")
 IMAGE_BOTH = ("CIRR", "NIGHTS", "FashionIQ", "MSCOCO", "RefCOCO", "RefCOCO-Matching")
 
 
@@ -40,7 +42,7 @@ def _rows(name: str, rng: np.random.Generator, count: int, pool: int) -> list[di
         ]
         rows.append(
             {
-                "qry_text": ("<|image_1|>\n" if query_image else "")
+                "qry_text": ("<|image_1|>\n" if query_image or name in MARKER_ALONE else "")
                 + f"question {number} of {name}",
                 "qry_img_path": f"{name}/{number % pool}.jpg" if query_image else "",
                 "tgt_text": texts,

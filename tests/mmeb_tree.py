@@ -21,7 +21,13 @@ TEMPLATES = {
     "NIGHTS": ("<|image_1|>\n", 1, "<|image_1|>\nRepresent the given image.", 1),
     "VisDial": ("Represent the dialogue {n} about a {label}", 0, "<|image_1|>\nthe image.", 1),
     "MSCOCO_i2t": ("<|image_1|>\nFind an image caption", 1, "a {label} beside the {n}th tree", 0),
-    "WebQA": ("What stands at house {n}?", 0, "A {label} of {n} parts, said at length.", 0),
+    # Its queries have a marker and no image.
+    "WebQA": (
+        "<|image_1|>\nFind a Wikipedia image that answers this question: What is at house {n}?",
+        0,
+        "<|image_1|>\nRepresent the given Wikipedia image with related text: {label} {n}",
+        1,
+    ),
 }
 WITH_NEGATIVES = ("CIRR", "WebQA")
 LABELS = ("tench", "goldfish", "great white shark", "hen", "jay", "newt")

@@ -36,7 +36,7 @@ def reference(golden):
         if case["route"] in ("dataset", "multi") and not case["name"].startswith("quirk")
     ]
     items = [
-        {"text": case["text"], "images": [str(golden / "images" / name) for name in case["images"]]}
+        Item(case["text"], tuple(str(golden / "images" / name) for name in case["images"]))
         for case in cases
     ]
     return items, np.stack([embeddings[f"{case['name']}/embedding"] for case in cases])
@@ -142,6 +142,80 @@ def test_unreadable_items_are_skipped(embedder, golden):
     np.testing.assert_allclose(vectors[[0, 2]], embedder.encode(["a", fine]), rtol=0, atol=1e-5)
 
 
+def test_a_missing_image_is_the_zero_picture_in_its_markers_place(embedder, golden):
+    cases = {c["name"]: c for c in json.loads((golden / "cases.json").read_text())["cases"]}
+    text = cases["quirk_token_without_image"]["text"]
+    forms = [
+        {"text": text, "image": None},
+        {"text": text, "images": [None]},
+        {"text": text.splitlines()[1] + " <image>", "image": None, "images": None, "video": None},
+        Item(text, images=(None,)),
+    ]
+    expected = np.load(golden / "embeddings.npz")["quirk_token_without_image/embedding"]
+    vectors = embedder.encode(forms)
+    np.testing.assert_allclose(vectors, np.stack([expected] * 4), rtol=0, atol=1e-5)
+
+
+def test_one_of_two_images_is_missing(embedder, golden):
+    path = str(golden / "images" / "small.png")
+    text = "First <image> then <image>."
+    one, other, both = embedder.encode(
+        [{"text": text, "images": i} for i in ([path, None], [None, path], [path, path])]
+    )
+    assert min(np.abs(a - b).max() for a, b in ((one, other), (one, both), (other, both))) > 1e-3
+
+
+def test_without_a_marker_a_missing_image_is_none(embedder, golden):
+    path = str(golden / "images" / "small.png")
+    vectors = embedder.encode(
+        [
+            "A brown dog",
+            {"text": "A brown dog", "image": None},
+            {"text": "A brown dog", "images": [None]},
+            {"text": "A brown dog", "images": [path]},
+            {"text": "A brown dog", "images": [None, path]},
+        ]
+    )
+    np.testing.assert_allclose(vectors[1:3], vectors[[0, 0]], atol=1e-6)
+    np.testing.assert_allclose(vectors[4], vectors[3], atol=1e-6)
+
+
+def test_json_lines_say_null_for_a_missing_image(embedder, tmp_path, golden):
+    PIL.Image.open(golden / "images" / "tiny.png").save(tmp_path / "a.png")
+    lines = [
+        {"text": "<|image_1|>\nWhat is it?", "image": None},
+        {"text": "<image> beside <image>", "images": ["a.png", None]},
+        {"text": "no picture", "image": None, "images": None, "video": None},
+    ]
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    items, _ = embed.read_items(path)
+    assert [item.images for item in items] == [(None,), (str(tmp_path / "a.png"), None), ()]
+    path.write_text('{"text": "fine"}\n{"text": "<|image_1|>\\nWhat is it?"}\n')
+    with pytest.raises(ValueError, match=r"items.jsonl:2: the text has 1 image marker\(s\) for 0"):
+        embedder.encode(embed.read_items(path)[0])
+
+
+EMPTY = ["", " \n", {}, {"text": None}, {"text": "  "}, {"text": "", "images": []}]
+EMPTY += [{"image": None}, {"images": [None]}, {"text": "\t", "image": None, "video": None}]
+
+
+@pytest.mark.parametrize("item", EMPTY, ids=repr)
+def test_an_empty_item_is_named(item, embedder, tmp_path):
+    with pytest.raises(ValueError, match="item 1: is empty; expected a text, an image or a video"):
+        embedder.encode(["fine", item])
+    path = tmp_path / "items.jsonl"
+    values = item if isinstance(item, dict) else {"text": item}
+    path.write_text('{"text": "fine"}\n' + json.dumps(values) + "\n")
+    with pytest.raises(ValueError, match=r"items.jsonl:2: is empty"):
+        embed.read_items(path)
+
+
+def test_only_an_item_that_is_made_by_hand_may_be_empty(embedder, golden):
+    expected = np.load(golden / "embeddings.npz")["text_empty/embedding"]
+    np.testing.assert_allclose(embedder.encode([Item("")]), expected[None], rtol=0, atol=1e-5)
+
+
 def test_nothing_to_encode(embedder):
     assert embedder.encode([]).shape == (0, embedder.config.text.hidden_size)
 
@@ -153,11 +227,13 @@ def test_nothing_to_encode(embedder):
         ({"txt": "a"}, r"row 3: unknown key\(s\) \['txt'\]"),
         ({"image": "a.png", "images": ["b.png"]}, "row 3: has both"),
         ({"text": 3}, "row 3: text is int"),
+        ({"images": "a.png"}, "row 3: images is str; expected a list"),
+        ({"text": "<image> <image>", "image": None}, "row 3: the text has 2 .* for 0"),
     ],
 )
-def test_what_is_no_item(item, message):
+def test_what_is_no_item(item, message, embedder):
     with pytest.raises(ValueError, match=message):
-        as_item(item, "row 3")
+        embedder.builder(as_item(item, "row 3"))
 
 
 def test_unreadable_item_is_named(embedder):

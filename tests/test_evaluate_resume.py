@@ -56,7 +56,8 @@ def independent_accuracies(rows, folder):
     from llave_jax.inputs.item import Item
 
     def vector(text, image):
-        images = (str(folder / image),) if image else ()
+        # A marker without an image holds the zero picture, None.
+        images = (str(folder / image),) if image else (None,) * ("<|image_1|>" in text)
         return hash_vector(item_key(Item(text, images))).astype(np.float64)
 
     accuracies = {}

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from llave_jax.inputs import chat, video
 from llave_jax.inputs.anyres import best_canvas
-from llave_jax.inputs.item import Item
+from llave_jax.inputs.item import Item, missing_image
 from llave_jax.inputs.packing import Budget, Packer
 from llave_jax.inputs.sequence import VISUAL_SLOT, SequenceBuilder
 from llave_jax.models.config import grid_pinpoints
@@ -26,7 +26,7 @@ EMBEDDING_TOLERANCE = 1e-5  # absolute; the reference's own float32 noise is 5e-
 RELATIVE_TOLERANCE = 1e-4  # of the largest value of the array
 
 # Our behaviour differs on purpose: see the tests of their own below.
-REFUSED = {"quirk_token_without_image", "quirk_two_tokens_one_image"}
+REFUSED = {"quirk_two_tokens_one_image"}
 IMAGE_IN_FRONT = {"quirk_image_without_token"}
 # The reference pools one token early when a literal padding token stands in a text without images.
 PAD_SHIFTS_POOLING = {"quirk_pad_in_text_query"}
@@ -75,7 +75,8 @@ def make_item(case, golden):
             text = f"Find me an video that matches the given caption: {case['text']}"
             return Item(text, name=name)
         case _:
-            return Item(case["text"], images=tuple(paths), name=name)
+            images = tuple(paths) or missing_image(case["text"])
+            return Item(case["text"], images=images, name=name)
 
 
 def case_config(config, name):
@@ -187,7 +188,7 @@ def test_intermediates(name, golden, golden_model, cases, intermediates):
     crops, length = len(sequence.crops), len(sequence)
 
     if f"{name}/vision_out" in intermediates and crops:
-        vision = jitted(config, Llave.vision_features)(variables, batch.patches)
+        vision = jitted(config, Llave.vision_features)(variables, batch.patches, batch.zero_crops)
         assert_relative(vision[0, :crops], intermediates[f"{name}/vision_out"])
         projected = jitted(config, project)(variables, vision)
         assert_relative(projected[0, :crops], intermediates[f"{name}/projector_out"])
@@ -218,9 +219,24 @@ def test_batch(batch, golden, golden_model, cases, embeddings):
     )
 
 
+def test_the_zero_picture_is_no_grey_picture(golden_model, cases, embeddings):
+    """So that the case of a marker without an image tells zero from the uint8 values around it."""
+    text, size = cases["quirk_token_without_image"]["text"], golden_model.config.vision.image_size
+    config = dataclasses.replace(
+        golden_model.config, inputs=dataclasses.replace(golden_model.config.inputs, pinpoints=())
+    )
+    builder = SequenceBuilder(golden_model.tokenizer, config)
+    for value in (127, 128):
+        grey = PIL.Image.new("RGB", (size, size), (value,) * 3)
+        batch = pack_alone(builder(Item(text, images=(grey,))), config)
+        embedding = jitted(config)({"params": golden_model.params}, batch)[0, 0, 0]
+        difference = np.abs(embedding - embeddings["quirk_token_without_image/embedding"]).max()
+        assert difference > 10 * EMBEDDING_TOLERANCE
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused(name, golden, golden_model, cases):
-    """The reference makes up an image that is missing; here it is an error."""
+    """The reference takes the first image again; here it is an error."""
     with pytest.raises(ValueError, match=rf"{name}.*marker.*image"):
         build(golden_model, cases[name], golden)
 

@@ -43,6 +43,7 @@ def test_layout_without_pixels_has_the_sizes_of_real_sequences(tree, builder):
             np.testing.assert_array_equal(measured.tokens, real.tokens)
             np.testing.assert_array_equal(measured.taps.index, real.taps.index)
             assert len(measured.crops) == len(real.crops)
+            assert measured.zero_crops == real.zero_crops
 
 
 def test_a_subset_is_measured(tree, builder):

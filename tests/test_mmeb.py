@@ -126,6 +126,19 @@ def test_each_content_is_encoded_once_across_datasets(tmp_path):
     assert len(encode.keys) == len(set(encode.keys)) == 6
 
 
+def test_a_marker_without_an_image_holds_the_zero_picture(tmp_path):
+    """As in the queries of WebQA and EDIS."""
+    rows = [row("<|image_1|>\nFind a Wikipedia image: who?", ["t", "<|image_1|>\nIt."])]
+    write_rows(tmp_path, "WebQA", rows)
+    dataset = mmeb_data.read_dataset(tmp_path, "WebQA")
+    store = mmeb_data.open_images(tmp_path)
+    query, *targets = (mmeb_data.make_item(dataset, i, store) for i in range(3))
+    assert [item.images for item in (query, *targets)] == [(None,), (), (None,)]
+    assert item_key(query) != item_key(Item(query.text))
+    result = mmeb.evaluate_mmeb(HashEncoder(), tmp_path)["WebQA"]
+    assert result.num_pred == 1
+
+
 def test_one_text_for_a_list_of_images_and_null_cells(tmp_path):
     rows = [row("q", "", images=["a.png", "b.png"]), row(None, ["t", "u"], images=[None, None])]
     write_rows(tmp_path, "Own", rows)

@@ -35,6 +35,8 @@ def make_items():
     items = [Item(" ".join(rng.choice(WORDS, n))) for n in (0, 1, 2, 5, 9)]
     items += [Item("Represent the image.", images=(picture(*s),)) for s in ((40, 30), (300, 80))]
     items += [Item("<image> or <image>?", images=(picture(50, 60), picture(90, 20)))]
+    items += [Item("<image>\nWhich picture?", images=(None,))]
+    items += [Item("<image> or <image>?", images=images) for images in ((picture(9, 9), None),)]
     items += [
         Item("<image>\nRepresent the given video.", video=[picture(32, 32)] * n) for n in (1, 3)
     ]

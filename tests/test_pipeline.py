@@ -372,9 +372,14 @@ class TestContent:
                 Item("a", (data, data)),
                 Item("a", (image,)),
                 Item("", (data,)),
+                Item("<image> a", (None,)),
+                Item("<image> a"),
+                Item("<image> a", (data,)),
+                Item("<image> <image>", (None, data)),
+                Item("<image> <image>", (data, None)),
             )
         }
-        assert len(different) == 6
+        assert len(different) == 11
 
     def test_negatives_are_a_third_side(self, builder):
         source = Pairs({"a": 24})

@@ -127,7 +127,7 @@ def test_qrels_in_beirs_folder_without_header(task):
         ("queries.jsonl", "{broken", "queries.jsonl: line 4: not a JSON object"),
         ("queries.jsonl", '{"text": "x"}', 'line 4: expected an object with a string "_id"'),
         ("corpus.jsonl", '{"_id": "d1", "text": "x"}', "line 5: _id 'd1' was given before"),
-        ("corpus.jsonl", '{"_id": "d9"}', "line 5: has none of text"),
+        ("corpus.jsonl", '{"_id": "d9"}', "line 5: is empty"),
         ("corpus.jsonl", '{"_id": "d9", "image": "no.png"}', "line 5: 'no.png' is not a file"),
         ("qrels.tsv", "q9\td1\t1", "line 6: query 'q9' is not in queries.jsonl"),
         ("qrels.tsv", "q1\td9\t1", "line 6: document 'd9' is not in corpus.jsonl"),

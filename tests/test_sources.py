@@ -20,6 +20,7 @@ from llave_jax.data.image_store import ImageStore
 from llave_jax.data.rows import RowError
 from llave_jax.data.sources import MmebSource, PairSource, open_source, split_held_out
 from llave_jax.inputs.images import ImageError
+from llave_jax.inputs.item import missing_image
 from llave_jax.metrics import read_metrics
 from tests.mmeb_tree import TEMPLATES, WITH_NEGATIVES, make_tree, write_json
 
@@ -62,6 +63,10 @@ def content(pair):
     return pair.id, pair.subset, [(item.text, item.images, item.video) for item in items]
 
 
+def kind_of(item) -> str:
+    return "text" if not item.images else "zero" if item.images == (None,) else "image"
+
+
 def write_rows(path: Path, rows: list) -> Path:
     path.write_text(json.dumps(rows))
     return path
@@ -97,7 +102,7 @@ def test_pairs_are_the_rows(sources, tree):
             for item, field in ((pair.query, "qry_image_path"), (pair.target, "pos_image_path")):
                 path = record[field]
                 expected = unpacked.get(path) or (root / path).read_bytes() if path else None
-                assert item.images == ((expected,) if path else ())
+                assert item.images == ((expected,) if path else missing_image(item.text))
             has_negative = subset in WITH_NEGATIVES and number % 4 != 0
             assert len(pair.negatives) == has_negative
             if has_negative:
@@ -150,8 +155,8 @@ def test_training_reads_every_kind_of_row(trained, sources):
     source = sources["parquet"]
     pairs = [source[i] for i in range(len(source)) if source.pair_id(i) in names]
     assert len(pairs) == len(names) == 48
-    shapes = {(bool(p.query.images), bool(p.target.images)) for p in pairs}
-    assert shapes == {(True, False), (True, True), (False, True), (False, False)}
+    shapes = {tuple(map(kind_of, (p.query, p.target))) for p in pairs}
+    assert shapes == {("image", "text"), ("image",) * 2, ("text", "image"), ("zero", "image")}
     assert any(p.negatives for p in pairs)
     assert len(set(losses)) == 3
     assert np.isfinite(losses).all()
@@ -403,3 +408,15 @@ def test_a_user_folder_of_json_and_images(tmp_path, tree):
     assert pair.id == "pairs:0"
     assert pair.query.images == ((tmp_path / "pictures/0.jpg").read_bytes(),)
     assert str(tmp_path / "pairs.json") in pair.query.name
+
+
+def test_a_marker_without_an_image_holds_the_zero_picture_on_every_side(tmp_path):
+    marker = "<|image_1|>\nRepresent it."
+    rows = [row(qry=marker, pos_text=marker, neg_text=marker, neg_image_path="")]
+    rows += [row(neg_text="plain"), row(qry="<image> <image>")]
+    pair, plain, two = list(
+        map(open_source(write_rows(tmp_path / "Mine.json", rows)).__getitem__, range(3))
+    )
+    assert [item.images for item in (pair.query, pair.target, *pair.negatives)] == [(None,)] * 3
+    assert [item.images for item in (plain.query, plain.target, *plain.negatives)] == [()] * 3
+    assert two.query.images == ()

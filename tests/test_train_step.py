@@ -16,7 +16,7 @@ import pytest
 
 from llave_jax import optim, sharding, train_step
 from llave_jax.convert import names
-from llave_jax.inputs.item import Item
+from llave_jax.inputs.item import Item, missing_image
 from llave_jax.inputs.packing import Budget, Packer, empty_batch, stack_batches
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.llave import Llave
@@ -178,6 +178,31 @@ def test_three_steps_of_the_reference(mesh, reference, golden_model, run_once):
         # Adam divides by the gradient's size: what is noise in a small gradient moves parameters.
         change = np.linalg.norm(expected - initial[path][index])
         assert np.linalg.norm(actual - expected) < 5e-3 * change, (path, layer)
+
+
+def test_a_marker_without_an_image_is_trained_on(golden, golden_model):
+    """The loss over the recorded embeddings, with WebQA's kind of query among them."""
+    queries = ("quirk_token_without_image", "image_wide", "text_caption", "image_tiny")
+    targets = ("image_square", "text_dataset", "two_images", "text_unicode")
+    cases = {c["name"]: c for c in json.loads((golden / "cases.json").read_text())["cases"]}
+    builder = SequenceBuilder(golden_model.tokenizer, golden_model.config)
+
+    def sequence(name):
+        text, images = cases[name]["text"], cases[name]["images"]
+        paths = tuple(golden / "images" / image for image in images)
+        return builder(Item(text, images=paths or missing_image(text)))
+
+    pairs = [(sequence(q), sequence(t)) for q, t in zip(queries, targets, strict=True)]
+    assert [s.zero_crops for s in pairs[0]] == [(0,), ()]
+    embeddings = np.load(golden / "embeddings.npz")
+    query, target = (
+        np.stack([embeddings[f"{name}/embedding"] for name in names]).astype(np.float64)
+        for names in (queries, targets)
+    )
+    expected, _ = reference_loss.symmetric_loss(query @ target.T, alpha=9.0, temperature=0.02)
+    result = run(golden_model, pairs, Run(micro_batches=2))
+    assert result.history[0]["loss"] == pytest.approx(expected, rel=GOLDEN_TOLERANCE)
+    assert np.isfinite(result.history[0]["grad_norm"])
 
 
 def test_frozen_parameters_do_not_move(golden_model, run_once):

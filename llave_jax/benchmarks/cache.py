@@ -49,7 +49,7 @@ def item_key(item: Item) -> bytes:
 
     add(b"text", item.text.encode("utf-8"))
     for image in item.images:
-        add(b"image", _image_digest(image))
+        add(*((b"zero picture", b"") if image is None else (b"image", _image_digest(image))))
     if isinstance(item.video, str | os.PathLike):
         add(b"video", _file_digest(item.video))
     elif item.video is not None:

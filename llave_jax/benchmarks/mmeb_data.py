@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet
 
 from llave_jax.data.image_store import check_relative
-from llave_jax.inputs.item import ImageLike, Item
+from llave_jax.inputs.item import ImageLike, Item, missing_image
 
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
@@ -248,11 +248,15 @@ def _parse_row(row: dict[str, Any], where: str) -> tuple[Content, list[Content]]
 
 
 def make_item(dataset: EvalDataset, index: int, images: EvalImages) -> Item:
-    """The item of one unique content; its image is looked up in the store."""
+    """The item of one unique content; its image is looked up in the store.
+
+    A marker without an image path, as in WebQA's and EDIS's queries, holds the zero picture.
+    """
     content = dataset.contents[index]
     name = f"{dataset.source}: row {dataset.first_row[index]}"
-    loaded = (images.load(content.image, name),) if content.image else ()
-    return Item(text=content.text, images=loaded, name=name)
+    if not content.image:
+        return Item(text=content.text, images=missing_image(content.text), name=name)
+    return Item(text=content.text, images=(images.load(content.image, name),), name=name)
 
 
 def chance(dataset: EvalDataset) -> float:

@@ -273,8 +273,9 @@ def write_retrieval_report(
 
 def _item_card(item: Item) -> Card:
     """Text with the first image, or the middle frame of the video."""
-    if item.images:
-        return Card(readable(item.text), html.thumbnail(item.images[0], item.name))
+    pictures = [image for image in item.images if image is not None]
+    if pictures:
+        return Card(readable(item.text), html.thumbnail(pictures[0], item.name))
     if isinstance(item.video, str):
         frames = video_decode.decode_frames(item.video, lambda n, fps: [n // 2], item.name)
         return Card(readable(item.text), html.thumbnail(frames[0], item.name))

@@ -25,7 +25,7 @@ from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first
 from llave_jax.benchmarks.results import align
 from llave_jax.benchmarks.search import search
 from llave_jax.files import write_text
-from llave_jax.inputs.item import Item
+from llave_jax.inputs.item import Item, as_item
 
 CUTOFFS = (1, 5, 10, 100)
 
@@ -180,22 +180,19 @@ def _read_items(path: Path, root: Path) -> dict[str, Item]:
 def _parse_item(row: Any, where: str, root: Path) -> tuple[str, Item]:
     if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
         raise ValueError(f'{where}: expected an object with a string "_id", found {row!r:.200}')
-    if row.get("image") and row.get("images"):
-        raise ValueError(f"{where}: has both image and images; give one")
-    images = [row["image"]] if row.get("image") else row.get("images") or []
     text = " ".join(part for part in (row.get("title"), row.get("text")) if part)
-    video = row.get("video")
-    if not text and not images and not video:
-        raise ValueError(f"{where}: has none of text, image, images, video")
-    for path in [*images, *([video] if video else [])]:
+    visual = {key: row[key] or None for key in ("image", "images", "video") if key in row}
+    item = as_item({"text": text, **visual}, where)
+
+    def below_root(path: Any) -> str | None:
+        if path is None:
+            return None
         if not isinstance(path, str) or not (root / path).is_file():
             raise FileNotFoundError(f"{where}: {path!r} is not a file below {root}")
-    return row["_id"], Item(
-        text=text,
-        images=tuple(str(root / path) for path in images),
-        video=str(root / video) if video else None,
-        name=where,
-    )
+        return str(root / path)
+
+    images = tuple(map(below_root, item.images))
+    return row["_id"], dataclasses.replace(item, images=images, video=below_root(item.video))
 
 
 def _read_qrels(

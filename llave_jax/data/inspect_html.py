@@ -105,6 +105,12 @@ def _figures(item: Item, sequence: Sequence, builder: SequenceBuilder) -> str:
     size = builder.config.vision.image_size
     figures, first = [], 0
     for image in item.images:
+        if image is None:
+            if first in sequence.zero_crops:
+                grey = PIL.Image.new("RGB", (size, size), (128, 128, 128))
+                figures.append(_figure(grey, "zero picture: a marker without an image"))
+            first += 1
+            continue
         width, height = image_size(image, item.name)
         rows, columns = (n // size for n in best_canvas(width, height, pinpoints))
         tiles = sequence.crops[first + 1 : first + 1 + rows * columns]

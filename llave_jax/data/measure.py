@@ -17,22 +17,23 @@ from llave_jax.data.sources import PairSource
 from llave_jax.inputs import taps as T
 from llave_jax.inputs.anyres import best_canvas, image_taps
 from llave_jax.inputs.images import image_size
-from llave_jax.inputs.item import Item
-from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder
+from llave_jax.inputs.item import ImageLike, VideoLike
+from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder, Visual
 
 
 class LayoutBuilder(SequenceBuilder):
     """Builds sequences whose crops have no pixels: [C, 0, 0, 3]; images are read to their header."""
 
-    def _visuals(self, item: Item) -> list[tuple[np.ndarray, T.Taps]]:
-        if item.video is not None:
-            crops, taps = super()._visuals(item)[0]
-            return [(_no_pixels(len(crops)), taps)]
-        visuals = []
-        for source in item.images:
-            size = image_size(source, item.name)
-            visuals.append((_no_pixels(self.num_crops(*size)), self._taps(*size)))
-        return visuals
+    def _image(self, source: ImageLike, name: str) -> Visual:
+        size = image_size(source, name)
+        return Visual(_no_pixels(self.num_crops(*size)), self._taps(*size))
+
+    def _zero_picture(self) -> Visual:
+        return super()._zero_picture()._replace(crops=_no_pixels(1))
+
+    def _video(self, source: VideoLike, name: str) -> Visual:
+        visual = super()._video(source, name)
+        return visual._replace(crops=_no_pixels(len(visual.crops)))
 
     def num_crops(self, width: int, height: int) -> int:
         """Crops of an image: the whole and its tiles."""
@@ -97,7 +98,8 @@ def measure_subset(
         except ValueError as error:
             unusable[source.pair_id(index)] = str(error)
             continue
-        images += [image_size(i, item.name) for item in items if item for i in item.images]
+        shown = [(i, item.name) for item in items if item for i in item.images if i is not None]
+        images += [image_size(image, name) for image, name in shown]
         with_negative += bool(pair.negatives)
 
     def table(value: Callable[[Sequence], int]) -> np.ndarray:

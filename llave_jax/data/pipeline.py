@@ -275,15 +275,21 @@ def sides_of(pair: Pair, sides: int) -> list[Item | None]:
 
 
 def content_id(item: Item | None) -> int:
-    """int32 hash of an item's text and images: equal for equal contents, in any source."""
+    """int32 hash of an item's text and images: equal for equal contents, in any source.
+
+    A zero picture is not the same as no picture.
+    """
     if item is None:
         return 0
     digest = hashlib.blake2b(item.text.encode(), digest_size=4)
     for image in item.images:
+        digest.update(b"\x1f")
+        if image is None:
+            continue
         if isinstance(image, (str, os.PathLike)):
             image = read_image_file(image, item.name)
         data = image if isinstance(image, bytes) else image.tobytes()
-        digest.update(b"\x1f" + hashlib.blake2b(data).digest())
+        digest.update(hashlib.blake2b(data).digest())
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
@@ -292,6 +298,7 @@ def _to_arrays(sequence: Sequence) -> dict[str, Any]:
     return {
         "tokens": sequence.tokens,
         "crops": sequence.crops,
+        "zero_crops": sequence.zero_crops,
         "tap_index": sequence.taps.index,
         "tap_weight": sequence.taps.weight,
         "name": sequence.name,
@@ -300,7 +307,9 @@ def _to_arrays(sequence: Sequence) -> dict[str, Any]:
 
 def _to_sequence(arrays: dict[str, Any]) -> Sequence:
     taps = Taps(arrays["tap_index"], arrays["tap_weight"])
-    return Sequence(arrays["tokens"], arrays["crops"], taps, arrays["name"])
+    return Sequence(
+        arrays["tokens"], arrays["crops"], taps, arrays["name"], tuple(arrays["zero_crops"])
+    )
 
 
 class _PackedDataset(grain.IterDataset):

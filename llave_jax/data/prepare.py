@@ -185,7 +185,8 @@ def _record(source: MmebSource, index: int, row_number: int, check_images: bool)
         pair = source.make(index, row, images)
         for item in (pair.query, pair.target, *pair.negatives):
             for image in item.images:
-                load_image(image, item.name)
+                if image is not None:
+                    load_image(image, item.name)
     return {"row": row_number, **row._asdict(), **dict(zip(IMAGES, images, strict=True))}
 
 

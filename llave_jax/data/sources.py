@@ -16,7 +16,7 @@ import numpy as np
 
 from llave_jax.data.image_store import ImageStore
 from llave_jax.data.rows import Row, RowError, Table, read_table
-from llave_jax.inputs.item import Item, Pair
+from llave_jax.inputs.item import Item, Pair, missing_image
 
 # The training subsets of MMEB (VLM2Vec, arXiv 2410.05160, table 1), in the order of its tables.
 # fmt: off
@@ -175,11 +175,14 @@ class SelectedSource(PairSource):
 
 
 def make_pair(pair_id: str, name: str, row: Row, images: Sequence[bytes]) -> Pair:
-    """The pair of a row; `images` are the encoded images of query, target and negative or b""."""
+    """The pair of a row; `images` are the encoded images of query, target and negative or b"".
+
+    A marker without an image path, as in WebQA's queries, holds the zero picture.
+    """
 
     def item(side: str, text: str, path: str, image: bytes) -> Item:
         where = f"{name}, {side}" + (f" ({path})" if path else "")
-        return Item(text=text, images=(image,) if path else (), name=where)
+        return Item(text=text, images=(image,) if path else missing_image(text), name=where)
 
     negatives = ()
     if row.neg_text.strip() or row.neg_image_path:

@@ -73,14 +73,19 @@ def image_taps(width: int, height: int, config: InputConfig, size: int, side: in
       size: a crop's side in pixels.
       side: a crop's side in patches.
     """
-    base = T.crop_map(0, 1, 1, side).reshape(-1)
     if not config.pinpoints:
-        return T.concatenate([base, T.newlines(1)])
+        return single_crop_taps(side)
+    base = T.crop_map(0, 1, 1, side).reshape(-1)
     canvas = best_canvas(width, height, config.pinpoints)
     tiles = T.crop_map(1, canvas[0] // size, canvas[1] // size, side)
     tiles = shrink(unpad(tiles, width, height), config.anyres_max, side)
     tiles = T.concatenate([tiles, T.newlines(tiles.shape[0], 1)], axis=1)
     return T.concatenate([base, tiles.reshape(-1)])
+
+
+def single_crop_taps(side: int) -> T.Taps:
+    """Visual tokens of an image of one crop, side x side patches: its patches and one newline."""
+    return T.concatenate([T.crop_map(0, 1, 1, side).reshape(-1), T.newlines(1)])
 
 
 def unpad(tiles: T.Taps, width: int, height: int) -> T.Taps:

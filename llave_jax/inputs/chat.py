@@ -21,6 +21,11 @@ _BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_star
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 
+def count_markers(text: str) -> int:
+    """How many of `<image>`, `<|image_1|>`, ... a text holds."""
+    return text.count(IMAGE_MARKER) + len(_NUMBERED_MARKER.findall(text))
+
+
 def place_markers(text: str, num_images: int, name: str = "") -> str:
     """User content with exactly one `<image>` for each image (a video counts as one image).
 

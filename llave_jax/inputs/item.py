@@ -1,16 +1,18 @@
 """One side of a pair, as users and data sets give it: text, images or a video.
 
-Owns the types only; reading image files is `images.py`, layout is `sequence.py`.
+Owns the types and what is an item; reading image files is `images.py`, layout is `sequence.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Union
+from collections.abc import Mapping, Sequence
+from typing import Any, Union
 
 import PIL.Image
+
+from llave_jax.inputs import chat
 
 # A path, the bytes of an image file, or a decoded image.
 ImageLike = Union[str, os.PathLike, bytes, PIL.Image.Image]
@@ -24,14 +26,24 @@ class Item:
 
     `text` is user content as in MMEB rows: it may hold one marker (`<image>` or `<|image_1|>`) for
     each image, in order. A single image without a marker is put in front of the text.
+    An image that is None is the zero picture: one crop of zeros after normalisation, which the
+    authors' code puts in the place of a marker whose image is missing. Only a marker can hold it:
+    Nones of an item without markers, or with a video, are dropped.
     A video takes the place of one marker; an item holds images or a video, not both.
     `name` says where the item comes from (file, row) in errors and logs.
     """
 
     text: str = ""
-    images: tuple[ImageLike, ...] = ()
+    images: tuple[ImageLike | None, ...] = ()
     video: VideoLike | None = None
     name: str = ""
+
+    def __post_init__(self):
+        pictures = tuple(image for image in self.images if image is not None)
+        if len(pictures) < len(self.images) and (
+            self.video is not None or not chat.count_markers(self.text)
+        ):
+            object.__setattr__(self, "images", pictures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +58,73 @@ class Pair:
     target: Item
     negatives: tuple[Item, ...] = ()
     subset: str = ""
+
+
+# What users give: a text, an image, a dict with any of the keys below, or an Item.
+ItemLike = Union[str, PIL.Image.Image, Mapping[str, Any], Item]
+_KEYS = ("text", "image", "images", "video")
+
+
+def as_item(item: ItemLike, name: str) -> Item:
+    """Any form of item that users give, as an Item.
+
+    A dict's None is the same as the key left out, but for `image` and the entries of `images`: there
+    it is a missing image, the zero picture in its marker's place.
+
+    Args:
+      item: an Item passes as it is, also an empty one.
+      name: says where the item comes from (file, row) in errors.
+
+    Raises:
+      ValueError: it is none of these forms, or has neither text nor image nor video.
+    """
+    if isinstance(item, Item):
+        return item
+    if isinstance(item, str):
+        return _not_empty(Item(item, name=name))
+    if isinstance(item, PIL.Image.Image):
+        return Item(images=(item,), name=name)
+    if not isinstance(item, Mapping):
+        raise ValueError(
+            f"{name}: is {type(item).__name__}; expected a text, an image, or a dict with any of "
+            f"{', '.join(_KEYS)}"
+        )
+    unknown = set(item) - set(_KEYS)
+    if unknown:
+        raise ValueError(f"{name}: unknown key(s) {sorted(unknown)}; known are {', '.join(_KEYS)}")
+    text, images = item.get("text"), item.get("images")
+    text = "" if text is None else text
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: text is {type(text).__name__}; expected a string")
+    if images is not None and not isinstance(images, list | tuple):
+        raise ValueError(
+            f"{name}: images is {type(images).__name__}; expected a list, or give one as image"
+        )
+    images = tuple(images or ())
+    if item.get("image") is not None:
+        if images:
+            raise ValueError(f"{name}: has both image and images; give one")
+        images = (item["image"],)
+    elif "image" in item and not images:
+        images = missing_image(text)
+    return _not_empty(Item(text, images=images, video=item.get("video"), name=name))
+
+
+def missing_image(text: str) -> tuple[None, ...]:
+    """The images of a text whose one image is missing: the zero picture if it has a marker for it."""
+    return (None,) if chat.count_markers(text) == 1 else ()
+
+
+def is_empty(text: str, *pictures: object) -> bool:
+    """Whether one side of a pair says and shows nothing: blank text, and no image or video.
+
+    The one rule for what users and data sets give. Only an `Item` that a program makes itself may be
+    empty.
+    """
+    return not text.strip() and not any(pictures)
+
+
+def _not_empty(item: Item) -> Item:
+    if is_empty(item.text, item.images, item.video is not None):
+        raise ValueError(f"{item.name or 'item'}: is empty; expected a text, an image or a video")
+    return item

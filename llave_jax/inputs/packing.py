@@ -49,6 +49,8 @@ class PackedBatch(NamedTuple):
 
     Attributes:
       patches: uint8 [S, C, P, patch * patch * 3], pixels of each patch by row, column, channel.
+      zero_crops: bool [S, C], True for crops that are 0 after normalisation whatever `patches` says:
+        the zero pictures of markers without an image.
       tokens: int32 [S, R, L], VISUAL_SLOT where a visual token goes.
       segment_ids: int32 [S, R, L], 1, 2, ... for the sequences of a row, 0 for unused tokens.
       positions: int32 [S, R, L], from 0 for each sequence.
@@ -60,6 +62,7 @@ class PackedBatch(NamedTuple):
     """
 
     patches: np.ndarray
+    zero_crops: np.ndarray
     tokens: np.ndarray
     segment_ids: np.ndarray
     positions: np.ndarray
@@ -273,6 +276,8 @@ class Packer:
         batch.patches[shard, first_crop : first_crop + len(sequence.crops)] = patchify(
             sequence.crops, self._vision.patch_size
         )
+        for crop in sequence.zero_crops:
+            batch.zero_crops[shard, first_crop + crop] = True
         taps = T.widen(sequence.taps, budget.taps)
         slots = start + np.flatnonzero(sequence.tokens == VISUAL_SLOT)
         batch.tap_index[shard, row, slots] = np.where(
@@ -290,6 +295,7 @@ def empty_batch(budget: Budget, num_shards: int, num_patches: int, patch_dim: in
     newline = budget.crops * num_patches
     return PackedBatch(
         patches=np.zeros((num_shards, budget.crops, num_patches, patch_dim), np.uint8),
+        zero_crops=np.zeros((num_shards, budget.crops), bool),
         tokens=np.zeros(tokens, np.int32),
         segment_ids=np.zeros(tokens, np.int32),
         positions=np.zeros(tokens, np.int32),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llave_jax.inputs import anyres, chat, images, video
 from llave_jax.inputs import taps as T
-from llave_jax.inputs.item import Item
+from llave_jax.inputs.item import ImageLike, Item, VideoLike
 from llave_jax.models.config import LlaveConfig
 
 # Stands in `Sequence.tokens` where a visual token goes.
@@ -30,15 +30,29 @@ class Sequence:
       crops: uint8 [C, S, S, 3].
       taps: of the V visual slots, in order: [V] tokens over the C crops' patches.
       name: where the item comes from, for messages.
+      zero_crops: which crops are zero pictures. Normalisation gives them 0, which no uint8 pixel
+        becomes; their pixels hold no meaning.
     """
 
     tokens: np.ndarray
     crops: np.ndarray
     taps: T.Taps
     name: str = ""
+    zero_crops: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+class Visual(NamedTuple):
+    """What takes one marker's place: `crops` uint8 [C, S, S, 3] and the taps over them, [V].
+
+    `is_zero`: it is the zero picture, a single crop.
+    """
+
+    crops: np.ndarray
+    taps: T.Taps
+    is_zero: bool = False
 
 
 class SequenceBuilder:
@@ -61,15 +75,18 @@ class SequenceBuilder:
         tokens: list[np.ndarray] = []
         taps: list[T.Taps] = []
         crops: list[np.ndarray] = []
+        zero_crops: list[int] = []
         num_crops = 0
         remaining = iter(visuals)
         for piece, follows_marker in _split_at_markers(ids):
             if follows_marker:
-                visual_crops, visual_taps = next(remaining)
-                tokens.append(np.full(visual_taps.shape, VISUAL_SLOT, np.int32))
-                taps.append(_shift(visual_taps, num_crops * vision.num_patches))
-                crops.append(visual_crops)
-                num_crops += len(visual_crops)
+                visual = next(remaining)
+                tokens.append(np.full(visual.taps.shape, VISUAL_SLOT, np.int32))
+                taps.append(_shift(visual.taps, num_crops * vision.num_patches))
+                crops.append(visual.crops)
+                if visual.is_zero:
+                    zero_crops.append(num_crops)
+                num_crops += len(visual.crops)
             tokens.append(piece)
         size = vision.image_size
         sequence = Sequence(
@@ -77,6 +94,7 @@ class SequenceBuilder:
             crops=np.concatenate(crops) if crops else np.zeros((0, size, size, 3), np.uint8),
             taps=T.concatenate(taps) if taps else T.newlines(0),
             name=item.name,
+            zero_crops=tuple(zero_crops),
         )
         if len(sequence) > inputs.max_length:
             logging.getLogger(__name__).warning(
@@ -88,22 +106,33 @@ class SequenceBuilder:
             sequence = _truncate(sequence, inputs.max_length, vision.num_patches)
         return sequence
 
-    def _visuals(self, item: Item) -> list[tuple[np.ndarray, T.Taps]]:
-        """Crops and taps of the item's images, or of its video."""
-        inputs, vision = self.config.inputs, self.config.vision
-        size, side = vision.image_size, vision.patches_per_side
+    def _visuals(self, item: Item) -> list[Visual]:
+        """The item's images, one for each marker, or its video."""
         if item.video is not None:
             if item.images:
                 raise ValueError(f"{item.name or 'item'}: has both images and a video; give one")
-            frames = video.load_frames(item.video, inputs, item.name)
-            crops = np.stack([anyres.squash(frame, size) for frame in frames])
-            return [(crops, video.video_taps(len(frames), inputs, side))]
-        visuals = []
-        for source in item.images:
-            image = images.load_image(source, item.name)
-            taps = anyres.image_taps(*image.size, inputs, size, side)
-            visuals.append((anyres.image_crops(image, inputs, size), taps))
-        return visuals
+            return [self._video(item.video, item.name)]
+        return [
+            self._zero_picture() if image is None else self._image(image, item.name)
+            for image in item.images
+        ]
+
+    def _image(self, source: ImageLike, name: str) -> Visual:
+        inputs, vision = self.config.inputs, self.config.vision
+        image = images.load_image(source, name)
+        taps = anyres.image_taps(*image.size, inputs, vision.image_size, vision.patches_per_side)
+        return Visual(anyres.image_crops(image, inputs, vision.image_size), taps)
+
+    def _zero_picture(self) -> Visual:
+        vision = self.config.vision
+        crops = np.zeros((1, vision.image_size, vision.image_size, 3), np.uint8)
+        return Visual(crops, anyres.single_crop_taps(vision.patches_per_side), is_zero=True)
+
+    def _video(self, source: VideoLike, name: str) -> Visual:
+        inputs, vision = self.config.inputs, self.config.vision
+        frames = video.load_frames(source, inputs, name)
+        crops = np.stack([anyres.squash(frame, vision.image_size) for frame in frames])
+        return Visual(crops, video.video_taps(len(frames), inputs, vision.patches_per_side))
 
 
 def _split_at_markers(ids: np.ndarray) -> list[tuple[np.ndarray, bool]]:
@@ -124,4 +153,10 @@ def _truncate(sequence: Sequence, length: int, num_patches: int) -> Sequence:
     tokens = sequence.tokens[:length]
     taps = sequence.taps[: np.count_nonzero(tokens == VISUAL_SLOT)]
     num_crops = int(taps.index.max(initial=T.NEWLINE) // num_patches) + 1
-    return dataclasses.replace(sequence, tokens=tokens, taps=taps, crops=sequence.crops[:num_crops])
+    return dataclasses.replace(
+        sequence,
+        tokens=tokens,
+        taps=taps,
+        crops=sequence.crops[:num_crops],
+        zero_crops=tuple(crop for crop in sequence.zero_crops if crop < num_crops),
+    )

@@ -104,7 +104,7 @@ class Llave(nn.Module):
         text = self.language_model.embed(jnp.maximum(tokens, 0))
         if batch.patches.shape[1] == 0 and not self.is_initializing():
             return text
-        features = self.vision_features(batch.patches)
+        features = self.vision_features(batch.patches, batch.zero_crops)
         # Its intermediate results are wide and cheap to compute again.
         place = Llave.visual_tokens if self.remat is None else nn.remat(Llave.visual_tokens)
         return jnp.where(tokens[..., None] < 0, place(self, features, batch), text)
@@ -126,10 +126,12 @@ class Llave(nn.Module):
             combined = jnp.where(takes_max, jnp.max(tapped, axis=-2), combined)
         return combined.astype(self.dtype)
 
-    def vision_features(self, patches: jax.Array) -> jax.Array:
-        """uint8 [S, C, P, patch_dim] -> [S, C, P, vision hidden]."""
+    def vision_features(self, patches: jax.Array, zero_crops: jax.Array) -> jax.Array:
+        """uint8 [S, C, P, patch_dim] and bool [S, C] -> [S, C, P, vision hidden]."""
         shards, crops = patches.shape[:2]
-        features = self.vision_tower(patches.reshape(shards * crops, *patches.shape[2:]))
+        features = self.vision_tower(
+            patches.reshape(shards * crops, *patches.shape[2:]), zero_crops.reshape(-1)
+        )
         if self.freeze_vision:
             features = jax.lax.stop_gradient(features)
         features = checkpoint_name(features, VISION_FEATURES)

@@ -84,7 +84,10 @@ class Block(nn.Module):
 
 
 class SiglipTower(nn.Module):
-    """Patch features of crops: uint8 patches [N, P, patch * patch * 3] -> [N, P, hidden]."""
+    """Patch features of crops: uint8 patches [N, P, patch * patch * 3] -> [N, P, hidden].
+
+    Crops where `zero_crops` (bool [N]) is True are 0 after normalisation, whatever their pixels.
+    """
 
     config: VisionConfig
     dtype: Dtype = jnp.float32
@@ -93,10 +96,10 @@ class SiglipTower(nn.Module):
     remat: str | None = None
 
     @nn.compact
-    def __call__(self, patches: jax.Array) -> jax.Array:
+    def __call__(self, patches: jax.Array, zero_crops: jax.Array) -> jax.Array:
         config = self.config
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        pixels = normalise(patches)
+        pixels = jnp.where(zero_crops[:, None, None], 0.0, normalise(patches))
         x = Projection((config.hidden_size,), name="patch_embedding", **kinds)(pixels)
         position = self.param(
             "position_embedding",
