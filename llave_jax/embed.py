@@ -4,7 +4,8 @@
 
 A line is an object with any of `text`, `image`, `images`, `video`, and an optional `id`; paths are
 relative to the file. Writes embeddings.npy (float32 [n, D], L2-normalised) and ids.jsonl, one id a
-line, in the order of the input. The same command continues where it was stopped.
+line, in the order of the input; run.json names the model and its precision. The same command continues
+where it was stopped.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from llave_jax import distributed
 from llave_jax.benchmarks import cache as caching
+from llave_jax.benchmarks.run_info import add_dtype_argument, record_run, settings_of
 from llave_jax.embedder import Embedder, as_item
 from llave_jax.files import write_text
 from llave_jax.inputs.item import Item
@@ -45,6 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="directory to write")
     parser.add_argument("--batch_size", type=int, help="items encoded together; default: automatic")
     parser.add_argument("--max_length", type=int, help="tokens of an item; default: the model's")
+    add_dtype_argument(parser)
     distributed.add_arguments(parser)
     return parser.parse_args(argv)
 
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = jax.process_index() == 0
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     items, ids = read_items(Path(args.input))
-    embedder = Embedder.from_pretrained(args.model, max_length=args.max_length)
+    embedder = Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
     fingerprint = caching.model_fingerprint(args.model, embedder)
     try:
         path = embed_file(
@@ -64,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if first:
+        record_run(args.output, path.name, settings_of(args.model, embedder, fingerprint))
         print(f"{len(items)} embeddings of {embedder.config.text.hidden_size} numbers in {path}")
 
 

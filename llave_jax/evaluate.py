@@ -13,6 +13,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,8 +23,12 @@ from llave_jax.benchmarks import digits, report, video_data, video_retrieval
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode
 from llave_jax.benchmarks.mmeb import evaluate_mmeb
 from llave_jax.benchmarks.retrieval import evaluate_retrieval, read_task
+from llave_jax.benchmarks.run_info import add_dtype_argument, settings_of
 from llave_jax.embedder import Embedder
 from llave_jax.files import write_text
+
+# What computed the results, for `run.json`; None on processes other than the first.
+Run = dict[str, Any] | None
 
 BENCHMARKS = ("mmeb", "digits", "retrieval", *video_data.READERS)
 
@@ -52,6 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"tokens of an item; default: the model's, {video_retrieval.MAX_LENGTH} for "
         f"{', '.join(video_data.READERS)}",
     )
+    add_dtype_argument(parser)
     distributed.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.data is None and args.benchmark != "digits":
@@ -67,27 +73,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = jax.process_index() == 0
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
 
-    embedder = Embedder.from_pretrained(args.model, max_length=args.max_length)
-    cache = EmbeddingCache()
+    embedder = Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
+    cache, run = EmbeddingCache(), None
     if first:
         fingerprint = caching.model_fingerprint(args.model, embedder)
         cache = EmbeddingCache(args.cache or Path(args.output) / "embeddings", fingerprint)
+        run = settings_of(args.model, embedder, fingerprint)
 
     def encode(items):
         return embedder.encode(items, batch_size=args.batch_size, show_progress=first)
 
     if args.benchmark in video_data.READERS:
-        table = evaluate_videos(encode, cache, args)
+        table = evaluate_videos(encode, cache, args, run)
     elif args.benchmark == "retrieval":
-        table = evaluate_own_corpus(encode, cache, args)
+        table = evaluate_own_corpus(encode, cache, args, run)
     else:
-        table = evaluate_rows(encode, cache, args)
+        table = evaluate_rows(encode, cache, args, run)
     if first:
+        table += f"\n\nModel: {_computed_by(run)}."
         print(table)
         write_text(Path(args.output) / "table.txt", table + "\n")
 
 
-def evaluate_rows(encode: Encode, cache: EmbeddingCache, args: argparse.Namespace) -> str:
+def _computed_by(run: dict[str, Any]) -> str:
+    return f"{run['model']} in {run['dtype']}"
+
+
+def evaluate_rows(encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run) -> str:
     """MMEB, or the bundled benchmark in its form. Returns the table."""
     output = Path(args.output)
     datasets = [name.strip() for name in args.subsets.split(",")] if args.subsets else None
@@ -96,34 +108,49 @@ def evaluate_rows(encode: Encode, cache: EmbeddingCache, args: argparse.Namespac
         data = digits.build(data or output / "digits") / "eval"
         infos = digits.INFOS
     results = evaluate_mmeb(
-        encode, data, datasets, output, images=args.images, cache=cache, infos=infos
+        encode,
+        data,
+        datasets,
+        output,
+        images=args.images,
+        cache=cache,
+        infos=infos,
+        settings=run,
     )
-    if jax.process_index() == 0:
+    if run is not None:
         page, title = output / "report.html", args.benchmark
         report.write_mmeb_report(
-            page, results, data, images=args.images, title=title, model=args.model
+            page, results, data, images=args.images, title=title, model=_computed_by(run)
         )
     return results.table()
 
 
-def evaluate_videos(encode: Encode, cache: EmbeddingCache, args: argparse.Namespace) -> str:
+def evaluate_videos(
+    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run
+) -> str:
     """Text-video retrieval. Returns the table."""
     dataset = video_data.READERS[args.benchmark](args.data)
-    result = video_retrieval.evaluate_video(encode, dataset, args.output, cache=cache)
-    if jax.process_index() == 0:
+    result = video_retrieval.evaluate_video(encode, dataset, args.output, cache=cache, settings=run)
+    if run is not None:
         report.write_video_report(
-            Path(args.output) / "report.html", dataset, result, model=args.model
+            Path(args.output) / "report.html", dataset, result, model=_computed_by(run)
         )
     return result.table()
 
 
-def evaluate_own_corpus(encode: Encode, cache: EmbeddingCache, args: argparse.Namespace) -> str:
+def evaluate_own_corpus(
+    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run
+) -> str:
     """Retrieval in BEIR's layout. Returns the table."""
     task = read_task(args.data)
-    result = evaluate_retrieval(encode, task, args.output, cache=cache)
-    if jax.process_index() == 0:
+    result = evaluate_retrieval(encode, task, args.output, cache=cache, settings=run)
+    if run is not None:
         report.write_retrieval_report(
-            Path(args.output) / "report.html", task, result, title=args.data, model=args.model
+            Path(args.output) / "report.html",
+            task,
+            result,
+            title=args.data,
+            model=_computed_by(run),
         )
     return result.table()
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from llave_jax.benchmarks import mmeb_data
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first_process
 from llave_jax.benchmarks.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, EvalImages
 from llave_jax.benchmarks.results import DatasetResult, Results
+from llave_jax.benchmarks.run_info import record_run
 from llave_jax.files import write_text
 
 
@@ -31,6 +33,7 @@ def evaluate_mmeb(
     images: str | os.PathLike | None = None,
     cache: EmbeddingCache | None = None,
     infos: Sequence[DatasetInfo] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Results:
     """Score datasets of MMEB's form, one after the other.
 
@@ -48,6 +51,7 @@ def evaluate_mmeb(
       infos: the benchmark's datasets with their meta-tasks; averages are over these, and datasets
         that are not among them enter none. By default MMEB's 36, or, if none of those is asked for,
         exactly the datasets that are scored.
+      settings: what `encode` is, kept in `run.json` beside the scores.
 
     Returns:
       Results of the datasets, in order.
@@ -79,7 +83,9 @@ def evaluate_mmeb(
             result.num_pred,
         )
         if output_dir is not None and jax.process_index() == 0:
+            record_run(output_dir, info.name, None)
             write_dataset(Path(output_dir), dataset, result)
+            record_run(output_dir, info.name, settings)
     return Results(tuple(results), tuple(infos))
 
 

@@ -14,7 +14,7 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first_process
 from llave_jax.benchmarks.results import align
+from llave_jax.benchmarks.run_info import record_run
 from llave_jax.benchmarks.search import search
 from llave_jax.files import write_text
 from llave_jax.inputs.item import Item, as_item
@@ -67,6 +68,7 @@ def evaluate_retrieval(
     *,
     cache: EmbeddingCache | None = None,
     cutoffs: Sequence[int] = CUTOFFS,
+    settings: Mapping[str, Any] | None = None,
 ) -> RetrievalResult:
     """Rank the corpus for every judged query and measure the rankings.
 
@@ -78,6 +80,7 @@ def evaluate_retrieval(
       output_dir: where `retrieval_score.json` and `retrieval_run.tsv` (TREC's form) go, if given.
       cache: embeddings of earlier runs.
       cutoffs: of recall and nDCG; the largest is the depth of the ranking.
+      settings: what `encode` is, kept in `run.json` beside the scores.
     """
     cache = EmbeddingCache() if cache is None else cache
     queries = embed(encode, len(task.queries), task.queries.__getitem__, cache)
@@ -95,7 +98,9 @@ def evaluate_retrieval(
     values = from_first_process(values)
     result = RetrievalResult(dict(zip(names, values.tolist(), strict=True)), ranking)
     if output_dir is not None and jax.process_index() == 0:
+        record_run(output_dir, "retrieval", None)
         _write(Path(output_dir), result)
+        record_run(output_dir, "retrieval", settings)
     return result
 
 

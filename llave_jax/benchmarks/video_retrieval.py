@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from llave_jax.benchmarks import published
 from llave_jax.benchmarks.cache import EmbeddingCache, Encode, embed, from_first_process
 from llave_jax.benchmarks.results import align
+from llave_jax.benchmarks.run_info import record_run
 from llave_jax.benchmarks.video_data import VideoDataset
 from llave_jax.files import write_text
 from llave_jax.inputs.item import Item
@@ -69,6 +70,7 @@ def evaluate_video(
     output_dir: str | os.PathLike | None = None,
     *,
     cache: EmbeddingCache | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> VideoResult:
     """Encode captions and videos, rank each against all of the other kind.
 
@@ -80,6 +82,7 @@ def evaluate_video(
       output_dir: where `<name>_score.json` and `<name>_similarity.npy` (float32 [captions, videos])
         go, if given.
       cache: embeddings of earlier runs.
+      settings: what `encode` is, kept in `run.json` beside the scores.
     """
     cache = EmbeddingCache() if cache is None else cache
 
@@ -102,11 +105,13 @@ def evaluate_video(
     result = VideoResult(dataset.name, *metrics, similarity)
     if output_dir is not None and jax.process_index() == 0:
         output_dir = Path(output_dir)
+        record_run(output_dir, dataset.name, None)
         scores = {"text_to_video": result.text_to_video, "video_to_text": result.video_to_text}
         write_text(output_dir / f"{dataset.name}_score.json", json.dumps(scores, indent=2) + "\n")
         temporary = output_dir / f"{dataset.name}_similarity.tmp.npy"
         np.save(temporary, similarity)
         temporary.replace(output_dir / f"{dataset.name}_similarity.npy")
+        record_run(output_dir, dataset.name, settings)
     return result
 
 
