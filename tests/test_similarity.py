@@ -9,10 +9,12 @@ import PIL.Image
 import pytest
 from hypothesis import given
 
+from llave_jax.benchmarks import published
 from llave_jax.benchmarks.similarity import (
     EDGES,
     NEGATIVES,
     SimilarityStats,
+    comparison_rows,
     plot_histograms,
     similarity_overlap,
     write_numbers,
@@ -189,3 +191,21 @@ def test_numbers(tmp_path):
     # What the paper reports: weighting by hardness sets positives and hard negatives apart.
     overlaps = [numbers["stats"][label]["overlap"]["positive_hard"] for label in stats]
     assert overlaps[1] < overlaps[0]
+
+
+def test_published_means_stand_below_a_run_s():
+    means = {"positive": 0.5, "hard": 0.25, "easy": -0.125}
+    stats = SimilarityStats(**{kind: np.full(4, mean, np.float32) for kind, mean in means.items()})
+    rows = comparison_rows({"SUN397": {"mine": stats}, "Own": {"mine": stats}})
+    assert rows[1:] == [
+        ["SUN397", "mine", "0.50", "0.25", "-0.12", "0.00"],
+        ["SUN397", "InfoNCE published", "0.71", "0.65", "0.36", "-"],
+        ["SUN397", "LLaVE published", "0.66", "0.51", "0.03", "-"],
+        ["Own", "mine", "0.50", "0.25", "-0.12", "0.00"],
+    ]
+    for by_loss in published.SIMILARITY.values():
+        # What the table is about: harder negatives stand off further from the positive.
+        assert (
+            by_loss["LLaVE"][0] - by_loss["LLaVE"][1]
+            > by_loss["InfoNCE"][0] - by_loss["InfoNCE"][1]
+        )

@@ -154,7 +154,7 @@ class Results:
         labels = (*META_TASKS, "IND", "OOD", "overall")
         own = {average.label: average.value for average in self.averages()}
         rows = [["model", *labels]]
-        for row in published.MMEB:
+        for row in (*published.MMEB, *published.ABLATIONS.values()):
             values = [getattr(row, label.lower()) for label in labels]
             rows.append([row.model, *(percent(value, 1) for value in values)])
         rows.append(["this run", *(percent(own[label]) for label in labels)])

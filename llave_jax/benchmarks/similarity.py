@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from llave_jax.benchmarks import published
 from llave_jax.benchmarks.mmeb import read_scores
 from llave_jax.benchmarks.results import align
 from llave_jax.files import write_text
@@ -248,7 +249,8 @@ def read_similarity(directory: str | os.PathLike, datasets: Sequence[str]) -> Si
 
 
 def comparison_rows(stats: Mapping[str, Mapping[str, SimilarityStats]]) -> list[list[str]]:
-    """Cells of the paper's Table 1, with the overlap: one row a dataset and label.
+    """Cells of the paper's Table 1, with the overlap: one row a dataset and label, then the published
+    ones of that dataset.
 
     Args:
       stats: by dataset, then by label.
@@ -259,6 +261,8 @@ def comparison_rows(stats: Mapping[str, Mapping[str, SimilarityStats]]) -> list[
             # Adding zero makes a rounded -0.00 plain.
             means = [f"{round(values.mean(kind), 2) + 0.0:.2f}" for kind in _KINDS]
             rows.append([dataset, label, *means, f"{values.overlap('positive', 'hard'):.2f}"])
+        for label, means in published.SIMILARITY.get(dataset, {}).items():
+            rows.append([dataset, f"{label} published", *(f"{mean:.2f}" for mean in means), "-"])
     return rows
 
 
