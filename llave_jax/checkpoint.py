@@ -110,7 +110,10 @@ class BestCheckpoint:
         )
         self._value = -math.inf
         if self._record.exists():
-            self._value = json.loads(self._record.read_text())["value"]
+            record = json.loads(self._record.read_text())
+            # Another metric's value says nothing about this one's.
+            if record["metric"] == metric:
+                self._value = record["value"]
 
     def offer(self, step: int, params: Any, scores: Mapping[str, float]) -> None:
         """Keep these parameters if they score higher than any before.

@@ -269,22 +269,6 @@ def write_model_dir(
             tokenizer.save_pretrained(str(staged / TOKENIZER))
 
 
-def write_template(
-    path: str | os.PathLike,
-    config: LlaveConfig,
-    *,
-    source: str | os.PathLike | None = None,
-    tokenizer: Any = None,
-) -> None:
-    """Make sure that `path` is a model directory without weights, as training runs keep one.
-
-    Args as of `write_model_dir`. One that is there already with the same configuration stays.
-    """
-    if is_model_dir(path) and load_config(path) == config:
-        return
-    write_model_dir(path, config, source=source, tokenizer=tokenizer, overwrite=True)
-
-
 def _take_over(base: Path, target: Path) -> None:
     shutil.copytree(base / TOKENIZER, target / TOKENIZER)
     if (base / SOURCE).is_dir():
@@ -332,6 +316,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def same_tokenizer(first: Path, second: Path) -> bool:
+    """Whether two directories hold the same tokenizer files, byte for byte."""
+
+    def contents(directory: Path) -> dict[str, bytes]:
+        files = [directory / name for name in _TOKENIZER_FILES]
+        return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+    return contents(first) == contents(second)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from llave_jax import config as config_lib
-from llave_jax import distributed, model_dir, setup, sharding, train_step
+from llave_jax import distributed, model_dir, resume, setup, sharding, train_step
 from llave_jax.benchmarks import digits, digits_tokenizer
 from llave_jax.benchmarks.during_training import TrainingEvaluation
 from llave_jax.benchmarks.mmeb_data import DatasetInfo
 from llave_jax.checkpoint import BEST, BestCheckpoint, Checkpoints, latest_params
 from llave_jax.data.pipeline import Composition, TrainBatch, train_iterator
 from llave_jax.data.sources import PairSource, open_source, split_held_out
-from llave_jax.files import write_text
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.metrics import MetricsWriter
 from llave_jax.models.config import LlaveConfig
@@ -45,8 +43,6 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; continue
 flags.mark_flags_as_required(["config", "workdir"])
 
 DIGITS = "digits"
-# Keys that may differ when a run is continued: they change neither the model nor what it sees.
-CHANGEABLE = ("mesh", "attention", "vision_attention", "remat", "log_every", "checkpoint", "eval")
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -54,7 +50,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     first_process = jax.process_index() == 0
     if first_process:
         workdir.mkdir(parents=True, exist_ok=True)
-        record_config(config, workdir)
+        resume.record_config(config, workdir)
     mesh = sharding.make_mesh(dict(config.mesh))
     log.info("mesh %s, %s", dict(mesh.shape), jax.devices()[0].device_kind)
 
@@ -118,42 +114,6 @@ def train(config: ConfigDict, workdir: Path) -> None:
         evaluation.report(total_steps)
 
 
-def record_config(config: ConfigDict, workdir: Path) -> None:
-    """Keep the config with the run; a run is only continued with the config it began with.
-
-    What ended before its first checkpoint, as with a path that was mistyped, has nothing to continue.
-
-    Raises:
-      ValueError: the run in `workdir` has another config; it names the keys.
-    """
-    path = workdir / "config.json"
-    text = config.to_json(indent=2, sort_keys=True) + "\n"
-    if path.exists() and latest_params(workdir) is not None:
-        before, now = flat_config(json.loads(path.read_text())), flat_config(json.loads(text))
-        changed = [
-            f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key.split(".")[0] not in CHANGEABLE
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run with another config ({'; '.join(changed)}); "
-                "use another --workdir, or the config it began with"
-            )
-    write_text(path, text)
-
-
-def flat_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim.learning_rate": 1e-5, ...}"""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flat_config(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def locate_data(config: ConfigDict, workdir: Path) -> tuple[Path, Path | None]:
     """Training data and tokenizer directory; the digits benchmark is built if it is asked for."""
     if config.data.path is None:
@@ -213,12 +173,34 @@ def check_vocabulary(tokenizer: Any, llave_config: LlaveConfig) -> None:
 def record_model(
     config: ConfigDict, llave_config: LlaveConfig, tokenizer_path: Path | None, workdir: Path
 ) -> None:
-    """Keep with the run what makes its checkpoints a model: config, tokenizer, source files."""
-    model_dir.write_template(
-        workdir / "model",
-        llave_config,
-        source=config.model.path,
-        tokenizer=tokenizer_path,
+    """Keep with the run what makes its checkpoints a model: config, tokenizer, source files.
+
+    Raises:
+      ValueError: the run that is continued has another model or tokenizer.
+    """
+    kept = workdir / "model"
+    tokenizer = tokenizer_path
+    if config.model.path is not None:
+        tokenizer = model_dir.locate(config.model.path) / model_dir.TOKENIZER
+    if latest_params(workdir) is not None and model_dir.is_model_dir(kept):
+        now, before = llave_config.to_dict(), model_dir.load_config(kept).to_dict()
+        now, before = dict(resume.leaves(now)), dict(resume.leaves(before))
+        changed = [
+            f"{key}: {before[key]!r} -> {now[key]!r}" for key in now if now[key] != before[key]
+        ]
+        if changed:
+            raise ValueError(
+                f"{kept} is the model of the run; config.model describes another "
+                f"({'; '.join(changed)}). Use another --workdir, or the model the run began with"
+            )
+        if not model_dir.same_tokenizer(tokenizer, kept / model_dir.TOKENIZER):
+            raise ValueError(
+                f"{kept} has the tokenizer of the run; {tokenizer} is another. Use another --workdir, or "
+                "the tokenizer the run began with"
+            )
+        return
+    model_dir.write_model_dir(
+        kept, llave_config, source=config.model.path, tokenizer=tokenizer_path, overwrite=True
     )
 
 
@@ -294,10 +276,10 @@ def make_best(config: ConfigDict, workdir: Path) -> BestCheckpoint | None:
     if config.eval.benchmark is None:
         raise ValueError("config.checkpoint.best_metric needs config.eval.benchmark")
     if jax.process_index() == 0:
-        folder = workdir / BEST
-        folder.mkdir(exist_ok=True)
-        model = workdir / "model"
-        model_dir.write_template(folder / "model", model_dir.load_config(model), source=model)
+        kept, best = workdir / "model", workdir / BEST / "model"
+        if latest_params(workdir) is None or not model_dir.is_model_dir(best):
+            model_config = model_dir.load_config(kept)
+            model_dir.write_model_dir(best, model_config, source=kept, overwrite=True)
     return BestCheckpoint(workdir, config.checkpoint.best_metric)
 
 

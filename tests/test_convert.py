@@ -812,7 +812,7 @@ def test_training_run(tmp_path):
     source = write_hf(tmp_path / "hf", "hub", dtype="bfloat16", shards=2)
     run = tmp_path / "run"
     config = convert(source, tmp_path / "start")
-    model_dir.write_template(run / "model", config, source=tmp_path / "start")
+    model_dir.write_model_dir(run / "model", config, source=tmp_path / "start")
     (run / "config.json").write_text('{"seed": 0}')
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         export(run, tmp_path / "back", "onevision")

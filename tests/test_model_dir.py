@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import jax
@@ -99,7 +98,7 @@ def test_template_of_a_training_run(golden, tmp_path):
     convert_from_hf(golden / "checkpoint", tmp_path / "start", show_progress=False)
     config = model_dir.load_config(tmp_path / "start")
     template = tmp_path / "run" / "model"
-    model_dir.write_template(template, config, source=tmp_path / "start")
+    model_dir.write_model_dir(template, config, source=tmp_path / "start")
     assert model_dir.load_config(tmp_path / "run") == config
     assert {path.name for path in template.iterdir()} == {
         "carried.safetensors", "config.json", "source", "tokenizer",
@@ -110,16 +109,6 @@ def test_template_of_a_training_run(golden, tmp_path):
         model_dir.open_params(template)
     with pytest.raises(CheckpointError, match="this training run has no checkpoint yet"):
         model_dir.load_params(tmp_path / "run")
-    # Said again, it stays; with other settings, it is written anew.
-    (template / "kept").touch()
-    model_dir.write_template(template, config, source=tmp_path / "start")
-    assert (template / "kept").exists()
-    inputs = dataclasses.replace(config.inputs, max_length=77)
-    model_dir.write_template(
-        template, dataclasses.replace(config, inputs=inputs), source=tmp_path / "start"
-    )
-    assert model_dir.load_config(template).inputs.max_length == 77
-    assert not (template / "kept").exists()
 
 
 @pytest.mark.parametrize("axes", [None, (2, 2, 2)])
@@ -127,7 +116,7 @@ def test_latest_checkpoint_of_a_training_run(golden, tmp_path, params, axes):
     import orbax.checkpoint as ocp
 
     run = tmp_path / "run"
-    model_dir.write_template(run / "model", TINY, tokenizer=golden / "checkpoint")
+    model_dir.write_model_dir(run / "model", TINY, tokenizer=golden / "checkpoint")
     for step, factor in ((9, 1), (10, 2)):
         tree = sharding.unflatten({path: factor * array for path, array in params.items()})
         with ocp.CheckpointManager(run / "checkpoints") as manager:

@@ -77,7 +77,8 @@ class TrainingEvaluation:
         """Print and keep the final table; draw the similarity histograms."""
         if self._data_dir is None or jax.process_index() != 0:
             return
-        first = json.loads(self._summary(0).read_text())
+        # A benchmark that a continued run begins with has not scored the untrained model.
+        first = json.loads(self._summary(0).read_text()) if self._summary(0).exists() else {}
         last = json.loads(self._summary(last_step).read_text())
         rows = [["dataset", "meta-task", "chance", "untrained", "trained"]]
         rows += [
@@ -85,17 +86,16 @@ class TrainingEvaluation:
                 name,
                 entry["meta_task"],
                 f"{100 * entry['chance']:.1f}",
-                f"{100 * first[name]['accuracy']:.1f}",
+                f"{100 * first[name]['accuracy']:.1f}" if name in first else "-",
                 f"{100 * entry['accuracy']:.1f}",
             ]
             for name, entry in last.items()
         ]
         table = "precision@1 in percent\n" + align(rows)
         (self._workdir / "results.txt").write_text(table + "\n")
-        stats = {
-            label: self._similarity(step, list(last))
-            for label, step in (("untrained", 0), ("trained", last_step))
-        }
+        stats = {"trained": self._similarity(last_step, list(last))}
+        if last.keys() <= first.keys():
+            stats = {"untrained": self._similarity(0, list(last)), **stats}
         picture = self._workdir / "similarity.png"
         similarity.plot_histograms(stats, picture)
         print(f"\n{table}\n\nsimilarity of positives and of hard and easy negatives: {picture}")
