@@ -155,8 +155,13 @@ def load_params(folder: Path, abstract: Any) -> Any:
 
 def param_infos(folder: Path) -> dict[str, Any]:
     """ "a/b/c" -> shape and dtype of the parameters saved in `folder`."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return sharding.flatten(checkpointer.metadata(folder.resolve()).item_metadata.tree)
+    return sharding.flatten(_metadata(folder))
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """Shapes and dtypes of what is saved in `folder`, as a nested dict."""
+    # A StandardCheckpointer would warn that the folder, part of a checkpoint, is none by itself.
+    return ocp.StandardCheckpointHandler().metadata(folder.resolve()).tree
 
 
 def load_param(folder: Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
@@ -184,9 +189,8 @@ def _check_processes(folder: Path) -> None:
 
 def _check_optimizer(folder: Path, opt_state: Mapping[str, Any]) -> None:
     """What an optimiser keeps has names, and a checkpoint must have the same."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(folder.resolve()).item_metadata.tree["opt_state"]
-    saved, expected = sharding.flatten(saved).keys(), sharding.flatten(opt_state).keys()
+    saved = sharding.flatten(_metadata(folder)["opt_state"]).keys()
+    expected = sharding.flatten(opt_state).keys()
     if saved == expected:
         return
     advice = "start a new run from the saved parameters (config.model.path, another --workdir)"

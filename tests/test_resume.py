@@ -198,7 +198,7 @@ CHANGES = {
     "log_every": (2, None),
     "checkpoint.every": (1, EXACT),
     "checkpoint.keep": (1, EXACT),
-    "checkpoint.best_metric": ("VOC2007", EXACT),
+    "checkpoint.best_metric": ("classification/VOC2007", EXACT),
     "eval.benchmark": ("moved_eval", EXACT),
     "eval.datasets": (("VOC2007",), EXACT),
     "eval.every": (1, EXACT),
