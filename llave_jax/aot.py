@@ -60,6 +60,7 @@ def compile_train_step(config: ConfigDict, topology: str) -> Compiled:
 
     Raises:
       DoesNotFit: it needs more memory than the chips have.
+      ValueError: as of `config.check_budget`.
     """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
@@ -72,6 +73,7 @@ def lower_train_step(
 ) -> tuple[jax.stages.Lowered, setup.Training, Budget]:
     """The program that training runs on a mesh, before XLA compiles it."""
     llave_config = config_lib.model_config(config)
+    config_lib.check_budget(config, llave_config, sharding.num_shards(mesh))
     # The number of steps is a constant of the schedule and changes nothing else.
     training = setup.build_training(config, llave_config, mesh, config.steps or 1000)
     budget = config_lib.batch_budget(config, sharding.num_shards(mesh))

@@ -7,6 +7,7 @@ overrides single fields (`--config.optim.learning_rate=2e-5`). A misspelt field 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from llave_jax.inputs.anyres import image_taps
 from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import PRESETS, LlaveConfig, grid_pinpoints
+
+log = logging.getLogger(__name__)
 
 
 def default_config() -> ConfigDict:
@@ -198,6 +202,67 @@ def batch_budget(config: ConfigDict, shards: int) -> Budget:
         sides=3 if config.loss.hard_negatives else 2,
         taps=batch.taps,
     )
+
+
+def check_budget(config: ConfigDict, llave_config: LlaveConfig, shards: int) -> None:
+    """See before the first step that a batch has room for any item the model's inputs allow.
+
+    With `data.on_error` "skip", rows that are too large are left out and counted, and a budget too small
+    for the largest possible one is only warned about; so is one too small for a pair of such items.
+
+    Raises:
+      ValueError: with `data.on_error` "raise", no room for the longest sequence, for the image of most
+        crops or for its taps; it says which number to change, and to what.
+    """
+    inputs, vision = llave_config.inputs, llave_config.vision
+    budget = batch_budget(config, shards)
+    crops = 1 + max((h * w // vision.image_size**2 for h, w in inputs.pinpoints), default=0)
+    taps = max(
+        image_taps(w, h, inputs, vision.image_size, vision.patches_per_side).width
+        for h, w in inputs.pinpoints or [(vision.image_size, vision.image_size)]
+    )
+    short = []
+    if inputs.max_length > budget.row_length:
+        short.append(
+            f"rows have {budget.row_length} tokens, a sequence up to {inputs.max_length}: raise "
+            f"batch.row_length to {inputs.max_length}, or lower model.inputs.max_length to "
+            f"{budget.row_length}"
+        )
+    if crops > budget.crops:
+        short.append(
+            f"a device has room for {budget.crops} crops, an image has up to {crops}: raise "
+            f"batch.crops_per_pair to {_share(crops, config, shards)}, or lower model.inputs.pinpoints "
+            "(now up to {0} x {1} pixels)".format(
+                *max(inputs.pinpoints, key=math.prod, default=(0, 0))
+            )
+        )
+    if taps > budget.taps:
+        short.append(
+            f"visual tokens have up to {budget.taps} taps, large images are shrunk and need {taps}: raise "
+            f"batch.taps to {taps}, or lower model.inputs.pinpoints to at most "
+            f"{inputs.anyres_max} tiles"
+        )
+    if short and config.data.on_error == "raise":
+        raise ValueError(
+            f"batches are too small for items of this model: {'; '.join(short)}. If your data has no such "
+            "items, --config.data.on_error=skip leaves out and counts what is too large, should it come"
+        )
+    for problem in short:
+        log.warning("%s. Rows that are too large will be left out", problem)
+    sides = budget.sides
+    together = budget.rows * (budget.row_length // inputs.max_length)
+    if not short and (together < sides or sides * crops > budget.crops):
+        log.warning(
+            "a device and micro-batch has %d row(s) of %d tokens and %d crops: too small for a pair whose "
+            "items all have %d tokens and %d crops (batch.tokens_per_pair, batch.crops_per_pair)",
+            *(budget.rows, budget.row_length, budget.crops, inputs.max_length, crops),
+        )
+
+
+def _share(crops: int, config: ConfigDict, shards: int) -> float:
+    """The `batch.crops_per_pair` that gives a device room for so many crops."""
+    pairs = config.batch.pairs / (shards * config.batch.micro_batches)
+    return math.ceil(100 * crops / pairs) / 100
 
 
 def model_config(config: ConfigDict) -> LlaveConfig:

@@ -58,6 +58,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     llave_config = config_lib.model_config(config)
     tokenizer = load_tokenizer(config, tokenizer_path)
     check_vocabulary(tokenizer, llave_config)
+    config_lib.check_budget(config, llave_config, sharding.num_shards(mesh))
     if first_process:
         record_model(config, llave_config, tokenizer_path, workdir)
     source = open_training_source(config, data_path)

@@ -297,6 +297,7 @@ def write_tiny_config(tmp_path_factory, large):
         "    config = large()\n"
         "    config.model.preset = 'tiny'\n"
         "    config.batch.pairs, config.batch.micro_batches = 64, 2\n"
+        "    config.model.inputs.max_length = config.model.inputs.max_text_length = 512\n"
         "    config.batch.row_length = 512\n"
         "    config.batch.tokens_per_pair = 256.0\n"
         "    return config\n"

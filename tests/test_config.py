@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from llave_jax import model_dir
-from llave_jax.config import canvases, default_config, model_config, paper_config
+from llave_jax.config import (
+    canvases,
+    check_budget,
+    default_config,
+    model_config,
+    paper_config,
+)
 from llave_jax.convert.from_hf import convert_from_hf
 from llave_jax.models.config import grid_pinpoints
 from tests.convert_checkpoints import write_hf
@@ -88,3 +94,62 @@ def test_canvases_from_the_command_line():
     for text, expected in {"2,2": (2, 2), "((384,768),)": ((384, 768),)}.items():
         config.model.inputs.pinpoints = tuple_parser.TupleParser().parse(text)
         assert config.model.inputs.pinpoints == expected
+
+
+SHARDS = {"llave_0_5b": 8, "llave_2b": 8, "llave_7b": 16, "tpu_v4": 16, "gpu_h100": 8}
+
+
+@pytest.mark.parametrize("name", PAPER_CONFIGS)
+def test_the_papers_budgets_hold_the_largest_pair_of_any_base_model(name, base_model, caplog):
+    config = load_config(name)
+    for path in (None, str(base_model)):
+        config.model.path = path
+        check_budget(config, model_config(config), SHARDS[name])
+    assert not caplog.records
+
+
+def too_small(**changes):
+    """A config whose batches are too small for what LLaVA-OneVision's own inputs allow."""
+    config = load_config("llave_2b")
+    config.model.inputs.pinpoints = (6, 6)
+    config.model.inputs.max_length = 32768
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_budgets_too_small_for_the_model_are_refused_with_the_numbers_to_change():
+    config = too_small()
+    with pytest.raises(ValueError, match="too small") as refused:
+        check_budget(config, model_config(config), 8)
+    message = str(refused.value)
+    assert "raise batch.row_length to 32768, or lower model.inputs.max_length to 15360" in message
+    assert "24 crops, an image has up to 37: raise batch.crops_per_pair to 9.25" in message
+    assert "up to 2304 x 2304 pixels" in message
+    assert "raise batch.taps to 4, or lower model.inputs.pinpoints to at most 9 tiles" in message
+    assert "--config.data.on_error=skip" in message
+
+    # The numbers it names are enough, and no smaller ones.
+    enough = {"batch.row_length": 32768, "batch.crops_per_pair": 9.25, "batch.taps": 4}
+    check_budget(too_small(**enough), model_config(too_small(**enough)), 8)
+    for key, less in {"row_length": 32767, "crops_per_pair": 9.0, "taps": 3}.items():
+        config = too_small(**{**enough, f"batch.{key}": less})
+        with pytest.raises(ValueError, match=key):
+            check_budget(config, model_config(config), 8)
+
+
+def test_data_without_large_items_may_have_small_batches(caplog):
+    """Texts alone, with rows for them: what is too large would be skipped and counted."""
+    changes = {"batch.row_length": 512, "batch.crops_per_pair": 0.0, "data.on_error": "skip"}
+    config = too_small(**changes)
+    check_budget(config, model_config(config), 8)
+    assert "raise batch.row_length to 32768" in caplog.text
+    assert "raise batch.crops_per_pair" in caplog.text
+
+
+def test_budgets_that_hold_any_item_but_not_two_are_warned_about(caplog):
+    config = load_config("quickstart")
+    config.batch.pairs = 16
+    check_budget(config, model_config(config), 1)
+    assert not caplog.records
+    check_budget(config, model_config(config), 16)
+    assert "1 row(s) of 224 tokens and 7 crops: too small for a pair" in caplog.text
