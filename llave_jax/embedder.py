@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from llave_jax import sharding
 from llave_jax.embedding_step import build_embedding_step
+from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.item import Item, ItemLike, as_item
 from llave_jax.inputs.packing import Budget, PackedBatch, Packer, Planner, empty_batch
 from llave_jax.inputs.sequence import Sequence, SequenceBuilder
@@ -70,6 +71,7 @@ class Embedder:
         self.params = params
         self.mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
         self.builder = SequenceBuilder(tokenizer, model.config)
+        self._cuts = CutWarnings()
         self._tokens_per_batch = tokens_per_batch
         self._apply = build_embedding_step(model, self.mesh)
 
@@ -121,7 +123,8 @@ class Embedder:
     ) -> np.ndarray:
         """Embeddings of items: float32 [n, D], L2-normalised, in the items' order; [D] for one item.
 
-        In a job of several processes all call this with the same items, and all get the result.
+        In a job of several processes all call this with the same items, and all get the result. An item
+        that is longer than the model reads is cut at its end, with a warning.
 
         Args:
           items: one item, or any iterable of them (a generator's are not kept in memory). An item
@@ -193,9 +196,15 @@ class Embedder:
             for group in _groups(items, work):
                 waiting.append(pool.submit(self._lay_out, group, work))
                 if len(waiting) > 4 * workers:
-                    yield from waiting.popleft().result()
+                    yield from self._checked(waiting.popleft().result())
             while waiting:
-                yield from waiting.popleft().result()
+                yield from self._checked(waiting.popleft().result())
+        self._cuts.report()
+
+    def _checked(self, group: list[tuple[int, Sequence]]) -> list[tuple[int, Sequence]]:
+        for _, sequence in group:
+            self._cuts.note(sequence)
+        return group
 
     def _lay_out(self, group: list[tuple[int, Item]], work: _Work) -> list[tuple[int, Sequence]]:
         sequences = []

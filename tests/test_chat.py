@@ -44,7 +44,10 @@ def test_prompt_is_the_trained_one():
     )
 
 
-def test_cut_counts_an_image_as_one_token(golden_model):
-    ids = chat.chat_ids(golden_model.tokenizer, "<image>\nlong " + "text " * 50, 30)
-    assert len(ids) == 30
-    assert (ids == chat.IMAGE_TOKEN).sum() == 1
+def test_an_image_is_one_token(golden_model):
+    content = "<image>\nlong <image>"
+    ids = chat.chat_ids(golden_model.tokenizer, content)
+    assert (ids == chat.IMAGE_TOKEN).sum() == 2
+    pieces = chat.chat_text(content).split(chat.IMAGE_MARKER)
+    lengths = [len(golden_model.tokenizer.encode(p, add_special_tokens=False)) for p in pieces]
+    assert len(ids) == sum(lengths) + 2

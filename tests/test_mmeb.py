@@ -140,11 +140,37 @@ def test_a_marker_without_an_image_holds_the_zero_picture(tmp_path):
 
 
 def test_one_text_for_a_list_of_images_and_null_cells(tmp_path):
-    rows = [row("q", "", images=["a.png", "b.png"]), row(None, ["t", "u"], images=[None, None])]
+    rows = [row("q", "", images=["a.png", "b.png"])]
+    rows += [row(None, ["t", "u"], images=[None, None], query_image="a.png")]
     write_rows(tmp_path, "Own", rows)
     dataset = mmeb_data.read_dataset(tmp_path, "Own")
     assert [dataset.contents[i] for i in dataset.target_ids[0]] == [("", "a.png"), ("", "b.png")]
-    assert dataset.contents[dataset.query_ids[1]] == ("", "")
+    assert dataset.contents[dataset.query_ids[1]] == ("", "a.png")
+
+
+def test_what_is_empty_is_skipped_and_counted(tmp_path, caplog):
+    rows = [
+        row("", ["a", "b"]),
+        row("q", ["a", "", " \n", "b", None], images=["", "", "", "", None]),
+        row("q", ["", "b"]),
+        row("q", ["a", "b"]),
+    ]
+    write_rows(tmp_path, "Own", rows)
+    dataset = mmeb_data.read_dataset(tmp_path, "Own")
+    assert dataset.row_numbers.tolist() == [1, 3]
+    assert [[dataset.contents[i].text for i in ids] for ids in dataset.target_ids] == [
+        ["a", "b"]
+    ] * 2
+    results = mmeb.evaluate_mmeb(HashEncoder(), tmp_path, None, tmp_path / "out")
+    result = results["Own"]
+    assert (result.num_pred, result.skipped_rows, result.skipped_candidates) == (2, 2, 3)
+    assert "Own: skipped 2 of 4 rows whose query or positive has neither text nor" in caplog.text
+    assert "Skipped, with neither text nor image: Own 2 rows, 3 candidates." in results.table()
+    lines = (tmp_path / "out/Own_predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == [1, 3]
+    write_rows(tmp_path, "Own", rows[:1])
+    with pytest.raises(ValueError, match=r"Own.json: has no rows whose query and positive are not"):
+        mmeb_data.read_dataset(tmp_path, "Own")
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,15 @@ def evaluate_mmeb(
     results = []
     for number, info in enumerate(mmeb_data.describe(names, infos), 1):
         dataset = mmeb_data.read_dataset(data_dir, info.name)
+        if dataset.skipped_rows or dataset.skipped_candidates:
+            logging.getLogger(__name__).warning(
+                "%s: skipped %d of %d rows whose query or positive has neither text nor image, and %d "
+                "such candidates of other rows",
+                info.name,
+                dataset.skipped_rows,
+                dataset.skipped_rows + len(dataset),
+                dataset.skipped_candidates,
+            )
         result = evaluate_dataset(encode, dataset, store, cache, info)
         results.append(result)
         logging.getLogger(__name__).info(
@@ -114,6 +123,8 @@ def evaluate_dataset(
         chance=mmeb_data.chance(dataset),
         scores=scores,
         candidates=dataset.target_ids,
+        skipped_rows=dataset.skipped_rows,
+        skipped_candidates=dataset.skipped_candidates,
     )
 
 
@@ -154,7 +165,7 @@ def _prediction_rows(dataset: EvalDataset, result: DatasetResult) -> list[dict]:
         targets = dataset.target_ids[index]
         rows.append(
             {
-                "row": index,
+                "row": int(dataset.row_numbers[index]),
                 "query": dataset.contents[dataset.query_ids[index]],
                 "prediction": int(prediction),
                 "predicted": dataset.contents[targets[prediction]],

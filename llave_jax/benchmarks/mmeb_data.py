@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet
 
 from llave_jax.data.image_store import check_relative
-from llave_jax.inputs.item import ImageLike, Item, missing_image
+from llave_jax.inputs.item import ImageLike, Item, is_empty, missing_image
 
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
@@ -71,7 +71,11 @@ class EvalDataset:
     """The rows of one dataset over its unique contents.
 
     Row `i` asks for `contents[query_ids[i]]` among `contents[j]` for `j` in `target_ids[i]`;
-    candidate 0 is the positive. `first_row[j]` is a row that holds content `j`, for messages.
+    candidate 0 is the positive. `first_row[j]` is a row of the file that holds content `j`, for
+    messages.
+
+    What has neither text nor image cannot be scored: rows whose query or positive is so are skipped,
+    and such candidates of other rows. `row_numbers` are those of the file.
     """
 
     name: str
@@ -80,6 +84,9 @@ class EvalDataset:
     query_ids: np.ndarray  # int32 [rows]
     target_ids: tuple[np.ndarray, ...]  # int32 [candidates] for each row
     first_row: np.ndarray  # int32 [contents]
+    row_numbers: np.ndarray  # int32 [rows]
+    skipped_rows: int = 0
+    skipped_candidates: int = 0
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -169,7 +176,7 @@ def read_dataset(data_dir: str | Path, name: str) -> EvalDataset:
 
     Raises:
         FileNotFoundError: neither exists.
-        ValueError: a row does not have MMEB's form; names file, row and column.
+        ValueError: a row does not have MMEB's form, naming file, row and column; or no row is left.
     """
     data_dir = Path(data_dir)
     parts = sorted((data_dir / name).glob("test-*.parquet"))
@@ -199,7 +206,8 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 def _index_rows(name: str, source: Path, rows: Sequence[dict[str, Any]]) -> EvalDataset:
     ids: dict[Content, int] = {}
     first_row: list[int] = []
-    query_ids, target_ids = [], []
+    query_ids, target_ids, row_numbers = [], [], []
+    skipped_candidates = 0
 
     def index(content: Content, row: int) -> int:
         if content not in ids:
@@ -209,10 +217,17 @@ def _index_rows(name: str, source: Path, rows: Sequence[dict[str, Any]]) -> Eval
 
     for number, row in enumerate(rows):
         query, targets = _parse_row(row, f"{source}: row {number}")
+        if is_empty(*query) or is_empty(*targets[0]):
+            continue
+        kept = [target for target in targets if not is_empty(*target)]
+        skipped_candidates += len(targets) - len(kept)
         query_ids.append(index(query, number))
-        target_ids.append(np.array([index(target, number) for target in targets], np.int32))
-    if not rows:
-        raise ValueError(f"{source}: has no rows")
+        target_ids.append(np.array([index(target, number) for target in kept], np.int32))
+        row_numbers.append(number)
+    if not row_numbers:
+        raise ValueError(
+            f"{source}: has no rows" + (" whose query and positive are not empty" if rows else "")
+        )
     return EvalDataset(
         name=name,
         source=source,
@@ -220,6 +235,9 @@ def _index_rows(name: str, source: Path, rows: Sequence[dict[str, Any]]) -> Eval
         query_ids=np.array(query_ids, np.int32),
         target_ids=tuple(target_ids),
         first_row=np.array(first_row, np.int32),
+        row_numbers=np.array(row_numbers, np.int32),
+        skipped_rows=len(rows) - len(row_numbers),
+        skipped_candidates=skipped_candidates,
     )
 
 

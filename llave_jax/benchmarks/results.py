@@ -25,6 +25,8 @@ class DatasetResult:
       scores: per row float32 [candidates], cosine with the query; None on processes other than
         the first.
       candidates: per row int32 [candidates]; equal ids are one content, given twice.
+      skipped_rows: rows that are not scored, as their query or positive has neither text nor image.
+      skipped_candidates: such candidates of the rows that are scored.
     """
 
     info: DatasetInfo
@@ -32,6 +34,8 @@ class DatasetResult:
     chance: float
     scores: tuple[np.ndarray, ...] | None = None
     candidates: tuple[np.ndarray, ...] = ()
+    skipped_rows: int = 0
+    skipped_candidates: int = 0
 
     @property
     def num_pred(self) -> int:
@@ -122,7 +126,8 @@ class Results:
         text = align(rows) + "\n\n" + align(self._average_rows())
         if self.is_mmeb:
             text += "\n\n" + align(self.comparison())
-        return text + "".join(f"\n{line}" for line in self._missing_lines())
+        lines = [*self._skipped_lines(), *self._missing_lines()]
+        return text + "".join(f"\n{line}" for line in lines)
 
     def _average_rows(self) -> list[list[str]]:
         rows = [["average", "", "precision@1", "chance", "datasets"]]
@@ -138,6 +143,16 @@ class Results:
                 ]
             )
         return rows
+
+    def _skipped_lines(self) -> list[str]:
+        skipped = [
+            f"{r.info.name} {r.skipped_rows} rows, {r.skipped_candidates} candidates"
+            for r in self.datasets
+            if r.skipped_rows or r.skipped_candidates
+        ]
+        return (
+            ["", f"Skipped, with neither text nor image: {'; '.join(skipped)}."] if skipped else []
+        )
 
     def _missing_lines(self) -> list[str]:
         (overall,) = (a for a in self.averages() if a.label == "overall")

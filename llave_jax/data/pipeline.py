@@ -26,6 +26,7 @@ from absl import flags
 
 from llave_jax.data.skips import SkipLog
 from llave_jax.data.sources import PairSource
+from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.images import read_image_file
 from llave_jax.inputs.item import Item, Pair
 from llave_jax.inputs.packing import (
@@ -299,6 +300,7 @@ def _to_arrays(sequence: Sequence) -> dict[str, Any]:
         "tokens": sequence.tokens,
         "crops": sequence.crops,
         "zero_crops": sequence.zero_crops,
+        "num_cut": sequence.num_cut,
         "tap_index": sequence.taps.index,
         "tap_weight": sequence.taps.weight,
         "name": sequence.name,
@@ -306,9 +308,13 @@ def _to_arrays(sequence: Sequence) -> dict[str, Any]:
 
 
 def _to_sequence(arrays: dict[str, Any]) -> Sequence:
-    taps = Taps(arrays["tap_index"], arrays["tap_weight"])
     return Sequence(
-        arrays["tokens"], arrays["crops"], taps, arrays["name"], tuple(arrays["zero_crops"])
+        tokens=arrays["tokens"],
+        crops=arrays["crops"],
+        taps=Taps(arrays["tap_index"], arrays["tap_weight"]),
+        name=arrays["name"],
+        zero_crops=tuple(arrays["zero_crops"]),
+        num_cut=arrays["num_cut"],
     )
 
 
@@ -358,6 +364,7 @@ class _PackedIterator(grain.DatasetIterator):
         self._rows = rows
         self._skips = skips
         self._identity = identity
+        self._cuts = CutWarnings(items_repeat=True)
         self._next = 0
         self._carry: list[_Waiting] = []
         self._stream: Iterator[dict[str, Any]] | None = None
@@ -436,6 +443,9 @@ class _PackedIterator(grain.DatasetIterator):
             if "skipped" in element:
                 self._skips.record(element["id"], element["skipped"])
             elif "hole" not in element:
+                for sequence in element["sequences"]:
+                    if sequence is not None:
+                        self._cuts.note(_to_sequence(sequence))
                 return _Waiting(position, element)
         return None
 

@@ -57,11 +57,8 @@ def chat_text(content: str) -> str:
     return _BEFORE + content + _AFTER
 
 
-def chat_ids(tokenizer: Any, content: str, max_text_length: int | None = None) -> np.ndarray:
-    """Token ids of the prompt: int32 [T], one IMAGE_TOKEN for each `<image>`.
-
-    Cut to `max_text_length` first; then a literal padding token in the text is dropped, since the
-    model takes padding out by its id (the authors' image path does the same).
+def chat_ids(tokenizer: Any, content: str) -> np.ndarray:
+    """Token ids of the whole prompt: int32 [T], one IMAGE_TOKEN for each `<image>`.
 
     Args:
       tokenizer: a Hugging Face fast tokenizer of the model.
@@ -72,5 +69,4 @@ def chat_ids(tokenizer: Any, content: str, max_text_length: int | None = None) -
         if i:
             ids.append(IMAGE_TOKEN)
         ids.extend(tokenizer.encode(piece, add_special_tokens=False, verbose=False))
-    array = np.asarray(ids[:max_text_length], dtype=np.int32)
-    return array[array != tokenizer.pad_token_id]
+    return np.asarray(ids, dtype=np.int32)

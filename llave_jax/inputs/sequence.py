@@ -7,7 +7,6 @@ decided here, on the host, in NumPy; how sequences share a batch is `packing.py`
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ class Sequence:
       name: where the item comes from, for messages.
       zero_crops: which crops are zero pictures. Normalisation gives them 0, which no uint8 pixel
         becomes; their pixels hold no meaning.
+      num_cut: tokens that the model's limits of text and of length cut off the end.
     """
 
     tokens: np.ndarray
@@ -39,6 +39,7 @@ class Sequence:
     taps: T.Taps
     name: str = ""
     zero_crops: tuple[int, ...] = ()
+    num_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -58,7 +59,7 @@ class Visual(NamedTuple):
 class SequenceBuilder:
     """`builder(item) -> Sequence` for one model: its tokenizer, sizes and input settings.
 
-    Picklable (data workers hold one each) and without state that changes.
+    What is too long is cut without a warning: `cuts.CutWarnings` gives it. Picklable (data workers hold one each) and without state that changes.
     """
 
     def __init__(self, tokenizer: Any, config: LlaveConfig):
@@ -66,11 +67,20 @@ class SequenceBuilder:
         self.config = config
 
     def __call__(self, item: Item) -> Sequence:
-        """Raises ValueError, naming the item, for unreadable images and misplaced markers."""
+        """What is too long is cut at its end, and `num_cut` says so.
+
+        Raises:
+          ValueError: an image cannot be read, or a marker is misplaced; it names the item.
+        """
         inputs, vision = self.config.inputs, self.config.vision
         visuals = self._visuals(item)
         content = chat.place_markers(item.text, len(visuals), item.name)
-        ids = chat.chat_ids(self.tokenizer, content, inputs.max_text_length)
+        ids = chat.chat_ids(self.tokenizer, content)
+        # A literal padding token in the text is dropped after the text is cut: the model takes padding
+        # out by its id, as the authors' image path does.
+        is_token = ids != self.tokenizer.pad_token_id
+        whole = np.count_nonzero(is_token) + sum(visual.taps.shape[0] - 1 for visual in visuals)
+        ids = ids[: inputs.max_text_length][is_token[: inputs.max_text_length]]
 
         tokens: list[np.ndarray] = []
         taps: list[T.Taps] = []
@@ -97,14 +107,8 @@ class SequenceBuilder:
             zero_crops=tuple(zero_crops),
         )
         if len(sequence) > inputs.max_length:
-            logging.getLogger(__name__).warning(
-                "%s: %d tokens cut to %d; the embedding is read at the last one that remains",
-                item.name or "item",
-                len(sequence),
-                inputs.max_length,
-            )
             sequence = _truncate(sequence, inputs.max_length, vision.num_patches)
-        return sequence
+        return dataclasses.replace(sequence, num_cut=whole - len(sequence))
 
     def _visuals(self, item: Item) -> list[Visual]:
         """The item's images, one for each marker, or its video."""
