@@ -83,7 +83,7 @@ def contrastive_loss(
         number of shards. They are no rows: the target -> query direction does not see them.
       extra_valid: bool [K]; goes with `extra_targets`.
       target_ids: int32 [N]; targets of equal id are the same target, so neither is a negative
-        for the other's query. None: every other pair is a negative, as in the paper.
+        for the other's query. None: every other pair is a negative, as in the authors' code.
       extra_ids: int32 [K]; goes with `extra_targets` if `target_ids` is given.
       block_size: compute the similarities in square tiles of this side, never holding a device's
         whole [N / shards, N + K] matrix. None: tiles of BLOCK_SIZE if that matrix has more than
@@ -98,7 +98,7 @@ def contrastive_loss(
         range.
       TypeError: `valid` or `extra_valid` is not bool.
 
-    References: LLaVE (arXiv 2503.04812), section 3, cross-device negative sample gathering.
+    References: LLaVE (arXiv 2503.04812), section 3.2, cross-device negative sample gathering.
     """
     formula = _formula(kind, alpha, temperature, margin)
     batch = {"embedding": target, "valid": valid, "ids": target_ids}

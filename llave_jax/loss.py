@@ -52,7 +52,7 @@ def hardness_weighted_contrastive_loss(
 
     References:
       LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive
-      Learning (arXiv 2503.04812), section 3.
+      Learning (arXiv 2503.04812), section 3.1.
 
     >>> embeddings = jnp.eye(4)
     >>> loss = hardness_weighted_contrastive_loss(similarity_matrix(embeddings, embeddings))

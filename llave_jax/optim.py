@@ -48,7 +48,7 @@ def split_params(
 def learning_rate_schedule(peak: float, total_steps: int, warmup_fraction: float) -> optax.Schedule:
     """Linear warm-up from 0 over a fraction of all steps, then cosine decay to 0.
 
-    `warmup_fraction` 0 and `total_steps` matter as in the paper's recipe (3%, one epoch).
+    The paper's models: 3% of one epoch's steps.
     """
     warmup = math.ceil(warmup_fraction * total_steps)
     return optax.warmup_cosine_decay_schedule(

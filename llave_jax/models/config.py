@@ -61,7 +61,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
-    """How items become token sequences (FACTS: LLaVE paper section 3, LLaVA-OneVision anyres_max).
+    """How items become token sequences (LLaVE section 4.1; LLaVA-OneVision, Higher AnyRes).
 
     `pinpoints` are the candidate canvases as (height, width) in pixels, in the order of the
     checkpoint's `image_grid_pinpoints`: it decides ties. `anyres_max` is the 9 of `anyres_max_9`
