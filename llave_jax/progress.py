@@ -47,6 +47,18 @@ class Progress:
         if self._plain:
             self._line()
 
+    def skip(self, count: int) -> None:
+        """`count` units were done by an earlier run: they do not count for the rate."""
+        self._initial += count
+        self._done += count
+        self._start = time.monotonic()
+        if not self._bar.disable:
+            self._bar.initial += count
+            self._bar.n += count
+            self._bar.last_print_n += count
+            self._bar.unpause()
+            self._bar.refresh()
+
     def update(self, count: int = 1, note: str = "") -> None:
         """`count` more units are done; `note` is shown behind the rate."""
         self._done += count

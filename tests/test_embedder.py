@@ -1,8 +1,6 @@
-"""The Embedder and its command line: order, forms of items, batches, continuing."""
+"""The Embedder: order, forms of items, batches, items that cannot be read."""
 
 import json
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llave_jax import embed, sharding
 from llave_jax import embedder as embedder_module
+from llave_jax import sharding
 from llave_jax.embedder import Embedder, as_item
 from llave_jax.inputs.item import Item
 from llave_jax.models.llave import Llave
@@ -180,35 +178,14 @@ def test_without_a_marker_a_missing_image_is_none(embedder, golden):
     np.testing.assert_allclose(vectors[4], vectors[3], atol=1e-6)
 
 
-def test_json_lines_say_null_for_a_missing_image(embedder, tmp_path, golden):
-    PIL.Image.open(golden / "images" / "tiny.png").save(tmp_path / "a.png")
-    lines = [
-        {"text": "<|image_1|>\nWhat is it?", "image": None},
-        {"text": "<image> beside <image>", "images": ["a.png", None]},
-        {"text": "no picture", "image": None, "images": None, "video": None},
-    ]
-    path = tmp_path / "items.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    items, _ = embed.read_items(path)
-    assert [item.images for item in items] == [(None,), (str(tmp_path / "a.png"), None), ()]
-    path.write_text('{"text": "fine"}\n{"text": "<|image_1|>\\nWhat is it?"}\n')
-    with pytest.raises(ValueError, match=r"items.jsonl:2: the text has 1 image marker\(s\) for 0"):
-        embedder.encode(embed.read_items(path)[0])
-
-
 EMPTY = ["", " \n", {}, {"text": None}, {"text": "  "}, {"text": "", "images": []}]
 EMPTY += [{"image": None}, {"images": [None]}, {"text": "\t", "image": None, "video": None}]
 
 
 @pytest.mark.parametrize("item", EMPTY, ids=repr)
-def test_an_empty_item_is_named(item, embedder, tmp_path):
+def test_an_empty_item_is_named(item, embedder):
     with pytest.raises(ValueError, match="item 1: is empty; expected a text, an image or a video"):
         embedder.encode(["fine", item])
-    path = tmp_path / "items.jsonl"
-    values = item if isinstance(item, dict) else {"text": item}
-    path.write_text('{"text": "fine"}\n' + json.dumps(values) + "\n")
-    with pytest.raises(ValueError, match=r"items.jsonl:2: is empty"):
-        embed.read_items(path)
 
 
 def test_only_an_item_that_is_made_by_hand_may_be_empty(embedder, golden):
@@ -239,94 +216,3 @@ def test_what_is_no_item(item, message, embedder):
 def test_unreadable_item_is_named(embedder):
     with pytest.raises(ValueError, match=r"item 1.*nowhere\.png"):
         embedder.encode(["fine", {"image": "nowhere.png"}])
-
-
-@pytest.fixture
-def input_file(tmp_path, golden):
-    picture = PIL.Image.open(golden / "images" / "tiny.png")
-    picture.save(tmp_path / "tiny.png")
-    lines = [{"text": f"caption {i}", "id": f"c{i}"} for i in range(5)]
-    lines.insert(2, {"image": "tiny.png", "id": "picture"})
-    path = tmp_path / "items.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def run(embedder, path, output, **options):
-    items, ids = embed.read_items(path)
-    return np.load(embed.embed_file(embedder, items, ids, output, "model", **options))
-
-
-def test_file(embedder, input_file, tmp_path):
-    vectors = run(embedder, input_file, tmp_path / "out")
-    items, ids = embed.read_items(input_file)
-    np.testing.assert_allclose(vectors, embedder.encode(items), atol=1e-6)
-    written = [
-        json.loads(line) for line in (tmp_path / "out" / "ids.jsonl").read_text().split("\n")[:-1]
-    ]
-    assert written == ids == ["c0", "c1", "picture", "c2", "c3", "c4"]
-
-
-@pytest.mark.parametrize("stop_after", [0, 1, 2])
-def test_continues_where_it_was_stopped(embedder, input_file, tmp_path, monkeypatch, stop_after):
-    monkeypatch.setattr(embed, "CHUNK", 2)
-    calls = []
-
-    class Stopping:
-        config = embedder.config
-
-        def encode(self, items, **options):
-            if len(calls) == stop_after:
-                raise KeyboardInterrupt
-            calls.append(len(items))
-            return embedder.encode(items, **options)
-
-    output = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        run(Stopping(), input_file, output)
-    assert not (output / "embeddings.npy").exists()
-    encoded = []
-    monkeypatch.setattr(
-        embedder,
-        "encode",
-        lambda items, **o: encoded.append(len(items)) or Embedder.encode(embedder, items, **o),
-    )
-    vectors = run(embedder, input_file, output)
-    assert sum(encoded) == 6 - 2 * stop_after
-    monkeypatch.undo()
-    np.testing.assert_allclose(vectors, embedder.encode(embed.read_items(input_file)[0]), atol=1e-6)
-
-
-def test_lines_added_later(embedder, input_file, tmp_path):
-    first = run(embedder, input_file, tmp_path / "out")
-    with open(input_file, "a") as file:
-        file.write('{"text": "one more"}\n')
-    vectors = run(embedder, input_file, tmp_path / "out")
-    np.testing.assert_array_equal(vectors[:6], first)
-    np.testing.assert_allclose(vectors[6], embedder.encode(["one more"])[0], atol=1e-6)
-
-
-def test_other_work_is_not_continued(embedder, input_file, tmp_path):
-    run(embedder, input_file, tmp_path / "out")
-    lines = input_file.read_text().splitlines(keepends=True)
-    input_file.write_text("".join(lines[::-1]))
-    with pytest.raises(ValueError, match="other items"):
-        run(embedder, input_file, tmp_path / "out")
-    items, ids = embed.read_items(input_file)
-    with pytest.raises(ValueError, match="another model"):
-        embed.embed_file(embedder, items, ids, tmp_path / "out", "other")
-
-
-def test_bad_lines_are_named(tmp_path):
-    path = tmp_path / "items.jsonl"
-    for line, message in [("{", "not JSON"), ("[]", "is list"), ('{"txt": ""}', "unknown key")]:
-        path.write_text('{"text": "fine"}\n' + line + "\n")
-        with pytest.raises(ValueError, match=rf"items\.jsonl:2.*{message}"):
-            embed.read_items(path)
-
-
-def test_command_line(golden_model, input_file, tmp_path):
-    command = [sys.executable, "-m", "llave_jax.embed", "--model", str(golden_model.directory)]
-    command += ["--input", str(input_file), "--output", str(tmp_path / "out")]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    assert np.load(tmp_path / "out" / "embeddings.npy").shape == (6, 64)

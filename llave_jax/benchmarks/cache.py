@@ -41,7 +41,23 @@ def item_key(item: Item) -> bytes:
 
     Paths and names do not enter: the same picture under two names is one item. Images given as
     files and as pixels differ, since decoding is the model's business.
+
+    Raises:
+      OSError: a file cannot be read.
     """
+    return _item_digest(item, _file_digest)
+
+
+def item_stamp(item: Item) -> bytes:
+    """As `item_key`, but of a file its path, size and time of change instead of its content.
+
+    Equal stamps show that nothing has changed without reading files again; from different ones
+    nothing follows.
+    """
+    return _item_digest(item, _file_stamp)
+
+
+def _item_digest(item: Item, file_digest: Callable[[str | os.PathLike], bytes]) -> bytes:
     digest = hashlib.sha256()
 
     def add(tag: bytes, value: bytes) -> None:
@@ -49,27 +65,37 @@ def item_key(item: Item) -> bytes:
 
     add(b"text", item.text.encode("utf-8"))
     for image in item.images:
-        add(*((b"zero picture", b"") if image is None else (b"image", _image_digest(image))))
+        if image is None:
+            add(b"zero picture", b"")
+        else:
+            add(b"image", _image_digest(image, file_digest))
     if isinstance(item.video, str | os.PathLike):
-        add(b"video", _file_digest(item.video))
+        add(b"video", file_digest(item.video))
     elif item.video is not None:
-        add(b"frames", b"".join(_image_digest(frame) for frame in item.video))
+        frames = (_image_digest(frame, file_digest) for frame in item.video)
+        add(b"frames", b"".join(frames))
     return digest.digest()
 
 
-def _image_digest(image: ImageLike) -> bytes:
+def _image_digest(image: ImageLike, file_digest: Callable[[str | os.PathLike], bytes]) -> bytes:
     if isinstance(image, PIL.Image.Image):
         rgb = image.convert("RGB")
         header = f"pixels {rgb.width} {rgb.height} ".encode()
         return hashlib.sha256(header + rgb.tobytes()).digest()
     if isinstance(image, bytes):
         return hashlib.sha256(image).digest()
-    return _file_digest(image)
+    return file_digest(image)
 
 
 def _file_digest(path: str | os.PathLike) -> bytes:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def _file_stamp(path: str | os.PathLike) -> bytes:
+    status = os.stat(path)
+    stamp = f"{os.fspath(path)} {status.st_size} {status.st_mtime_ns}"
+    return hashlib.sha256(os.fsencode(stamp)).digest()
 
 
 def fingerprint(paths: Iterable[str | os.PathLike], *settings: object) -> str:
@@ -244,7 +270,7 @@ def embed(
         chunk = indices[start : start + shard_items]
         items = [make_item(int(i)) for i in chunk]
         embeddings = np.asarray(encode(items), np.float32)
-        _check(embeddings, items)
+        check_embeddings(embeddings, items)
         if first:
             cache.add([keys[i] for i in chunk], embeddings)
     return cache.gather(keys) if first else None
@@ -257,7 +283,8 @@ def from_first_process(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
-def _check(embeddings: np.ndarray, items: Sequence[Item]) -> None:
+def check_embeddings(embeddings: np.ndarray, items: Sequence[Item]) -> None:
+    """Raises ValueError, naming the item, unless there is a finite row for each item."""
     if embeddings.ndim != 2 or len(embeddings) != len(items):
         raise ValueError(
             f"encode returned shape {embeddings.shape} for {len(items)} items; expected [n, D]"
@@ -267,5 +294,5 @@ def _check(embeddings: np.ndarray, items: Sequence[Item]) -> None:
         name = items[broken[0]].name or f"item {broken[0]}"
         raise ValueError(
             f"{name}: the embedding is not finite (and {len(broken) - 1} more of {len(items)}); "
-            "check the model's weights, or evaluate in float32"
+            "check the model's weights, or use float32"
         )
