@@ -53,11 +53,12 @@ def main() -> None:
     )
     print(
         f"{'':24}{'rows':>5}{'length':>8}{'crops':>6}{'slots':>6}{'tokens':>9}{'crops':>8}"
-        f"{'slots':>8}{'carried twice':>15}{'splash':>8}{'triton':>8}"
+        f"{'slots':>8}{'carried':>9}{'twice':>7}{'splash':>8}{'triton':>8}"
     )
     if not args.row_lengths:
         for name, config, devices in CONFIGS:
-            show(name, sizes, config_lib.batch_budget(config, devices), args.shards)
+            dealing = config_lib.dealing(config, devices)
+            show(name, sizes, config_lib.batch_budget(config, devices), args.shards, **dealing)
         return
     groups = 8
     for length in (4096, 6144, 8192, 12288, 16384, 24576):
@@ -65,8 +66,8 @@ def main() -> None:
         show("", sizes, Budget(rows, length, math.ceil(groups * 5.1), groups), args.shards)
 
 
-def show(name: str, sizes: mix.PairSizes, budget: Budget, shards: int) -> None:
-    packing = mix.simulate(sizes, budget, shards)
+def show(name: str, sizes: mix.PairSizes, budget: Budget, shards: int, **dealing: int) -> None:
+    packing = mix.simulate(sizes, budget, shards, **dealing)
     # Scores the kernels compute, over those that sequences need.
     ids = packing.segment_ids
     visited = {
@@ -79,7 +80,7 @@ def show(name: str, sizes: mix.PairSizes, budget: Budget, shards: int) -> None:
     print(
         f"{name:24}{budget.rows:5}{budget.row_length:8}{budget.crops:6}{budget.groups:6}"
         f"{packing.tokens:9.1%}{packing.crops:8.1%}{packing.pairs:8.1%}"
-        f"{packing.carried_twice:15.2%}"
+        f"{packing.carried:9.1%}{packing.carried_twice:7.2%}"
         + "".join(f"{scores.sum() / needed:8.2f}" for scores in visited.values()),
         flush=True,
     )

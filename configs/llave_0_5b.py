@@ -18,6 +18,7 @@ def get_config():
     config.model.preset = "llave-0.5b"
 
     # 8 devices x 4 pairs x 8 accumulation steps, each step its own pool.
+    config.data.order = "modality"
     config.batch.pairs = 256
     config.batch.micro_batches = 8
     config.loss.pool = "micro"
@@ -29,7 +30,6 @@ def get_config():
     config.batch.row_length = 15_360
     config.batch.tokens_per_pair = 3840.0
     config.batch.crops_per_pair = 6.0
-    config.batch.fill = 0.985
 
     # Parameters, moments and gradients divided over all devices; nothing is replicated that need
     # not be.

@@ -19,6 +19,7 @@ def get_config():
     config.model.preset = "llave-7b"
 
     # 16 devices x 2 pairs x 8 accumulation steps, each step its own pool.
+    config.data.order = "modality"
     config.batch.pairs = 256
     config.batch.micro_batches = 8
     config.loss.pool = "micro"
@@ -29,8 +30,7 @@ def get_config():
     # whatever they are: larger pools are cheaper (docs/scaling.md, "Packing").
     config.batch.row_length = 8192
     config.batch.tokens_per_pair = 4096.0
-    config.batch.crops_per_pair = 6.0
-    config.batch.fill = 0.94
+    config.batch.crops_per_pair = 6.5
 
     # Parameters, moments and gradients divided over all devices; nothing is replicated that need
     # not be.

@@ -134,7 +134,10 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     cost = hlo.cost(compiled.program.as_text(), devices)
     micro_batches = config.batch.micro_batches if training else 1
     packing = mix.simulate(
-        mix.sample_pairs(model.config, SAMPLE), compiled.budget, SHARDS_PER_PROCESS
+        mix.sample_pairs(model.config, SAMPLE),
+        compiled.budget,
+        SHARDS_PER_PROCESS,
+        **(config_lib.dealing(config, sharding.num_shards(mesh)) if training else {}),
     )
     pairs = packing.pairs * compiled.budget.groups * sharding.num_shards(mesh) * micro_batches
     necessary = pairs * flops_per_pair(model, training=training)

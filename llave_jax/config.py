@@ -67,7 +67,10 @@ def default_config() -> ConfigDict:
     config.data.max_rows = placeholder(int)
     config.data.epochs = 1
     config.data.num_workers = 4
-    # Rows of one subset that follow one another (1: a uniform shuffle), and the
+    # "uniform": all rows shuffled. "modality": each step takes rows with an image in the query, or rows
+    # without, as the authors trained (`llave_jax.data.order.ModalityOrder`).
+    config.data.order = "uniform"
+    # Of the uniform order: rows of one subset that follow one another (1: a shuffle of all), and the
     # share of each subset in the stream, as (subset, weight) pairs (empty: every row once an epoch).
     config.data.sub_batch = 1
     config.data.weights = ()
@@ -171,17 +174,59 @@ def paper_config() -> ConfigDict:
 def total_steps(config: ConfigDict, rows: int) -> int:
     """Optimiser steps of a run over `rows` pairs.
 
+    A step holds each row at most once. By modality an epoch has as many steps as full batches, or one.
+
     Raises:
-      ValueError: `batch.fill` is not a share.
+      ValueError: `batch.fill` is not a share, or `data.order` and `batch` do not go together.
     """
-    fill = config.batch.fill
-    if not 0 < fill <= 1:
-        raise ValueError(f"batch.fill is {fill}; expected more than 0 and at most 1")
-    return config.steps or math.ceil(rows * config.data.epochs / (config.batch.pairs * fill))
+    batch, epochs = config.batch, config.data.epochs
+    if not 0 < batch.fill <= 1:
+        raise ValueError(f"batch.fill is {batch.fill}; expected more than 0 and at most 1")
+    if config.data.order == "modality":
+        check_modality(config)
+        return config.steps or epochs * max(1, rows // batch.pairs)
+    return config.steps or math.ceil(rows * epochs / min(batch.pairs * batch.fill, rows))
+
+
+def check_modality(config: ConfigDict) -> None:
+    """Raises ValueError unless the budget is for batches that are full."""
+    batch = config.batch
+    if batch.fill != 1:
+        parts, fill = batch.micro_batches, batch.fill
+        raise ValueError(
+            f'batch.fill is {fill}: with data.order "modality" a step takes all of batch.pairs. For the '
+            f"same room, set batch.pairs to about {round(batch.pairs * fill / parts) * parts}, "
+            f"batch.tokens_per_pair to {batch.tokens_per_pair / fill:.0f}, batch.crops_per_pair to "
+            f"{batch.crops_per_pair / fill:.2f} and batch.fill to 1"
+        )
 
 
 def batch_budget(config: ConfigDict, shards: int) -> Budget:
     """Room of one shard in one micro-batch.
+
+    Raises:
+      ValueError: the step's pairs do not divide over shards and micro-batches, or `data.order` and
+        `batch` do not go together.
+    """
+    batch, pairs = config.batch, pairs_per_group(config, shards)
+    if config.data.order == "modality":
+        # Slots to spare: a pair whose group does not fit joins another of its pool, or a later one.
+        check_modality(config)
+        slots = pairs + math.ceil(pairs / 4)
+    else:
+        slots = pairs
+    return Budget(
+        rows=max(1, math.ceil(pairs * batch.tokens_per_pair / batch.row_length)),
+        row_length=batch.row_length,
+        crops=math.ceil(pairs * batch.crops_per_pair),
+        groups=slots,
+        sides=3 if config.loss.hard_negatives else 2,
+        taps=batch.taps,
+    )
+
+
+def pairs_per_group(config: ConfigDict, shards: int) -> int:
+    """Pairs of a step for each shard of each micro-batch.
 
     Raises:
       ValueError: the step's pairs do not divide over shards and micro-batches.
@@ -193,15 +238,17 @@ def batch_budget(config: ConfigDict, shards: int) -> Budget:
             f"batch.pairs is {batch.pairs}: it does not divide over {shards} shards x "
             f"{batch.micro_batches} micro-batches; make it a multiple of {parts}"
         )
-    groups = batch.pairs // parts
-    return Budget(
-        rows=max(1, math.ceil(groups * batch.tokens_per_pair / batch.row_length)),
-        row_length=batch.row_length,
-        crops=math.ceil(groups * batch.crops_per_pair),
-        groups=groups,
-        sides=3 if config.loss.hard_negatives else 2,
-        taps=batch.taps,
-    )
+    return batch.pairs // parts
+
+
+def dealing(config: ConfigDict, shards: int) -> dict[str, int]:
+    """What `data.mix.simulate` is told of `data.order`."""
+    if config.data.order != "modality":
+        return {}
+    return {
+        "group_size": pairs_per_group(config, shards),
+        "micro_batches": config.batch.micro_batches,
+    }
 
 
 def check_budget(config: ConfigDict, llave_config: LlaveConfig, shards: int) -> None:

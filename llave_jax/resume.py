@@ -71,6 +71,7 @@ FIXED: dict[str, tuple[str, ...]] = {
         "data.subsets",
         "data.split",
         "data.max_rows",
+        "data.order",
         "data.sub_batch",
         "data.weights",
         "data.held_out",

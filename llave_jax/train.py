@@ -28,7 +28,8 @@ from llave_jax.benchmarks import digits, digits_tokenizer
 from llave_jax.benchmarks.during_training import TrainingEvaluation
 from llave_jax.benchmarks.mmeb_data import DatasetInfo
 from llave_jax.checkpoint import BEST, BestCheckpoint, Checkpoints, latest_params
-from llave_jax.data.pipeline import Composition, TrainBatch, train_iterator
+from llave_jax.data.order import Composition
+from llave_jax.data.pipeline import TrainBatch, train_iterator
 from llave_jax.data.sources import PairSource, open_source, split_held_out
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.metrics import MetricsWriter
@@ -111,6 +112,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if best is not None:
         best.close()
     writer.close()
+    if waiting := len(iterator.get_state()["carry"]):
+        log.info("%d pairs that this process has read had no room before the last step", waiting)
     if int(state.step) == total_steps:
         evaluation.report(total_steps)
 
@@ -238,7 +241,8 @@ def make_iterator(
         process_index=process,
         process_count=jax.process_count(),
         num_workers=data.num_workers,
-        composition=Composition(data.sub_batch, dict(data.weights) or None),
+        composition=Composition(data.sub_batch, dict(data.weights) or None, data.order),
+        group_size=config_lib.pairs_per_group(config, sharding.num_shards(mesh)),
         on_error=data.on_error,
         skip_file=workdir / f"skipped_{process}.jsonl" if skips else None,
         max_skip_share=data.max_skip_share,

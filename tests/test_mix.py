@@ -1,5 +1,6 @@
 """The assumed mix of MMEB and how well the configs' budgets fit it."""
 
+import dataclasses
 import importlib
 
 import numpy as np
@@ -60,18 +61,35 @@ def test_budgets_of_the_configs_are_well_filled(sizes, size, chips):
 )
 def test_steps_of_the_configs_make_one_epoch(sizes, name, arguments, devices):
     config = importlib.import_module(f"configs.{name}").get_config(*arguments)
-    packing = mix.simulate(sizes, config_lib.batch_budget(config, devices), shards=4)
-    read = config_lib.total_steps(config, 662_000) * config.batch.pairs * packing.pairs
+    budget = config_lib.batch_budget(config, devices)
+    packing = mix.simulate(sizes, budget, shards=4, **config_lib.dealing(config, devices))
+    slots = budget.groups * devices * config.batch.micro_batches
+    read = config_lib.total_steps(config, 662_000) * slots * packing.pairs
     assert read / 662_000 == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "devices"), [("0_5b", 8), ("2b", 8), ("7b", 16)])
+def test_the_papers_pools_are_kept_but_for_a_few_pairs(sizes, name, devices):
+    config = importlib.import_module(f"configs.llave_{name}").get_config()
+    dealing = config_lib.dealing(config, devices)
+    assert dealing == {"group_size": 256 // 8 // devices, "micro_batches": 8}
+    packing = mix.simulate(sizes, config_lib.batch_budget(config, devices), shards=8, **dealing)
+    assert packing.carried < 0.05
+    assert packing.carried_twice == 0
 
 
 def test_simulation_counts_what_it_packs():
     """Pairs of one size that fill a row exactly: nothing is wasted, nothing waits."""
     lengths = np.tile([60, 40], (100, 1))
-    sizes = mix.PairSizes(lengths, np.tile([1, 0], (100, 1)))
-    packing = mix.simulate(sizes, Budget(rows=2, row_length=100, crops=2, groups=2), shards=2)
+    sizes = mix.PairSizes(
+        lengths, np.tile([1, 0], (100, 1)), np.arange(100) % 4 > 0, np.full(100, 5)
+    )
+    budget = Budget(rows=2, row_length=100, crops=2, groups=2)
+    by_modality = mix.simulate(sizes, budget, shards=2, group_size=2, micro_batches=5)
+    assert by_modality.tokens == by_modality.pairs == 1
+    packing = mix.simulate(sizes, budget, shards=2)
     assert packing.tokens == packing.crops == packing.pairs == 1
-    assert packing.carried_twice == 0
+    assert packing.carried == packing.carried_twice == 0
     assert packing.segment_ids.shape[1:] == (2, 100)
     rows = packing.segment_ids.reshape(-1, 100)
     assert {tuple(np.unique(row, return_counts=True)[1]) for row in rows} == {(60, 40)}
@@ -83,6 +101,8 @@ def test_budgets_too_small_for_a_pair_are_refused(sizes):
 
 
 def test_too_few_pairs_are_refused(sizes):
-    few = mix.PairSizes(sizes.lengths[:10], sizes.crops[:10])
-    with pytest.raises(ValueError, match="too few pairs"):
-        mix.simulate(few, Budget(rows=40, row_length=4096, crops=400, groups=64), shards=2)
+    few = mix.PairSizes(*(getattr(sizes, f.name)[:10] for f in dataclasses.fields(sizes)))
+    budget = Budget(rows=40, row_length=4096, crops=400, groups=64)
+    for dealing in ({}, {"group_size": 8}):
+        with pytest.raises(ValueError, match="too few pairs"):
+            mix.simulate(few, budget, shards=2, **dealing)

@@ -152,6 +152,25 @@ def test_two_splits_share_a_folder(tree, tmp_path, in_process):
     assert len(open_source(tmp_path, split="diverse_instruction")) == 12
 
 
+def test_an_index_of_an_older_version_is_made_anew(tree, tmp_path, in_process):
+    source = open_tree(tree)
+    run(source, tmp_path)
+    before = files_of(tmp_path)
+    index = tmp_path / "CIRR/rows-original.npz"
+    with np.load(index) as content:
+        older = {name: content[name] for name in ("row", "digest")}
+    np.savez(index, **older)
+    prepared = open_source(tmp_path)
+    assert prepared.contents().tolist() == [source.digest(i) for i in range(20)]
+    with pytest.raises(
+        ValueError, match=r"CIRR/original was prepared .* run tools/prepare_data.py"
+    ):
+        prepared.queries()
+    run(source, tmp_path)
+    assert files_of(tmp_path) == before
+    np.testing.assert_array_equal(open_source(tmp_path).queries(), source.queries())
+
+
 @pytest.fixture
 def broken(tmp_path) -> MmebSource:
     """Rows 1 (no text), 4 (image gone), 6 (image cut) of 9 cannot be used."""
@@ -189,7 +208,11 @@ def test_skipped_rows_are_left_out_and_listed(broken, tmp_path, in_process):
     assert [prepared[i].query.text for i in range(6)] == [f"q{n}" for n in kept]
     lines = [json.loads(line) for line in skips.path.read_text().splitlines()]
     assert sorted(line["row"] for line in lines) == [1, 4, 6]
+    facts = (broken.contents(), *broken.queries())
+    for found, expected in zip((prepared.contents(), *prepared.queries()), facts, strict=True):
+        np.testing.assert_array_equal(found, expected[kept])
     capped = open_source(tmp_path / "out", max_rows=5)
+    assert len(capped.contents()) == len(capped.queries()[0]) == 3
     assert [capped.pair_id(i) for i in range(len(capped))] == ["Mine:0", "Mine:2", "Mine:3"]
 
 

@@ -85,6 +85,9 @@ def test_all_forms_give_the_same_pairs(sources, kind):
         assert content(source[i]) == content(reference[i])
         assert source.digest(i) == reference.digest(i)
         assert source.pair_id(i) == reference.pair_id(i) == source[i].id
+    np.testing.assert_array_equal(source.contents(), reference.contents())
+    for facts, expected in zip(source.queries(), reference.queries(), strict=True):
+        np.testing.assert_array_equal(facts, expected)
 
 
 def test_pairs_are_the_rows(sources, tree):

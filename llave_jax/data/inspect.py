@@ -102,12 +102,18 @@ def packing_lines(
     if short:
         needs = ", ".join(f"{field} {n}" for field, n in short.items())
         return [*lines, f"TOO SMALL for some measured pairs, which need {needs}"]
-    packing = simulate(sizes, budget, shards)
-    steps, run = len(source) / (step * packing.pairs), config_lib.total_steps(config, len(source))
+    packing = simulate(sizes, budget, shards, **config_lib.dealing(config, shards))
+    lines.append(
+        f"filled, by simulation: {packing.tokens:.1%} of row tokens, {packing.crops:.1%} of crops, "
+        f"{packing.pairs:.1%} of pair slots; {packing.carried:.1%} of pairs wait for another step, "
+        f"{packing.carried_twice:.1%} for more than one"
+    )
+    run = config_lib.total_steps(config, len(source))
+    if config.data.order == "modality":
+        return [*lines, f"{len(source)} pairs in the order by modality take {run} steps"]
+    steps = len(source) / (step * packing.pairs)
     return [
         *lines,
-        f"filled, by simulation: {packing.tokens:.1%} of row tokens, {packing.crops:.1%} of crops, "
-        f"{packing.pairs:.1%} of pair slots; {packing.carried_twice:.1%} of pairs wait more than once",
         f"an epoch of {len(source)} pairs takes about {np.ceil(steps):.0f} steps; a run of this config "
         f"makes {run}, {run / steps:.2f} epochs (batch.fill {config.batch.fill:g} expected)",
     ]

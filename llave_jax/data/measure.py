@@ -17,7 +17,7 @@ from llave_jax.data.sources import PairSource
 from llave_jax.inputs import taps as T
 from llave_jax.inputs.anyres import best_canvas, image_taps
 from llave_jax.inputs.images import image_size
-from llave_jax.inputs.item import ImageLike, VideoLike
+from llave_jax.inputs.item import ImageLike, Item, VideoLike
 from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder, Visual
 
 
@@ -63,6 +63,8 @@ class Measured:
       text: int [n, Z], tokens that are not visual.
       lengths: int [n, Z], all tokens, cut to the model's length.
       crops: int [n, Z].
+      image_query: bool [n], the query has an image.
+      words: int [n], of the query.
       taps: the most taps any visual token has.
       images: (width, height) of every image.
       with_negative: pairs that name a hard negative.
@@ -73,6 +75,8 @@ class Measured:
     text: np.ndarray
     lengths: np.ndarray
     crops: np.ndarray
+    image_query: np.ndarray
+    words: np.ndarray
     taps: int
     images: list[tuple[int, int]]
     with_negative: int
@@ -87,6 +91,7 @@ def measure_subset(
     indices = source.subsets[subset]
     chosen = indices[:: -(-len(indices) // count)]
     sequences: list[list[Sequence | None]] = []
+    queries: list[Item] = []
     images: list[tuple[int, int]] = []
     unusable: dict[str, str] = {}
     with_negative = 0
@@ -100,6 +105,7 @@ def measure_subset(
             continue
         shown = [(i, item.name) for item in items if item for i in item.images if i is not None]
         images += [image_size(image, name) for image, name in shown]
+        queries.append(pair.query)
         with_negative += bool(pair.negatives)
 
     def table(value: Callable[[Sequence], int]) -> np.ndarray:
@@ -111,6 +117,8 @@ def measure_subset(
         text=table(lambda s: np.count_nonzero(s.tokens != VISUAL_SLOT)),
         lengths=table(len),
         crops=table(lambda s: len(s.crops)),
+        image_query=np.array([any(query.images) for query in queries], bool),
+        words=np.array([len(query.text.split()) for query in queries], int),
         taps=max((s.taps.width for pair in sequences for s in pair if s), default=1),
         images=images,
         with_negative=with_negative,
@@ -123,10 +131,12 @@ def mixed_sizes(measured: dict[str, Measured], count: int, seed: int = 0) -> Pai
     usable = {name: part for name, part in measured.items() if len(part.lengths)}
     rows = np.array([part.rows for part in usable.values()], float)
     rng = np.random.default_rng(seed)
-    lengths, crops = [], []
+    lengths, crops, images, words = [], [], [], []
     for choice in rng.choice(len(rows), size=count, p=rows / rows.sum()):
         part = list(usable.values())[choice]
         index = rng.integers(len(part.lengths))
         lengths.append(part.lengths[index])
         crops.append(part.crops[index])
-    return PairSizes(np.array(lengths), np.array(crops))
+        images.append(part.image_query[index])
+        words.append(part.words[index])
+    return PairSizes(np.array(lengths), np.array(crops), np.array(images), np.array(words))

@@ -1,29 +1,47 @@
-"""The stream of training batches: shuffle, shard by process, load in workers, pack, resume exactly.
+"""The stream of training batches: shard by process, load in workers, pack, resume exactly.
 
-Built on grain: the order of rows is a random-access dataset, so a position in it says everything
-about the stream's past. Which rows there are is `sources.py`; the layout of a batch is
-`inputs/packing.py`.
+Built on grain. Which rows there are is `sources.py`, in what order they are read `order.py`; the
+layout of a batch is `inputs/packing.py`.
 
-Every process packs its own share of the stream and there is no communication, so the number of
-batches an epoch takes is not known beforehand and differs a little between processes. Training on
-several processes therefore counts steps over an endless stream (`epochs=None`): after every step
-all processes have made the same number of batches, and each row comes once an epoch.
+Processes do not talk to each other. In the uniform order each packs its own rows at its own pace, so
+the number of batches an epoch takes is not known beforehand and differs a little between processes.
+Training on several processes therefore counts steps over an endless stream (`epochs=None`): after
+every step all processes have made the same number of batches. By modality, each process takes its
+part of one batch of the order at every step.
+
+Two copies of a row, or rows of equal content, never share a step: each would be a negative of the
+other. A copy waits for a later step.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import enum
+import functools
 import hashlib
-import json
+import logging
+import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
+from llave_jax.data.order import (
+    HOLE,
+    IMAGE,
+    MIXED,
+    UNIFORM,
+    Composition,
+    Members,
+    ModalityOrder,
+    ProcessPart,
+    row_order,
+    rows_of_process,
+)
 from llave_jax.data.skips import SkipLog
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.cuts import CutWarnings
@@ -34,20 +52,18 @@ from llave_jax.inputs.packing import (
     PackedBatch,
     Packer,
     default_lookahead,
+    place_dealt,
     stack_batches,
 )
 from llave_jax.inputs.sequence import Sequence, SequenceBuilder
 from llave_jax.inputs.taps import Taps
 
+log = logging.getLogger(__name__)
+
 POLICIES = ("raise", "skip")
 
-# Groups among which a weighted mixture is shuffled: without it, its regular interleaving would
-# give some processes rows of some subsets only.
-_MIXTURE_WINDOW = 4096
 # A smaller array travels between processes quicker in a pipe than in shared memory.
 _MIN_SHARED_BYTES = 1 << 16
-# Stands in the order of rows for the members that the last sub-batch of a subset lacks.
-_HOLE = -1
 
 
 class TrainBatch(NamedTuple):
@@ -67,29 +83,6 @@ class TrainBatch(NamedTuple):
     epoch: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Composition:
-    """Which rows stand beside each other in the stream.
-
-    Attributes:
-      sub_batch: rows of one subset that follow one another; 1 is a uniform shuffle, as in the paper.
-      weights: subset -> share of the stream, every row of a subset coming once before any comes
-        again; subsets that are not named are left out. None: every row once an epoch.
-    """
-
-    sub_batch: int = 1
-    weights: Mapping[str, float] | None = None
-
-    def __post_init__(self):
-        if self.sub_batch < 1:
-            raise ValueError(f"sub_batch is {self.sub_batch}; expected at least 1")
-        for subset, weight in (self.weights or {}).items():
-            if not weight > 0:
-                raise ValueError(
-                    f"the weight of {subset} is {weight}; leave out what is not wanted"
-                )
-
-
 def train_iterator(
     source: PairSource,
     builder: SequenceBuilder,
@@ -102,7 +95,8 @@ def train_iterator(
     process_count: int = 1,
     num_workers: int = 0,
     epochs: int | None = None,
-    composition: Composition = Composition(),
+    composition: Composition = UNIFORM,
+    group_size: int | None = None,
     on_error: str = "raise",
     skip_file: str | os.PathLike | None = None,
     max_skip_share: float = 0.01,
@@ -126,12 +120,14 @@ def train_iterator(
       num_workers: worker processes that load rows; 0 loads in threads of this process.
       epochs: stop after so many passes, the last batch padded with empty slots; for a single
         process. None: an endless stream.
-      composition: uniform shuffle, sub-batches of one subset, weights.
+      composition: uniform shuffle, sub-batches of one subset, weights, or by modality.
+      group_size: pairs that the modality order deals to one shard of one micro-batch; the budget
+        should have room for more, since not every group fits. None: as many as the budget has slots.
       on_error: "raise" or "skip" rows that cannot be used.
       skip_file: with "skip", the file that lists them: one JSON object a line.
       max_skip_share: with "skip", stop when more than this share of the process's rows is skipped.
       lookahead: pairs that may wait for a later batch while smaller ones fill the current one; None:
-        `packing.default_lookahead`.
+        `packing.default_lookahead`. By modality, so many that wait are kept in memory.
       prefetch: batches made ahead in a background thread.
 
     Raises:
@@ -142,101 +138,54 @@ def train_iterator(
         raise ValueError(f"on_error is {on_error!r}; expected one of {POLICIES}")
     if (on_error == "skip") != (skip_file is not None):
         raise ValueError('on_error="skip" and skip_file go together')
-    if epochs is not None and (process_count > 1 or composition.weights):
+    by_modality = composition.order == "modality"
+    if epochs is not None and (process_count > 1 or composition.weights or by_modality):
         raise ValueError(
-            "a fixed number of epochs needs one process and no weights; count steps instead"
+            "a fixed number of epochs needs one process and the uniform order without weights; count "
+            "steps instead"
         )
-    order = row_order(source, seed=seed, epochs=epochs, composition=composition)
-    share = _Members(order[process_index::process_count], composition.sub_batch)
-    loaded = share.map(_Load(source, builder, budget.sides, skip=on_error == "skip"))
-    rows = len(source) / process_count
-    batches = _PackedDataset(
-        loaded,
-        packer=lambda: Packer(budget, num_shards, builder.config),
-        micro_batches=micro_batches,
+    contents = source.contents()
+    process = {"process_index": process_index, "process_count": process_count}
+    if by_modality:
+        part = ProcessPart(
+            ModalityOrder(
+                *source.queries(),
+                num_groups=process_count * micro_batches * num_shards,
+                group_size=group_size or budget.groups,
+                seed=seed,
+            ),
+            micro_batches=micro_batches,
+            num_shards=num_shards,
+            **process,
+        )
+        # A process meets other rows in each epoch.
+        order, num_rows = grain.MapDataset.source(part), len(source)
+        batches = functools.partial(_ModalityIterator, part=part)
+        batch_size = part.order.batch_size
+    else:
+        subsets = rows_of_process(source, contents, seed=seed, **process)
+        groups = row_order(subsets, seed=seed, epochs=epochs, composition=composition)
+        order, rows = Members(groups, composition.sub_batch), np.concatenate([*subsets.values()])
+        batches, num_rows = functools.partial(_UniformIterator, rows=rows), len(rows)
+        batch_size = None
+    dataset = _Batches(
+        batches,
+        order,
+        load=_Load(source, builder, budget.sides, skip=on_error == "skip"),
+        packers=lambda: [Packer(budget, num_shards, builder.config) for _ in range(micro_batches)],
         lookahead=lookahead or default_lookahead(budget, num_shards),
         num_workers=num_workers,
-        rows=rows,
-        skips=SkipLog(skip_file, int(max_skip_share * rows)) if skip_file else None,
+        contents=contents,
+        skips=SkipLog(skip_file, int(max_skip_share * num_rows)) if skip_file else None,
         identity={
             "seed": seed,
-            "order": _order_name(source, composition),
+            "order": composition.name(source, batch_size),
             "processes": process_count,
         },
     )
     return iter(
-        grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
+        grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
     )
-
-
-def row_order(
-    source: PairSource, *, seed: int, epochs: int | None, composition: Composition
-) -> grain.MapDataset[np.ndarray]:
-    """Position -> int64 [sub_batch] indices of rows, shuffled anew each epoch; _HOLE for none."""
-    size = composition.sub_batch
-    if composition.weights is None:
-        locate = _Locate(list(source.subsets.values()), size, seed)
-        groups = grain.MapDataset.range(locate.num_groups).shuffle(seed=_derive(seed, 0))
-        return groups.repeat(epochs).map_with_index(locate)
-    unknown = sorted(set(composition.weights) - set(source.subsets))
-    if unknown:
-        raise ValueError(f"weights name subsets {unknown}; the source has {list(source.subsets)}")
-    parts = []
-    for number, subset in enumerate(composition.weights):
-        locate = _Locate([source.subsets[subset]], size, _derive(seed, 1, number))
-        groups = grain.MapDataset.range(locate.num_groups)
-        groups = groups.shuffle(seed=_derive(seed, 2, number)).repeat()
-        parts.append(groups.map_with_index(locate))
-    mixed = grain.MapDataset.mix(parts, list(composition.weights.values()))
-    return grain.experimental.WindowShuffleMapDataset(
-        mixed, window_size=_MIXTURE_WINDOW, seed=_derive(seed, 3)
-    )
-
-
-class _Locate:
-    """(position, group number) -> row indices of a group: rows of one subset, mixed each epoch."""
-
-    def __init__(self, subsets: list[range], size: int, seed: int):
-        self._subsets = [rows for rows in subsets if len(rows)]
-        self._size = size
-        self._seed = seed
-        counts = [-(-len(rows) // size) for rows in self._subsets]
-        self._ends = np.cumsum(counts)
-        self.num_groups = int(sum(counts))
-
-    def __call__(self, position: int, group: int) -> np.ndarray:
-        number = int(np.searchsorted(self._ends, group, side="right"))
-        rows = self._subsets[number]
-        first = (group - (int(self._ends[number - 1]) if number else 0)) * self._size
-        members = range(first, min(first + self._size, len(rows)))
-        if self._size > 1:
-            seed = _derive(self._seed, number, position // self.num_groups)
-            members = [
-                grain.experimental.index_shuffle(m, max_index=len(rows) - 1, seed=seed, rounds=4)
-                for m in members
-            ]
-        indices = np.full(self._size, _HOLE, np.int64)
-        indices[: len(members)] = [rows[m] for m in members]
-        return indices
-
-
-class _Members(grain.MapDataset):
-    """The members of the groups of a dataset, one after another."""
-
-    def __init__(self, parent: grain.MapDataset, size: int):
-        super().__init__(parent)
-        self._size = size
-
-    def __len__(self) -> int:
-        return min(len(self._parent) * self._size, sys.maxsize)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        return self._parent[index // self._size][index % self._size]
-
-    def __str__(self) -> str:
-        return f"Members(size={self._size})"
 
 
 class _Load:
@@ -249,7 +198,7 @@ class _Load:
         self._skip = skip
 
     def __call__(self, index: np.int64) -> dict[str, Any]:
-        if index == _HOLE:
+        if index == HOLE:
             return {"hole": True}
         try:
             return self._load(int(index))
@@ -264,6 +213,7 @@ class _Load:
         sequences = [None if item is None else self._builder(item) for item in items]
         return {
             "id": pair.id,
+            "row": index,
             "target_ids": np.array([content_id(item) for item in items[1:]], np.int32),
             "sequences": [None if s is None else _to_arrays(s) for s in sequences],
         }
@@ -318,74 +268,110 @@ def _to_sequence(arrays: dict[str, Any]) -> Sequence:
     )
 
 
-class _PackedDataset(grain.IterDataset):
-    """Loaded rows to `TrainBatch`es; `options` are those of `_PackedIterator`."""
+class _Batches(grain.IterDataset):
+    """Rows in order to `TrainBatch`es; `options` are those of the `_StepIterator`."""
 
-    def __init__(self, loaded: grain.MapDataset, **options):
+    def __init__(self, iterator: Callable[..., _StepIterator], order: grain.MapDataset, **options):
         super().__init__()
-        self._loaded = loaded
+        self._iterator = iterator
+        self._order = order
         self._options = options
 
     def __iter__(self) -> grain.DatasetIterator[TrainBatch]:
-        return _PackedIterator(self._loaded, **self._options)
+        return self._iterator(self._order, **self._options)
 
     def __str__(self) -> str:
-        return "Packed"
+        return "Batches"
 
 
-class _Waiting(NamedTuple):
-    """A pair in memory and its position in the stream, by which it can be loaded again."""
+@dataclasses.dataclass(eq=False)
+class _Pair:
+    """A pair: its row, where it came in the order, and what was loaded; None: to be loaded again."""
 
     position: int
-    element: dict[str, Any]
+    row: int
+    element: dict[str, Any] | None
 
 
-class _PackedIterator(grain.DatasetIterator):
-    """Packs the stream. Its state: the next position to read, and those waiting for a later batch."""
+class _Outcome(enum.Enum):
+    """What became of a pair that was to join a step; unusable ones are done with as well."""
+
+    DONE = enum.auto()
+    NO_ROOM = enum.auto()
+    COPY = enum.auto()
+
+
+class _StepIterator(grain.DatasetIterator):
+    """Packs one step after another from rows in order. Subclasses say which rows a step takes.
+
+    Its state: the next position to read, and the positions of pairs that wait for a later step. Where
+    budgets or devices have changed, the same pairs are read on.
+    """
 
     def __init__(
         self,
-        loaded: grain.MapDataset,
+        order: grain.MapDataset,
         *,
-        packer: Callable[[], Packer],
-        micro_batches: int,
+        load: _Load,
+        packers: Callable[[], list[Packer]],
         lookahead: int,
         num_workers: int,
-        rows: float,
+        contents: np.ndarray,
         skips: SkipLog | None,
         identity: dict[str, Any],
     ):
         super().__init__()
-        self._loaded = loaded
-        self._packer = packer()
-        self._micro_batches = micro_batches
+        self._order = order
+        self._load = load
+        self._packers = packers()
         self._lookahead = lookahead
         self._num_workers = num_workers
-        self._rows = rows
+        self._contents = contents
         self._skips = skips
         self._identity = identity
         self._cuts = CutWarnings(items_repeat=True)
         self._next = 0
-        self._carry: list[_Waiting] = []
+        self._carry: list[_Pair] = []
         self._stream: Iterator[dict[str, Any]] | None = None
+        # Of the step that is being made: contents, and by pair id what `TrainBatch.target_ids` says.
+        self._taken: set[int] = set()
+        self._target_ids: dict[str, np.ndarray] = {}
+
+    def _fill(self) -> None:
+        """Places the pairs of one step in the packers, and keeps in `_carry` those that wait.
+
+        Raises:
+          StopIteration: there are none left.
+        """
+        raise NotImplementedError
+
+    def _epochs_read(self) -> float:
+        raise NotImplementedError
+
+    def _row_at(self, position: int) -> int:
+        """The row of a pair that waits."""
+        return int(self._order[position])
 
     def __next__(self) -> TrainBatch:
-        packs = [self._pack() for _ in range(self._micro_batches)]
-        if not any(pack.packed.valid.any() for pack in packs):
-            raise StopIteration
+        self._taken, self._target_ids = set(), {}
+        self._fill()
+        batches, ids = zip(*(packer.emit() for packer in self._packers), strict=True)
+        packed = stack_batches(batches)
+        none = np.zeros(packed.pooled.shape[2] - 1, np.int32)
+        by_slot = [
+            [[self._target_ids.get(pair_id, none) for pair_id in shard] for shard in pack]
+            for pack in ids
+        ]
         return TrainBatch(
-            packed=stack_batches([pack.packed for pack in packs]),
-            target_ids=np.stack([pack.target_ids for pack in packs]),
-            ids=[pack.ids for pack in packs],
-            epoch=self._next / self._rows,
+            packed=packed,
+            target_ids=np.array(by_slot, np.int32).swapaxes(2, 3),
+            ids=list(ids),
+            epoch=self._epochs_read(),
         )
 
     def get_state(self) -> dict[str, Any]:
-        return {
-            "next": self._next,
-            "carry": [waiting.position for waiting in self._carry],
-            **self._identity,
-        }
+        carry = [pair.position for pair in self._carry]
+        return {"next": self._next, "carry": carry, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError if the state belongs to other data, another seed or process count."""
@@ -398,47 +384,45 @@ class _PackedIterator(grain.DatasetIterator):
                 )
         self._stop_stream()
         self._next = state["next"]
-        self._carry = [_Waiting(p, self._loaded[p]) for p in state["carry"]]
+        self._carry = [_Pair(p, self._row_at(p), None) for p in state["carry"]]
 
     def close(self) -> None:
         self._stop_stream()
         super().close()
 
-    def _pack(self) -> TrainBatch:
-        """One micro-batch: first the pairs that waited, then the stream."""
-        target_ids: dict[str, np.ndarray] = {}
-        self._carry = [waiting for waiting in self._carry if not self._add(waiting, target_ids)]
-        while not self._packer.full and len(self._carry) < self._lookahead:
-            waiting = self._read()
-            if waiting is None:
-                break
-            if not self._add(waiting, target_ids):
-                self._carry.append(waiting)
-        packed, ids = self._packer.emit()
-        none = np.zeros(packed.pooled.shape[1] - 1, np.int32)
-        by_slot = [[target_ids.get(pair_id, none) for pair_id in shard] for shard in ids]
-        return TrainBatch(packed, np.array(by_slot, np.int32).swapaxes(1, 2), ids, 0.0)
-
-    def _add(self, waiting: _Waiting, target_ids: dict[str, np.ndarray]) -> bool:
-        """Place a pair in the current batch; True also if it is skipped because no batch has room."""
-        element = waiting.element
+    def _place(self, pair: _Pair, micro_batch: int, shard: int | None = None) -> _Outcome:
+        """Places a pair in a micro-batch of this step, in one shard or in any."""
+        content = int(self._contents[pair.row])
+        if content in self._taken:
+            return _Outcome.COPY
+        if pair.element is None:
+            pair.element = self._load(pair.row)
+        element = pair.element
+        if "skipped" in element:  # a file that could be read before
+            self._skips.record(element["id"], element["skipped"])
+            return _Outcome.DONE
         sequences = [None if s is None else _to_sequence(s) for s in element["sequences"]]
         try:
-            added = self._packer.add(sequences, element["id"])
+            added = self._packers[micro_batch].add(sequences, element["id"], shard)
         except ValueError as error:
             if self._skips is None:
                 raise
             self._skips.record(element["id"], str(error))
-            return True
-        if added:
-            target_ids[element["id"]] = element["target_ids"]
-        return added
+            return _Outcome.DONE
+        if not added:
+            return _Outcome.NO_ROOM
+        self._taken.add(content)
+        self._target_ids[element["id"]] = element["target_ids"]
+        return _Outcome.DONE
 
-    def _read(self) -> _Waiting | None:
-        """The next usable pair of the stream; None at its end."""
+    def _read(self, stop: float = math.inf) -> Iterator[_Pair]:
+        """The usable pairs of the stream from the next position on, up to position `stop`."""
         if self._stream is None:
             self._stream = self._start_stream()
-        for element in self._stream:
+        while self._next < stop:
+            element = next(self._stream, None)
+            if element is None:
+                return
             position, self._next = self._next, self._next + 1
             if "skipped" in element:
                 self._skips.record(element["id"], element["skipped"])
@@ -446,13 +430,12 @@ class _PackedIterator(grain.DatasetIterator):
                 for sequence in element["sequences"]:
                     if sequence is not None:
                         self._cuts.note(_to_sequence(sequence))
-                return _Waiting(position, element)
-        return None
+                yield _Pair(position, element["row"], element)
 
     def _start_stream(self) -> grain.DatasetIterator:
         threads = os.cpu_count() or 1 if self._num_workers == 0 else 1
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        stream = self._loaded[self._next :].to_iter_dataset(options)
+        stream = self._order.map(self._load)[self._next :].to_iter_dataset(options)
         if self._num_workers:
             # grain reads absl flags when it starts workers; a program without absl parses none.
             if not flags.FLAGS.is_parsed():
@@ -470,14 +453,130 @@ class _PackedIterator(grain.DatasetIterator):
             self._stream = None
 
 
-def _order_name(source: PairSource, composition: Composition) -> str:
-    """Says which rows the order is over, and how: positions of another order mean nothing."""
-    sizes = {subset: len(rows) for subset, rows in source.subsets.items()}
-    weights = composition.weights and dict(composition.weights)
-    parts = json.dumps([sizes, composition.sub_batch, weights])
-    return f"{len(source)} rows, {hashlib.blake2b(parts.encode(), digest_size=4).hexdigest()}"
+class _UniformIterator(_StepIterator):
+    """Fills one micro-batch after another: first pairs that waited, then the stream."""
+
+    def __init__(self, order: grain.MapDataset, *, rows: np.ndarray, **options):
+        """`rows`: of the process."""
+        super().__init__(order, **options)
+        self._epoch_rows = len(rows)
+        self._different = len(np.unique(self._contents[rows]))
+        budget = self._packers[0].budget
+        self._slots = len(self._packers) * self._packers[0].num_shards * budget.groups
+
+    def _epochs_read(self) -> float:
+        return self._next / self._epoch_rows
+
+    def _fill(self) -> None:
+        for micro_batch in range(len(self._packers)):
+            self._fill_micro_batch(micro_batch)
+        if not self._taken:
+            raise StopIteration
+
+    def _fill_micro_batch(self, micro_batch: int) -> None:
+        waiting, self._carry = self._carry, []
+        counts: collections.Counter[_Outcome] = collections.Counter()
+
+        def offer(pair: _Pair) -> None:
+            outcome = self._place(pair, micro_batch)
+            counts[outcome] += 1
+            if outcome is not _Outcome.DONE:
+                self._carry.append(pair)
+
+        for pair in waiting:
+            offer(pair)
+        stream = self._read()
+        # Copies are read past, or the end of an epoch would leave small data's batches half empty.
+        # There are too many when a step holds all rows, or all of a subset of large weight.
+        while (
+            not self._packers[micro_batch].full
+            and counts[_Outcome.NO_ROOM] < self._lookahead
+            and counts[_Outcome.COPY] < self._slots
+            and len(self._taken) < self._different
+        ):
+            pair = next(stream, None)
+            if pair is None:
+                break
+            offer(pair)
 
 
-def _derive(seed: int, *path: int) -> int:
-    """A seed of 32 bits for one part of the order, unrelated to those of other parts."""
-    return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])
+class _ModalityIterator(_StepIterator):
+    """Takes the process's part of one batch of a `ModalityOrder` at every step.
+
+    What finds no room waits for the next steps of its kind, so that no pool has both kinds but the
+    mixed batch. The position of a pair that waits is its step times all rows, plus its row: it does not
+    depend on the devices that the batch was dealt to.
+    """
+
+    def __init__(self, order: grain.MapDataset, *, part: ProcessPart, **options):
+        super().__init__(order, **options)
+        self._part = part
+        self._batches = part.order
+        _, inverse, counts = np.unique(self._contents, return_inverse=True, return_counts=True)
+        self._repeated = counts[inverse] > 1
+        self._warn_at = part.size
+
+    def _row_at(self, position: int) -> int:
+        return position % len(self._contents)
+
+    def _epochs_read(self) -> float:
+        return self._next / (self._part.size * self._batches.batches_per_epoch)
+
+    def _fill(self) -> None:
+        number = self._next // self._part.size
+        rows = self._batches.rows(number).reshape(-1)
+        rows = rows[rows != HOLE]
+        # Every process knows the whole batch: of equal contents in it, the first alone takes part.
+        contents, first = np.unique(self._contents[rows], return_index=True)
+        in_batch, leaders = set(contents.tolist()), set(rows[first].tolist())
+        candidates, later = [], []
+        for pair in self._carry:
+            free = int(self._contents[pair.row]) not in in_batch
+            joins = free and self._may_join(pair.row, number)
+            (candidates if joins else later).append(pair)
+
+        homes: dict[int, tuple[int, int]] = {}
+
+        def dealt() -> Iterator[_Pair]:
+            for pair in self._read(stop=(number + 1) * self._part.size):
+                homes[pair.row] = self._part.home(pair.position)
+                pair.position = number * len(self._contents) + pair.row
+                if pair.row in leaders:
+                    yield pair
+                else:
+                    later.append(pair)
+
+        refused = place_dealt(
+            candidates,
+            dealt(),
+            # Those that waited are spread over the micro-batches.
+            home=lambda pair: homes.get(pair.row, (pair.row % len(self._packers), 0)),
+            add=lambda pair, *place: self._place(pair, *place) is _Outcome.DONE,
+            micro_batches=len(self._packers),
+            lookahead=self._lookahead,
+        )
+        self._carry = sorted(later + refused, key=lambda pair: pair.position)
+        for pair in self._carry[self._lookahead :]:
+            pair.element = None
+        if len(self._carry) >= self._warn_at:
+            self._warn_at = 2 * len(self._carry)
+            log.warning(
+                "%d pairs wait for a later step, and each step brings %d: batches have too little "
+                "room; raise config.batch.tokens_per_pair or crops_per_pair, or lower batch.pairs",
+                len(self._carry),
+                self._part.size,
+            )
+
+    def _may_join(self, row: int, number: int) -> bool:
+        """Whether a pair that waits may be in the `number`-th step as far as others are concerned.
+
+        Another process may still have the same row of another epoch, or a row of equal content, and
+        cannot be asked. Such a row is taken by one process at a time, in turns.
+        """
+        kind = self._batches.kind(number)
+        if kind != MIXED and (kind == IMAGE) != self._batches.has_image(row):
+            return False
+        processes = self._part.process_count
+        if number < self._batches.batches_per_epoch and not self._repeated[row]:
+            return True
+        return (int(self._contents[row]) + number) % processes == self._part.process_index

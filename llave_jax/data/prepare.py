@@ -2,7 +2,7 @@
 
     OUTPUT/SUBSET/mmeb_train-SPLIT.array_record-00000-of-00049   rows with their encoded images
     OUTPUT/SUBSET/mmeb_train-SPLIT.array_record-00000-of-00049.json   counts and checksum of a shard
-    OUTPUT/SUBSET/rows-SPLIT.npz                       row numbers and content hashes
+    OUTPUT/SUBSET/rows-SPLIT.npz                       row numbers, content hashes, facts for ordering
     OUTPUT/SUBSET/{features,dataset_info}.json         tensorflow-datasets' own description
 
 A shard appears under its name when it is complete and has been read back; the description comes
@@ -27,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from llave_jax.data.rows import Row
 from llave_jax.data.skips import SkipLog
-from llave_jax.data.sources import MmebSource
+from llave_jax.data.sources import INDEX_FACTS, MmebSource
 from llave_jax.inputs.images import load_image
 from llave_jax.progress import Progress
 
@@ -107,8 +107,11 @@ def prepare(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    facts = dict(zip(INDEX_FACTS, (source.contents(), *source.queries()), strict=True))
     for subset, shards in plans.items():
-        _write_index(output / subset, split, shards)
+        indices = source.subsets[subset]
+        part = {fact: values[indices.start : indices.stop] for fact, values in facts.items()}
+        _write_index(output / subset, split, shards, part)
         _write_description(output / subset)
 
 
@@ -220,13 +223,17 @@ def _read_record(shard: Shard) -> dict[str, Any] | None:
     return json.loads(shard.record_path.read_text())
 
 
-def _write_index(folder: Path, split: str, shards: list[Shard]) -> None:
+def _write_index(
+    folder: Path, split: str, shards: list[Shard], facts: dict[str, np.ndarray]
+) -> None:
+    """`facts`: INDEX_FACTS of all rows of the subset."""
     records = [_read_record(shard) for shard in shards]
     rows = np.array([row for record in records for row in record["rows"]], np.int64)
     digests = [int(value, 16) for record in records for value in record["digests"]]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch) / "rows.npz"
-        np.savez(path, row=rows, digest=np.array(digests, np.uint64))
+        kept = {fact: values[rows] for fact, values in facts.items()}
+        np.savez(path, row=rows, digest=np.array(digests, np.uint64), **kept)
         path.replace(folder / f"rows-{split}.npz")
 
 

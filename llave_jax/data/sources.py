@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from llave_jax.data.image_store import ImageStore
-from llave_jax.data.rows import Row, RowError, Table, read_table
+from llave_jax.data.rows import Row, RowError, Table, hash_texts, read_table
 from llave_jax.inputs.item import Item, Pair, missing_image
 
 # The training subsets of MMEB (VLM2Vec, arXiv 2410.05160, table 1), in the order of its tables.
@@ -27,6 +27,8 @@ MMEB_TRAIN_SUBSETS = (
     "MSCOCO_i2t", "MSCOCO",
 )
 # fmt: on
+# What `rows-SPLIT.npz` of prepared data holds besides row numbers and digests: see `PairSource`.
+INDEX_FACTS = ("content", "image_query", "words")
 
 
 class PairSource(abc.ABC):
@@ -58,6 +60,29 @@ class PairSource(abc.ABC):
     def digest(self, index: int) -> int:
         """64-bit hash of the row's content, equal in every source; cheap."""
 
+    def contents(self) -> np.ndarray:
+        """uint64 [n], equal for rows of the same query and target (text and image path).
+
+        Equal rows are kept out of each other's pools: they would be each other's negatives. Where a
+        source cannot tell, equal in hard negatives too.
+        """
+        return np.array([self.digest(index) for index in range(len(self))], np.uint64)
+
+    def queries(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `data.order` "modality" goes by.
+
+        Returns:
+          bool [n], the query has an image (a marker without an image path is none), and int32 [n],
+          words of the query, with its marker, as in the authors' code.
+
+        Raises:
+          ValueError: the source does not know.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no queries(): it cannot be read by modality; use "
+            'data.order "uniform"'
+        )
+
     def subset(self, index: int) -> str:
         """The subset an index belongs to."""
         starts = [indices.start for indices in self.subsets.values()]
@@ -87,6 +112,29 @@ class MmebSource(PairSource):
         except RowError:
             return 2**64 - 1  # unusable rows stay with the training rows, where a policy meets them
 
+    def contents(self) -> np.ndarray:
+        hashes = np.empty(len(self), np.uint64)
+        rows = (
+            texts
+            for table in self._tables.values()
+            for texts in table.texts("qry", "qry_image_path", "pos_text", "pos_image_path")
+        )
+        for index, texts in enumerate(rows):
+            # Rows without any content are not copies of each other: each is reported by itself.
+            hashes[index] = hash_texts(texts if any(texts) else (self.pair_id(index),))
+        return hashes
+
+    def queries(self) -> tuple[np.ndarray, np.ndarray]:
+        image, words = np.empty(len(self), bool), np.empty(len(self), np.int32)
+        rows = (
+            texts
+            for table in self._tables.values()
+            for texts in table.texts("qry", "qry_image_path")
+        )
+        for index, (text, path) in enumerate(rows):
+            image[index], words[index] = bool(path), len(text.split())
+        return image, words
+
     def read(self, index: int) -> tuple[Row, tuple[bytes, ...]]:
         """The row with the encoded images of query, target and negative, b"" where it has none."""
         row, name = self.row(index), self._name(index)
@@ -114,6 +162,7 @@ class RecordSource(PairSource):
         import tensorflow_datasets as tfds
 
         self._records, self._rows, self._digests, self._names = {}, {}, {}, {}
+        self._facts: dict[str, dict[str, np.ndarray]] = {}
         for subset, folder in folders.items():
             builder = tfds.builder_from_directory(folder)
             if split not in builder.info.splits:
@@ -122,8 +171,10 @@ class RecordSource(PairSource):
                 )
             with np.load(folder / f"rows-{split}.npz") as index:
                 rows, digests = index["row"], index["digest"]
+                facts = {fact: index[fact] for fact in INDEX_FACTS if fact in index}
             kept = int(np.searchsorted(rows, limits[subset])) if limits[subset] else len(rows)
             self._rows[subset], self._digests[subset] = rows[:kept], digests[:kept]
+            self._facts[subset] = {fact: values[:kept] for fact, values in facts.items()}
             self._records[subset] = builder.as_data_source(split=split)
             self._names[subset] = f"{folder}/{split}"
         self.subsets = _consecutive({name: len(rows) for name, rows in self._rows.items()})
@@ -139,6 +190,24 @@ class RecordSource(PairSource):
     def digest(self, index: int) -> int:
         subset, place = self._place(index)
         return int(self._digests[subset][place])
+
+    def contents(self) -> np.ndarray:
+        if all("content" in facts for facts in self._facts.values()):
+            return self._fact("content")
+        return np.concatenate(list(self._digests.values()))
+
+    def queries(self) -> tuple[np.ndarray, np.ndarray]:
+        for subset, facts in self._facts.items():
+            if len(facts) < len(INDEX_FACTS):
+                raise ValueError(
+                    f"{self._names[subset]} was prepared by a version that did not note which queries "
+                    "have an image; run tools/prepare_data.py again with the same --input and --output "
+                    '(it keeps the records), or use data.order "uniform"'
+                )
+        return self._fact("image_query"), self._fact("words")
+
+    def _fact(self, fact: str) -> np.ndarray:
+        return np.concatenate([facts[fact] for facts in self._facts.values()])
 
     def __getitem__(self, index: int) -> Pair:
         subset, place = self._place(index)
@@ -172,6 +241,13 @@ class SelectedSource(PairSource):
 
     def digest(self, index: int) -> int:
         return self._parent.digest(int(self._indices[index]))
+
+    def contents(self) -> np.ndarray:
+        return self._parent.contents()[self._indices]
+
+    def queries(self) -> tuple[np.ndarray, np.ndarray]:
+        image, words = self._parent.queries()
+        return image[self._indices], words[self._indices]
 
 
 def make_pair(pair_id: str, name: str, row: Row, images: Sequence[bytes]) -> Pair:

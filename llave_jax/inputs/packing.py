@@ -7,14 +7,17 @@ pair share a shard. What does not fit is left to the caller, to put into the nex
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from llave_jax.inputs import taps as T
 from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence
 from llave_jax.models.config import LlaveConfig
+
+Group = TypeVar("Group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,19 +124,23 @@ class Planner:
     def num_groups(self) -> int:
         return sum(shard.groups_used for shard in self.shards)
 
-    def place(self, lengths: Seq[int], crops: int) -> Placement | None:
-        """A place for sequences of these lengths with `crops` crops in all; None if no room is left."""
+    def place(self, lengths: Seq[int], crops: int, shard: int | None = None) -> Placement | None:
+        """A place for sequences of these lengths with `crops` crops in all; None if no room is left.
+
+        `shard`: look in this one only.
+        """
         best: tuple[tuple[int, float, int], list[int]] | None = None
-        for index, shard in enumerate(self.shards):
-            if shard.groups_used == self.budget.groups:
+        for index in range(len(self.shards)) if shard is None else (shard,):
+            used = self.shards[index]
+            if used.groups_used == self.budget.groups:
                 continue
-            if shard.crops_used + crops > self.budget.crops:
+            if used.crops_used + crops > self.budget.crops:
                 continue
-            rows = self._choose_rows(shard.row_used, lengths)
+            rows = self._choose_rows(used.row_used, lengths)
             if rows is None:
                 continue
             row = rows[max(range(len(lengths)), key=lambda side: lengths[side])]
-            room = self.budget.row_length - shard.row_used[row] - max(lengths)
+            room = self.budget.row_length - used.row_used[row] - max(lengths)
             choice = (room, self._fill(index), index), rows
             best = choice if best is None else min(best, choice)
         if best is None:
@@ -195,6 +202,44 @@ class Planner:
             )
 
 
+def place_dealt(
+    waiting: Iterable[Group],
+    dealt: Iterable[Group],
+    home: Callable[[Group], tuple[int, int]],
+    add: Callable[[Group, int, int | None], bool],
+    micro_batches: int,
+    lookahead: int,
+) -> list[Group]:
+    """Places the groups of one step that were dealt to (micro-batch, shard), and some that waited.
+
+    Those that waited come first, so that none waits for ever. Then each goes where it was dealt to;
+    if that is full, to another shard of its micro-batch, whose pool is the same; else to another
+    micro-batch.
+
+    Args:
+      waiting: groups without room in earlier steps, the oldest first.
+      dealt: the groups of this step.
+      home: (micro-batch, shard) of a group.
+      add: places a group in a micro-batch, in one shard or (None) in any; False if it has no room.
+      lookahead: when so many that waited have found no room again, the others are not tried.
+
+    Returns:
+      The groups that found no room.
+    """
+
+    def anywhere(group: Group) -> bool:
+        first = home(group)[0]
+        others = (number for number in range(micro_batches) if number != first)
+        return any(add(group, number, None) for number in (first, *others))
+
+    refused: list[Group] = []
+    for group in waiting:
+        if len(refused) >= lookahead or not anywhere(group):
+            refused.append(group)
+    moved = [group for group in dealt if not add(group, *home(group))]
+    return refused + [group for group in moved if not anywhere(group)]
+
+
 class Packer:
     """Fills one batch after another: `add` groups until `full` or refused, then `emit`."""
 
@@ -221,10 +266,13 @@ class Packer:
         """Groups in the batch so far."""
         return self.planner.num_groups
 
-    def add(self, group: Seq[Sequence | None], group_id: str = "") -> bool:
+    def add(
+        self, group: Seq[Sequence | None], group_id: str = "", shard: int | None = None
+    ) -> bool:
         """Place a group of `budget.sides` sequences; False if it has no room in this batch.
 
-        None stands for a side that the group lacks (a pair without a hard negative).
+        None stands for a side that the group lacks (a pair without a hard negative). With `shard`, only
+        this one is tried.
 
         Raises:
           ValueError: the group would not fit in an empty batch either; it names the group.
@@ -235,7 +283,7 @@ class Packer:
         taps = max((sequence.taps.width for sequence in present), default=1)
         name = group_id or next((s.name for s in present if s.name), "group")
         self.planner.check(lengths, crops, taps, name)
-        placement = self.planner.place(lengths, crops)
+        placement = self.planner.place(lengths, crops, shard)
         if placement is None:
             return False
         first_crop = placement.first_crop

@@ -1,0 +1,379 @@
+"""The order in which training reads rows: uniform, in sub-batches, weighted, or by modality.
+
+Owns row numbers alone. Every order is random access, so a position in it says everything about the
+past. Reading the rows and packing them into batches is `pipeline.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import heapq
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from llave_jax.data.sources import PairSource
+
+ORDERS = ("uniform", "modality")
+
+# Stands in an order for a row that is not there: in the last sub-batch of a subset, or in a batch of
+# data that is smaller than a batch.
+HOLE = -1
+# Kinds of the batches of `ModalityOrder`.
+IMAGE, TEXT, MIXED = "image", "text", "mixed"
+
+# Groups among which a weighted mixture is shuffled: without it, its regular interleaving would
+# give some processes rows of some subsets only.
+_MIXTURE_WINDOW = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Composition:
+    """Which rows stand beside each other in a batch.
+
+    Attributes:
+      sub_batch: rows of one subset that follow one another in the uniform order; 1: any.
+      weights: subset -> share of the uniform order, every row of a subset coming once before any comes
+        again; subsets that are not named are left out. None: every row once an epoch.
+      order: "uniform", a shuffle of all rows; "modality", batches of rows with an image in the query
+        and batches of rows without (`ModalityOrder`), as the authors trained.
+    """
+
+    sub_batch: int = 1
+    weights: Mapping[str, float] | None = None
+    order: str = "uniform"
+
+    def __post_init__(self):
+        if self.order not in ORDERS:
+            raise ValueError(f"data.order is {self.order!r}; expected one of {ORDERS}")
+        if self.sub_batch < 1:
+            raise ValueError(f"sub_batch is {self.sub_batch}; expected at least 1")
+        for subset, weight in (self.weights or {}).items():
+            if not weight > 0:
+                raise ValueError(
+                    f"the weight of {subset} is {weight}; leave out what is not wanted"
+                )
+        if self.order == "modality" and (self.sub_batch > 1 or self.weights):
+            raise ValueError(
+                'data.order "modality" decides by itself which rows share a batch: use it without '
+                'data.sub_batch and data.weights, or use them with data.order "uniform"'
+            )
+
+    def name(self, source: PairSource, batch_size: int | None) -> str:
+        """Says which rows the order is over, and how: positions of another order mean nothing.
+
+        `batch_size`: of `ModalityOrder`; None in the uniform order.
+        """
+        sizes = {subset: len(rows) for subset, rows in source.subsets.items()}
+        weights = self.weights and dict(self.weights)
+        parts = json.dumps([sizes, self.order, self.sub_batch, weights, batch_size])
+        return f"{len(source)} rows, {hashlib.blake2b(parts.encode(), digest_size=4).hexdigest()}"
+
+
+UNIFORM = Composition()
+
+
+def rows_of_process(
+    source: PairSource, contents: np.ndarray, *, seed: int, process_index: int, process_count: int
+) -> dict[str, np.ndarray]:
+    """Subset -> the rows that one process reads, the same in every epoch.
+
+    Processes read at their own pace. Equal contents belong to one process, which keeps them apart,
+    so that no two processes can put the same content into one step. Every process has the same share
+    of every subset, but for a row.
+
+    Args:
+      contents: uint64 [n], as of `PairSource.contents`.
+
+    Raises:
+      ValueError: some process would have no rows.
+    """
+    starts = np.array([rows.start for rows in source.subsets.values()])
+    _, first, inverse = np.unique(contents, return_index=True, return_inverse=True)
+    if len(first) < process_count:
+        raise ValueError(
+            f"{len(first)} different rows do not reach for {process_count} processes; use fewer"
+        )
+    subset = np.searchsorted(starts, first, side="right")
+    dealt = np.lexsort((_random_keys(len(first), seed, 6), subset))
+    owner = np.empty(len(first), np.int64)
+    owner[dealt] = np.arange(len(first)) % process_count
+    rows = np.flatnonzero(owner[inverse] == process_index)
+    return {
+        name: rows[np.searchsorted(rows, place.start) : np.searchsorted(rows, place.stop)]
+        for name, place in source.subsets.items()
+    }
+
+
+def row_order(
+    subsets: Mapping[str, Sequence[int]], *, seed: int, epochs: int | None, composition: Composition
+) -> grain.MapDataset[np.ndarray]:
+    """The uniform order: position -> int64 [sub_batch] rows, shuffled anew each epoch; HOLE for none.
+
+    Args:
+      subsets: name -> rows to read.
+      epochs: passes; None: endless.
+    """
+    size = composition.sub_batch
+    if composition.weights is None:
+        locate = _Locate(list(subsets.values()), size, seed)
+        groups = grain.MapDataset.range(locate.num_groups).shuffle(seed=_derive(seed, 0))
+        return groups.repeat(epochs).map_with_index(locate)
+    unknown = sorted(set(composition.weights) - set(subsets))
+    if unknown:
+        raise ValueError(f"weights name subsets {unknown}; the source has {list(subsets)}")
+    parts, weights = [], []
+    for number, (subset, weight) in enumerate(composition.weights.items()):
+        if not len(subsets[subset]):  # a subset of fewer rows than there are processes
+            continue
+        locate = _Locate([subsets[subset]], size, _derive(seed, 1, number))
+        groups = grain.MapDataset.range(locate.num_groups)
+        groups = groups.shuffle(seed=_derive(seed, 2, number)).repeat()
+        parts.append(groups.map_with_index(locate))
+        weights.append(weight)
+    if not parts:
+        raise ValueError(
+            f"the subsets that weights name, {list(composition.weights)}, have no rows"
+        )
+    return grain.experimental.WindowShuffleMapDataset(
+        grain.MapDataset.mix(parts, weights), window_size=_MIXTURE_WINDOW, seed=_derive(seed, 3)
+    )
+
+
+class _Locate:
+    """(position, group number) -> row indices of a group: rows of one subset, mixed each epoch."""
+
+    def __init__(self, subsets: Sequence[Sequence[int]], size: int, seed: int):
+        self._subsets = [rows for rows in subsets if len(rows)]
+        self._size = size
+        self._seed = seed
+        counts = [-(-len(rows) // size) for rows in self._subsets]
+        self._ends = np.cumsum(counts)
+        self.num_groups = int(sum(counts))
+
+    def __call__(self, position: int, group: int) -> np.ndarray:
+        number = int(np.searchsorted(self._ends, group, side="right"))
+        rows = self._subsets[number]
+        first = (group - (int(self._ends[number - 1]) if number else 0)) * self._size
+        members = range(first, min(first + self._size, len(rows)))
+        if self._size > 1:
+            seed = _derive(self._seed, number, position // self.num_groups)
+            members = [
+                grain.experimental.index_shuffle(m, max_index=len(rows) - 1, seed=seed, rounds=4)
+                for m in members
+            ]
+        indices = np.full(self._size, HOLE, np.int64)
+        indices[: len(members)] = [rows[m] for m in members]
+        return indices
+
+
+class Members(grain.MapDataset):
+    """The members of the groups of a dataset, one after another."""
+
+    def __init__(self, parent: grain.MapDataset, size: int):
+        super().__init__(parent)
+        self._size = size
+
+    def __len__(self) -> int:
+        return min(len(self._parent) * self._size, sys.maxsize)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._parent[index // self._size][index % self._size]
+
+    def __str__(self) -> str:
+        return f"Members(size={self._size})"
+
+
+class _Epoch(NamedTuple):
+    """int64 [batches, batch size], and the batch of both kinds that comes last, if there is one."""
+
+    batches: np.ndarray
+    kinds: list[str]
+    mixed: np.ndarray | None
+
+
+class ModalityOrder:
+    """The authors' order (`group_by_modality_length`): batches of one kind, dealt by length.
+
+    In each epoch, rows with an image in the query and rows without are shuffled apart and cut into
+    batches; the batches of both are shuffled together. What is left of both makes one mixed batch at
+    the end, and what is left then is dropped until the next epoch. Within a batch, rows go to groups
+    (a group is what one device gets in one micro-batch) by their number of words, the longest first,
+    each to the group with the fewest words that is not full yet.
+
+    Beyond the authors' code: the mixed batch is drawn at random and dealt like the others (theirs
+    comes in the order of the data). A kind of fewer rows than a batch is in the mixed batch whole
+    (theirs may never see it). Rows that do not fill a batch at all make one (theirs makes none).
+
+    Attributes:
+      group_size: rows of a group.
+      batch_size: rows of a batch.
+      batches_per_epoch: at least 1.
+    """
+
+    def __init__(
+        self,
+        image_query: np.ndarray,
+        words: np.ndarray,
+        *,
+        num_groups: int,
+        group_size: int,
+        seed: int,
+    ):
+        """`image_query` bool [n], `words` int [n] of the query, as of `PairSource.queries`."""
+        self._image_query = image_query
+        self._words = words
+        self._num_groups = num_groups
+        self._seed = seed
+        self.group_size = group_size
+        self.batch_size = num_groups * group_size
+        self.batches_per_epoch = max(1, len(words) // self.batch_size)
+        # Threads read ahead, over the end of an epoch too. Either may be computed twice; that is all.
+        self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
+        self._dealt = functools.lru_cache(maxsize=16)(self._deal)
+
+    def __reduce__(self):
+        """Caches stay behind when the order goes to another process."""
+        options = {
+            "num_groups": self._num_groups,
+            "group_size": self.group_size,
+            "seed": self._seed,
+        }
+        return functools.partial(ModalityOrder, **options), (self._image_query, self._words)
+
+    def rows(self, number: int) -> np.ndarray:
+        """int64 [groups, group size], rows of the `number`-th batch of all epochs; HOLE for none."""
+        return self._dealt(number)
+
+    def kind(self, number: int) -> str:
+        """IMAGE, TEXT or MIXED."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        return self._epoch(epoch).kinds[place]
+
+    def has_image(self, row: int) -> bool:
+        """The row's query has an image."""
+        return bool(self._image_query[row])
+
+    def _deal(self, number: int) -> np.ndarray:
+        epoch, place = divmod(number, self.batches_per_epoch)
+        content = self._epoch(epoch)
+        last = content.mixed is not None and place == len(content.batches)
+        rows = content.mixed if last else content.batches[place]
+        return deal_evenly(rows, self._words[rows], self._num_groups, self.group_size)
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        size = self.batch_size
+        keys = _random_keys(len(self._words), self._seed, 4, epoch)
+        shuffled = np.argsort(keys, kind="stable")
+        has_image = self._image_query[shuffled]
+        rows = {IMAGE: shuffled[has_image], TEXT: shuffled[~has_image]}
+        full = {kind: len(rows[kind]) // size for kind in rows}
+        scarce = [kind for kind in rows if full[kind] == 0 and len(rows[kind])]
+        left = len(shuffled) - size * sum(full.values())
+        if len(scarce) == 1 and left < size:
+            # The scarce rows would be dropped in every epoch: a batch of the other kind joins them.
+            full = {kind: max(0, count - 1) for kind, count in full.items()}
+
+        batches = np.concatenate([rows[kind][: full[kind] * size] for kind in rows])
+        kinds = [kind for kind in rows for _ in range(full[kind])]
+        places = np.argsort(_random_keys(len(kinds), self._seed, 5, epoch), kind="stable")
+        batches = batches.reshape(-1, size)[places]
+        kinds = [kinds[place] for place in places]
+
+        rest = np.concatenate([rows[kind][full[kind] * size :] for kind in rows])
+        later = np.zeros(len(rest), bool)
+        if len(scarce) == 1:
+            later = self._image_query[rest] != (scarce[0] == IMAGE)
+        mixed = rest[np.lexsort((keys[rest], later))][:size]
+        if len(mixed) < size and kinds:
+            return _Epoch(batches, kinds, None)
+        images = self._image_query[mixed]
+        kind = MIXED if images.any() and not images.all() else IMAGE if images.all() else TEXT
+        return _Epoch(batches, [*kinds, kind], mixed)
+
+
+def deal_evenly(
+    rows: np.ndarray, words: np.ndarray, num_groups: int, group_size: int
+) -> np.ndarray:
+    """Deals a batch to groups of about equally many words.
+
+    Args:
+      rows: int64 [n], n at most num_groups * group_size.
+      words: int [n].
+
+    Returns:
+      int64 [num_groups, group_size], HOLE where a batch that is not full leaves places.
+    """
+    longest_first = np.argsort(-words.astype(np.int64), kind="stable")
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    if len(rows) < num_groups * group_size:
+        for place, index in enumerate(longest_first):
+            groups[place % num_groups].append(rows[index])
+    else:
+        open_groups = [(0, group) for group in range(num_groups)]
+        for index in longest_first:
+            total, group = open_groups[0]
+            groups[group].append(rows[index])
+            if len(groups[group]) == group_size:
+                heapq.heappop(open_groups)
+            else:
+                heapq.heapreplace(open_groups, (total + int(words[index]), group))
+    dealt = np.full((num_groups, group_size), HOLE, np.int64)
+    for group, members in enumerate(groups):
+        dealt[group, : len(members)] = members
+    return dealt
+
+
+class ProcessPart:
+    """Position -> row, of the groups that one process has of every batch of a `ModalityOrder`.
+
+    Batches follow one another; within a batch, micro-batches; within those, the process's shards.
+    A micro-batch is a run of groups, as the authors' accumulation steps are.
+    """
+
+    def __init__(
+        self,
+        order: ModalityOrder,
+        *,
+        micro_batches: int,
+        num_shards: int,
+        process_index: int,
+        process_count: int,
+    ):
+        """`num_shards`: of the process. The attribute `size`: positions of the process in a batch."""
+        self.order = order
+        self.process_index = process_index
+        self.process_count = process_count
+        self._batch = (micro_batches, process_count, num_shards * order.group_size)
+        self._part = (micro_batches, num_shards, order.group_size)
+        self.size = micro_batches * num_shards * order.group_size
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, position: int) -> np.int64:
+        number, place = divmod(position, self.size)
+        return self.order.rows(number).reshape(self._batch)[:, self.process_index].flat[place]
+
+    def home(self, position: int) -> tuple[int, int]:
+        """(micro-batch, shard) of the group that a position belongs to."""
+        micro_batch, shard, _ = np.unravel_index(position % self.size, self._part)
+        return int(micro_batch), int(shard)
+
+
+def _random_keys(count: int, seed: int, *path: int) -> np.ndarray:
+    """uint64 [count]. Raw numbers of a bit generator are the same in every version of NumPy."""
+    return np.random.Philox(np.random.SeedSequence([seed, *path])).random_raw(count)
+
+
+def _derive(seed: int, *path: int) -> int:
+    """A seed of 32 bits for one part of the order, unrelated to those of other parts."""
+    return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])
