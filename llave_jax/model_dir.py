@@ -46,6 +46,11 @@ SOURCE = Path("source")
 LAYOUT = SOURCE / "layout.json"
 TOKENIZER = Path("tokenizer")
 
+# The metadata in the header of the weights: ours, and ours if a conversion wrote them, so that they are
+# still those of the Hugging Face checkpoint.
+METADATA = {"format": "llave_jax"}
+AS_CONVERTED = {**METADATA, "weights": "as converted"}
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -67,6 +72,11 @@ def is_model_dir(path: str | os.PathLike) -> bool:
     except ValueError:
         return False
     return isinstance(values, dict) and FORMAT_KEY in values
+
+
+def is_as_converted(weights: SafetensorsFile) -> bool:
+    """Whether the weights of a model directory are those of the checkpoint it was converted from."""
+    return json.loads(weights.header).get("__metadata__") == AS_CONVERTED
 
 
 def locate(path: str | os.PathLike) -> Path:
@@ -283,7 +293,7 @@ def _write_params(path: Path, config: LlaveConfig, params: Mapping[str, Any]) ->
     flat = sharding.flatten(params)
     check_shapes({name: tuple(array.shape) for name, array in flat.items()}, config, "params")
     tensors = {name: (np.dtype(array.dtype), array.shape) for name, array in flat.items()}
-    with SafetensorsWriter(path, encode_header(tensors, {"format": "llave_jax"})) as writer:
+    with SafetensorsWriter(path, encode_header(tensors, METADATA)) as writer:
         for name, array in flat.items():
             writer.write(name, np.asarray(array))
 

@@ -34,10 +34,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="config.json of the vision tower, where a LlavaQwen checkpoint does not tell it",
     )
+    parser.add_argument(
+        "--base-model",
+        metavar="ID",
+        help="with --to-hf, for the model card: name on the hub of the model this one was trained "
+        "from, such as lmms-lab/llava-onevision-qwen2-0.5b-ov",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in --output")
     values = parser.parse_args(arguments)
     if values.to_hf and values.vision_config:
         parser.error("--vision-config is of use only without --to-hf")
+    if values.base_model and not values.to_hf:
+        parser.error("--base-model is of use only with --to-hf")
     return values
 
 
@@ -48,7 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
     values = parse_arguments(arguments)
     try:
         if values.to_hf:
-            convert_to_hf(values.input, values.output, values.to_hf, overwrite=values.overwrite)
+            convert_to_hf(
+                values.input,
+                values.output,
+                values.to_hf,
+                base_model=values.base_model,
+                overwrite=values.overwrite,
+            )
         else:
             convert_from_hf(
                 values.input,

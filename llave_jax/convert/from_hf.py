@@ -279,7 +279,7 @@ def _write_parameters(
     tensors = {}
     for ours, group in plan.parameters.items():
         tensors[ours] = (weights.owner[group[0]].tensors[group[0]].dtype, shapes[ours])
-    header = encode_header(tensors, {"format": "llave_jax"})
+    header = encode_header(tensors, model_dir.AS_CONVERTED)
     total = sum(len(group) for group in plan.parameters.values())
     with (
         SafetensorsWriter(path, header) as writer,

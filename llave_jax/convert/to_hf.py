@@ -1,7 +1,8 @@
 """Model directory -> Hugging Face directory.
 
 Into the layout the model came from: the same files, byte for byte if the weights are still the
-same. Into the other layout, or from a model made here: a complete directory of its own.
+same. Into the other layout, or from a model made here: a complete directory of its own. All but the
+same files have a model card.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from llave_jax import model_dir
-from llave_jax.convert import hf_config, names
+from llave_jax.convert import hf_config, model_card, names
 from llave_jax.convert.from_hf import INDEX_FILE, SINGLE_FILE
 from llave_jax.convert.names import LAYOUTS, Match
 from llave_jax.convert.safetensors_io import (
@@ -30,6 +32,8 @@ from llave_jax.convert.safetensors_io import (
 from llave_jax.convert.tokens import add_special_tokens
 from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig
 from llave_jax.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000
 _ROWS_MULTIPLE = 64
@@ -81,6 +85,7 @@ class _Model:
 
     Attributes:
       directory: the model directory, of a run its part.
+      as_converted: whether the weights are still those of the checkpoint the model came from.
       carried: row of the table -> name of a carried tensor.
       dtypes: path -> dtype in the checkpoint the model came from; without one, of the parameter.
     """
@@ -93,6 +98,7 @@ class _Model:
         # Parameters in a file are read from it, not through its mapping: mapped pages would stay.
         in_file = self.directory == Path(path)
         self._file = SafetensorsFile(self.directory / model_dir.WEIGHTS) if in_file else None
+        self.as_converted = self._file is not None and model_dir.is_as_converted(self._file)
         self._last: tuple[str, np.ndarray] | None = None
 
         carried = self.directory / model_dir.CARRIED
@@ -131,6 +137,7 @@ def convert_to_hf(
     output: str | os.PathLike,
     layout: str,
     *,
+    base_model: str | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> None:
@@ -141,6 +148,8 @@ def convert_to_hf(
         the checkpoint it began from.
       output: the directory to make; appears when it is complete.
       layout: "llave" (the authors' code) or "onevision" (transformers).
+      base_model: for the model card: id on the hub of the model this one was trained from; by
+        default what the source says of itself.
       overwrite: replace a directory with a model that exists.
 
     Raises:
@@ -154,9 +163,12 @@ def convert_to_hf(
         Path(output), overwrite=overwrite, keep=model.directory
     ) as staged:
         if layout == model.origin.layout:
-            _write_original(staged, model, show_progress)
+            same = _write_original(staged, model, show_progress)
         else:
+            same = False
             _write_translated(staged, model, layout, show_progress)
+        if not same:
+            _write_card(staged, Path(output).absolute().name, model, layout, base_model)
 
 
 def _read_origin(source: Path) -> Origin:
@@ -171,8 +183,8 @@ def _read_origin(source: Path) -> Origin:
     )
 
 
-def _write_original(target: Path, model: _Model, show_progress: bool) -> None:
-    """The directory the model came from, with the weights of now."""
+def _write_original(target: Path, model: _Model, show_progress: bool) -> bool:
+    """The directory the model came from, with the weights of now; whether nothing has changed."""
     origin, config = model.origin, model.config
     shutil.copytree(model.directory / model_dir.SOURCE, target, dirs_exist_ok=True)
     (target / model_dir.LAYOUT.name).unlink()
@@ -190,6 +202,28 @@ def _write_original(target: Path, model: _Model, show_progress: bool) -> None:
                     f"{model.directory / model_dir.LAYOUT}: {name} is not in the name table"
                 )
     _write_weights(target, origin.headers, hits, model, show_progress)
+    return model.as_converted and values == origin.config
+
+
+def _write_card(
+    target: Path, title: str, model: _Model, layout: str, base_model: str | None
+) -> None:
+    card = model_card.write_card(
+        target,
+        title,
+        model.config,
+        layout,
+        source_card=model.directory / model_dir.SOURCE / model_card.README,
+        source_config=model.origin.config,
+        base_model=base_model,
+    )
+    if card.name != model_card.README:
+        logger.warning(
+            "%s is that of the checkpoint the model comes from; the card of this model is %s: "
+            "put it in its place before you publish",
+            model_card.README,
+            card.name,
+        )
 
 
 def _write_translated(target: Path, model: _Model, layout: str, show_progress: bool) -> None:

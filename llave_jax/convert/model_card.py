@@ -1,0 +1,175 @@
+"""The model card of an exported directory: README.md, with the metadata that the hub reads.
+
+Says what the files are, under which licence, where they come from and whom to cite. What a card on
+the hub should tell beyond that (training data, scores) only the model's authors know.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from llave_jax.models.config import LlaveConfig
+
+README = "README.md"
+# Where the card goes if README.md is the source's own.
+BESIDE_README = "MODEL_CARD.md"
+
+# That of the authors' code and of all models they publish.
+LICENSE = "apache-2.0"
+
+# Who publishes models of this family on the hub: `_name_or_path` in a config.json can as well be a
+# folder, and only these are surely a name on the hub.
+_PUBLISHERS = ("BAAI", "Qwen", "llava-hf", "lmms-lab", "zhibinlan")
+
+_LOADING = {
+    "llave": "The files are in the layout of the authors' code (`LlavaQwenForCausalLM`), which loads them.",
+    "onevision": "transformers loads the files as `LlavaOnevisionForConditionalGeneration`. The embedding "
+    "is the last hidden state of the last token, L2-normalised.",
+}
+
+_TEXT = """\
+# {title}
+
+A multimodal embedding model: a text, an image, a document of both or a video becomes one
+L2-normalised vector of {width} dimensions. Architecture and training follow
+[LLaVE](https://arxiv.org/abs/2503.04812).
+
+| | |
+|---|---|
+| language model | Qwen2, {layers} layers, width {width}, vocabulary of {vocabulary} |
+| vision tower | SigLIP, {vision_layers} layers, width {vision_width}, {image_size} px in patches of {patch_size} |
+| images | base crop and up to {tiles} tiles, of {canvases} canvases |
+| tokens | at most {max_length} |
+
+## Use
+
+{loading} With llave_jax:
+
+```bash
+python tools/convert_hf.py --input {title} --output models/{title}
+```
+
+```python
+from llave_jax import Embedder
+
+model = Embedder.from_pretrained("models/{title}")
+query, target = model.encode(
+    [
+        {{
+            "image": "photo.jpg",
+            "text": "Represent the given image with the following question: What is in the image",
+        }},
+        "A cat and a dog",
+    ]
+)
+similarity = query @ target
+```
+
+## Licence
+
+{licence}
+
+## Citation
+
+```bibtex
+@article{{lan2025llave,
+  title={{LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive Learning}},
+  author={{Lan, Zhibin and Niu, Liqiang and Meng, Fandong and Zhou, Jie and Su, Jinsong}},
+  journal={{arXiv preprint arXiv:2503.04812}},
+  year={{2025}}
+}}
+```
+"""
+
+
+def write_card(
+    target: Path,
+    title: str,
+    config: LlaveConfig,
+    layout: str,
+    *,
+    source_card: Path | None = None,
+    source_config: dict[str, Any] | None = None,
+    base_model: str | None = None,
+) -> Path:
+    """Write the model card of an exported directory; a README.md that is there already stays.
+
+    Args:
+      target: the directory.
+      title: the model's name.
+      layout: "llave" or "onevision".
+      source_card: README.md of the checkpoint that the model comes from: its licence and its base
+        model go on.
+      source_config: config.json of that checkpoint.
+      base_model: id on the hub of the model this one was trained from, if known better.
+
+    Returns:
+      The file written: README.md, or MODEL_CARD.md beside one.
+    """
+    known = _metadata(source_card)
+    base_model = base_model or known.get("base_model") or _published_name(source_config or {})
+    licence = known.get("license") or LICENSE
+    data = ModelCardData(
+        license=licence,
+        # Those that are not on the hub's list have a name and a link of their own.
+        license_name=known.get("license_name"),
+        license_link=known.get("license_link"),
+        base_model=base_model,
+        pipeline_tag="feature-extraction",
+        library_name="transformers",
+        tags=["llave", "multimodal", "embedding", "sentence-similarity"],
+    )
+    text, vision, inputs = config.text, config.vision, config.inputs
+    tiles = max(height * width for height, width in inputs.pinpoints) // vision.image_size**2
+    body = _TEXT.format(
+        title=title,
+        width=text.hidden_size,
+        layers=text.num_layers,
+        vocabulary=text.vocab_size,
+        vision_layers=vision.num_layers,
+        vision_width=vision.hidden_size,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        tiles=tiles,
+        canvases=len(inputs.pinpoints),
+        max_length=inputs.max_length,
+        loading=_LOADING[layout],
+        licence=_licence_text(licence, bool(known.get("license")), base_model),
+    )
+    path = target / (BESIDE_README if (target / README).exists() else README)
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
+    return path
+
+
+def _metadata(card: Path | None) -> dict[str, Any]:
+    """The front matter of a card; nothing if there is none that can be read."""
+    if card is None or not card.is_file():
+        return {}
+    try:
+        return metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):
+        return {}
+
+
+def _published_name(config: dict[str, Any]) -> str | None:
+    """The hub's name of the model that a checkpoint was made from."""
+    name = str(config.get("_name_or_path") or "")
+    publishers = "|".join(map(re.escape, _PUBLISHERS))
+    return name if re.fullmatch(rf"({publishers})/[\w.-]+", name) else None
+
+
+def _licence_text(licence: str, inherited: bool, base_model: str | list[str] | None) -> str:
+    if inherited:
+        return f"`{licence}`, the licence of the checkpoint that these weights come from."
+    bases = [base_model] if isinstance(base_model, str) else base_model or []
+    of = f" ({', '.join(bases)})" if bases else ""
+    return (
+        f"`{licence}`, the licence of the LLaVE models and their code. If the model you trained "
+        f"from{of} has another one, name that here and in the metadata above."
+    )
