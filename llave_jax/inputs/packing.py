@@ -174,11 +174,11 @@ class Planner:
         used = list(row_used)
         rows = [0] * len(lengths)
         for side in sorted(range(len(lengths)), key=lambda side: -lengths[side]):
-            room = [self.budget.row_length - n - lengths[side] for n in used]
-            fitting = [row for row, left in enumerate(room) if left >= 0]
-            if not fitting:
+            most = self.budget.row_length - lengths[side]
+            fullest = max([n for n in used if n <= most], default=None)
+            if fullest is None:
                 return None
-            rows[side] = min(fitting, key=lambda row: (room[row], row))
+            rows[side] = used.index(fullest)
             used[rows[side]] += lengths[side]
         return rows
 
@@ -195,7 +195,7 @@ class Planner:
                     f"{name}: needs {field} {need}, the batch budget has {getattr(budget, field)}; "
                     f"raise {field} or lower the model's max_length"
                 )
-        if self._choose_rows([0] * budget.rows, lengths) is None:
+        if len(lengths) > 1 and self._choose_rows([0] * budget.rows, lengths) is None:
             raise ValueError(
                 f"{name}: sequences of {list(lengths)} tokens do not fit together into "
                 f"{budget.rows} rows of {budget.row_length}; raise rows"

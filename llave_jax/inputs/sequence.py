@@ -59,12 +59,17 @@ class Visual(NamedTuple):
 class SequenceBuilder:
     """`builder(item) -> Sequence` for one model: its tokenizer, sizes and input settings.
 
-    What is too long is cut without a warning: `cuts.CutWarnings` gives it. Picklable (data workers hold one each) and without state that changes.
+    What is too long is cut without a warning: `cuts.CutWarnings` gives it. Picklable (data workers
+    hold one each) and without state that changes.
     """
 
     def __init__(self, tokenizer: Any, config: LlaveConfig):
         self.tokenizer = tokenizer
         self.config = config
+        # Kept, since the tokenizer takes long to say it.
+        self._pad_token_id = tokenizer.pad_token_id
+        size = config.vision.image_size
+        self._no_crops = np.zeros((0, size, size, 3), np.uint8)
 
     def __call__(self, item: Item) -> Sequence:
         """What is too long is cut at its end, and `num_cut` says so.
@@ -78,7 +83,7 @@ class SequenceBuilder:
         ids = chat.chat_ids(self.tokenizer, content)
         # A literal padding token in the text is dropped after the text is cut: the model takes padding
         # out by its id, as the authors' image path does.
-        is_token = ids != self.tokenizer.pad_token_id
+        is_token = ids != self._pad_token_id
         whole = np.count_nonzero(is_token) + sum(visual.taps.shape[0] - 1 for visual in visuals)
         ids = ids[: inputs.max_text_length][is_token[: inputs.max_text_length]]
 
@@ -88,7 +93,7 @@ class SequenceBuilder:
         zero_crops: list[int] = []
         num_crops = 0
         remaining = iter(visuals)
-        for piece, follows_marker in _split_at_markers(ids):
+        for piece, follows_marker in _split_at_markers(ids) if visuals else [(ids, False)]:
             if follows_marker:
                 visual = next(remaining)
                 tokens.append(np.full(visual.taps.shape, VISUAL_SLOT, np.int32))
@@ -98,17 +103,18 @@ class SequenceBuilder:
                     zero_crops.append(num_crops)
                 num_crops += len(visual.crops)
             tokens.append(piece)
-        size = vision.image_size
+        length = sum(map(len, tokens))
         sequence = Sequence(
             tokens=np.concatenate(tokens),
-            crops=np.concatenate(crops) if crops else np.zeros((0, size, size, 3), np.uint8),
+            crops=np.concatenate(crops) if crops else self._no_crops,
             taps=T.concatenate(taps) if taps else T.newlines(0),
             name=item.name,
             zero_crops=tuple(zero_crops),
+            num_cut=whole - min(length, inputs.max_length),
         )
-        if len(sequence) > inputs.max_length:
+        if length > inputs.max_length:
             sequence = _truncate(sequence, inputs.max_length, vision.num_patches)
-        return dataclasses.replace(sequence, num_cut=whole - len(sequence))
+        return sequence
 
     def _visuals(self, item: Item) -> list[Visual]:
         """The item's images, one for each marker, or its video."""
