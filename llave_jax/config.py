@@ -74,8 +74,8 @@ def default_config() -> ConfigDict:
     # share of each subset in the stream, as (subset, weight) pairs (empty: every row once an epoch).
     config.data.sub_batch = 1
     config.data.weights = ()
-    # Rows that cannot be read: "raise", or "skip" and list them in WORKDIR/skipped_PROCESS.jsonl, until
-    # they are more than `max_skip_share` of all.
+    # Rows that cannot be used: "raise", or "skip" and list them in WORKDIR/skipped_PROCESS.jsonl, until
+    # they are more than `max_skip_share` of the run's rows.
     config.data.on_error = "raise"
     config.data.max_skip_share = 0.01
     # Share of the rows kept from training, by the hash of their content.

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from absl import app, flags
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from llave_jax import config as config_lib
@@ -29,7 +30,9 @@ from llave_jax.benchmarks.during_training import TrainingEvaluation
 from llave_jax.benchmarks.mmeb_data import DatasetInfo
 from llave_jax.checkpoint import BEST, BestCheckpoint, Checkpoints, latest_params
 from llave_jax.data.order import Composition
-from llave_jax.data.pipeline import TrainBatch, train_iterator
+from llave_jax.data.pipeline import TrainBatch, skip_limit, train_iterator
+from llave_jax.data.rows import EMPTY_SIDE
+from llave_jax.data.skips import TooManySkips, by_subset, listed
 from llave_jax.data.sources import PairSource, open_source, split_held_out
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.metrics import MetricsWriter
@@ -65,6 +68,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
     source = open_training_source(config, data_path)
     total_steps = config_lib.total_steps(config, len(source))
     log.info("%d pairs, %d steps of at most %d", len(source), total_steps, config.batch.pairs)
+    if source.left_out:
+        left_out = listed(source.left_out)
+        log.info("skipped %d rows: %s (%s)", len(left_out), EMPTY_SIDE, by_subset(left_out))
     iterator = make_iterator(
         config, source, SequenceBuilder(tokenizer, llave_config), mesh, workdir
     )
@@ -85,6 +91,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         if best is not None:
             best.offer(step, state.params, scores)
 
+    batch: TrainBatch | None = None
     if evaluation.due(start, total_steps):
         evaluate(start)
     watch = Watch(config, writer, training.schedule, total_steps, start)
@@ -97,6 +104,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 state, *sharding.device_put_batch(arrays, mesh, leading_axes=1)
             )
             watch.add(step, metrics, batch)
+            if step % config.log_every == 0 and jax.process_count() > 1:
+                limit = skip_limit(source, config.data.max_skip_share)
+                check_skipped_rows(batch.skipped, list(source.subsets), limit, workdir)
             stop = checkpoints.must_stop(step)
             if stop or step == total_steps or step % config.checkpoint.every == 0:
                 # Nothing is saved before its loss is known to be finite.
@@ -114,6 +124,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
     writer.close()
     if waiting := len(iterator.get_state()["carry"]):
         log.info("%d pairs that this process has read had no room before the last step", waiting)
+    if batch is not None and batch.skipped:
+        log.info(
+            "this process skipped %d rows that cannot be used (%s), listed in %s",
+            len(batch.skipped),
+            by_subset(batch.skipped),
+            skip_file(workdir, jax.process_index()),
+        )
     if int(state.step) == total_steps:
         evaluation.report(total_steps)
 
@@ -148,8 +165,6 @@ def locate_benchmark(
 
 def wait_for_first_process(what: str) -> None:
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(what)
 
 
@@ -230,7 +245,6 @@ def make_iterator(
 ) -> grain.DatasetIterator:
     """`TrainBatch`es of this process's shards."""
     data, process = config.data, jax.process_index()
-    skips = data.on_error == "skip"
     return train_iterator(
         source,
         builder,
@@ -244,9 +258,40 @@ def make_iterator(
         composition=Composition(data.sub_batch, dict(data.weights) or None, data.order),
         group_size=config_lib.pairs_per_group(config, sharding.num_shards(mesh)),
         on_error=data.on_error,
-        skip_file=workdir / f"skipped_{process}.jsonl" if skips else None,
+        skip_file=skip_file(workdir, process),
         max_skip_share=data.max_skip_share,
     )
+
+
+def skip_file(workdir: Path, process: int | str) -> Path:
+    """Where a process lists the rows that it skips."""
+    return workdir / f"skipped_{process}.jsonl"
+
+
+def check_skipped_rows(
+    skipped: Sequence[str], subsets: Sequence[str], limit: int, workdir: Path
+) -> None:
+    """Stops all processes at the same step if they have skipped too many rows together.
+
+    Args:
+      skipped: pair ids of this process; two processes may have skipped the same row.
+      subsets: names, the same in every process.
+      limit: rows that all together may skip.
+
+    Raises:
+      TooManySkips: in every process.
+    """
+    counts = multihost_utils.process_allgather(np.int32(len(skipped)))
+    if counts.sum() <= limit:
+        return
+    rows = np.full((counts.max(), 2), -1, np.int32)
+    for place, pair_id in enumerate(skipped):
+        subset, _, row = pair_id.rpartition(":")
+        rows[place] = subsets.index(subset), int(row)
+    everyone = np.unique(multihost_utils.process_allgather(rows).reshape(-1, 2), axis=0)
+    together = [f"{subsets[subset]}:{row}" for subset, row in everyone if subset >= 0]
+    if len(together) > limit:
+        raise TooManySkips(together, limit, skip_file(workdir, "*"))
 
 
 def make_state(

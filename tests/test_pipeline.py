@@ -16,7 +16,7 @@ from llave_jax.data import order as order_lib
 from llave_jax.data import pipeline
 from llave_jax.data.order import UNIFORM, Composition, row_order, rows_of_process
 from llave_jax.data.pipeline import train_iterator
-from llave_jax.data.rows import Row, RowError
+from llave_jax.data.rows import EMPTY_SIDE, Row, RowError
 from llave_jax.data.skips import SkipLog, TooManySkips
 from llave_jax.data.sources import PairSource, make_pair, open_source
 from llave_jax.inputs.images import ImageError
@@ -489,8 +489,58 @@ class TestSkipping:
             skip_file=path,
             max_skip_share=0.05,
         )
-        with pytest.raises(TooManySkips, match=f"2 rows.*{path}"):
+        with pytest.raises(TooManySkips, match=f"2 rows .* 1 allowed: a 2. They are .*{path}"):
             collections.deque(iterator, maxlen=0)
+
+    def test_the_message_counts_by_subset(self, builder, tmp_path):
+        source = Pairs({"a": 20, "b": 20}, (3, 21, 22, 23))
+        options = {"on_error": "skip", "skip_file": tmp_path / "s.jsonl", "max_skip_share": 0.09}
+        with pytest.raises(TooManySkips, match=r"4 rows .* 3 allowed: b 3, a 1\."):
+            collections.deque(make(source, builder, **options), maxlen=0)
+
+    def test_where_no_row_is_usable_the_stream_ends(self, builder, tmp_path):
+        source = Pairs({"a": 9}, tuple(range(9)))
+        options = {"on_error": "skip", "skip_file": tmp_path / "s.jsonl", "max_skip_share": 1.0}
+        iterator = make(source, builder, **options)
+        with pytest.raises(TooManySkips, match="9 rows could not be used"):
+            collections.deque(iterator, maxlen=0)
+
+    def test_the_limit_is_the_runs(self, builder, tmp_path):
+        """A process does not stop for rows that may all be its own; batches say what was skipped."""
+        source = Pairs({"a": 20}, self.BROKEN)
+        skipped = set()
+        for process in range(2):
+            path = tmp_path / f"skipped_{process}.jsonl"
+            iterator = make(
+                source,
+                builder,
+                process_index=process,
+                process_count=2,
+                on_error="skip",
+                skip_file=path,
+                max_skip_share=0.05,
+            )
+            batches = list(itertools.islice(iterator, 12))
+            assert [len(b.skipped) for b in batches] == sorted(len(b.skipped) for b in batches)
+            lines = path.read_text().splitlines() if path.exists() else []
+            assert {f"a:{json.loads(line)['row']}" for line in lines} >= set(batches[-1].skipped)
+            skipped |= set(batches[-1].skipped)
+        assert skipped == {"a:3", "a:17"}
+
+    @pytest.mark.parametrize("on_error", ["raise", "skip"])
+    def test_rows_that_the_source_leaves_out_are_listed_and_do_not_count(
+        self, builder, tmp_path, on_error
+    ):
+        source = Pairs({"a": 6})
+        source.left_out = {"a": (100, 103), "b": (0,)}
+        path = tmp_path / "skipped.jsonl"
+        options = {"on_error": on_error, "skip_file": path, "max_skip_share": 0.0}
+        for _ in range(2):  # the second run continues the file
+            batches = list(make(source, builder, epochs=1, **options))
+            assert all(batch.skipped == () for batch in batches)
+            entries = [json.loads(line) for line in path.read_text().splitlines()]
+            assert [(e["subset"], e["row"]) for e in entries] == [("a", 100), ("a", 103), ("b", 0)]
+            assert {entry["reason"] for entry in entries} == {EMPTY_SIDE}
 
     def test_rows_that_no_batch_has_room_for(self, builder, tmp_path):
         source = Pairs({"a": 12})
@@ -539,7 +589,7 @@ class TestSkipping:
         assert len(log) == 2
 
     def test_policy_and_file_go_together(self, builder):
-        with pytest.raises(ValueError, match="go together"):
+        with pytest.raises(ValueError, match="needs a skip_file"):
             make(Pairs({"a": 3}), builder, on_error="skip")
         with pytest.raises(ValueError, match="on_error is 'ignore'"):
             make(Pairs({"a": 3}), builder, on_error="ignore", skip_file="x")

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
@@ -169,6 +171,34 @@ def test_an_index_of_an_older_version_is_made_anew(tree, tmp_path, in_process):
     run(source, tmp_path)
     assert files_of(tmp_path) == before
     np.testing.assert_array_equal(open_source(tmp_path).queries(), source.queries())
+
+
+def test_rows_with_an_empty_side_are_left_out_alike(tree, tmp_path, in_process):
+    """Of parquet and of records made of it, there are the same pairs in the same order."""
+    folder = tmp_path / "tree/WebQA"
+    folder.mkdir(parents=True)
+    (tmp_path / "tree/images").symlink_to(tree / "images")
+    paths = sorted((tree / "WebQA").glob("*.parquet"))
+    rows = [row for path in paths for row in pyarrow.parquet.read_table(path).to_pylist()]
+    rows[3]["qry"] = "  "
+    rows[8] |= {"pos_text": None, "pos_image_path": None}
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, folder / "original-00000-of-00001.parquet")
+    source = open_source(tmp_path / "tree")
+    run(source, tmp_path / "out")  # on_error is "raise": such rows are no error
+    prepared = open_source(tmp_path / "out")
+    assert prepared.left_out == {"WebQA": [3, 8]} == {n: [*r] for n, r in source.left_out.items()}
+    assert prepared.subsets == source.subsets == {"WebQA": range(8)}
+    for i in range(8):
+        assert prepared.pair_id(i) == source.pair_id(i)
+        assert prepared.digest(i) == source.digest(i)
+        assert prepared[i].query.images == source[i].query.images == (None,)
+        assert prepared[i].target.text == source[i].target.text
+    facts = (source.contents(), *source.queries())
+    for found, expected in zip((prepared.contents(), *prepared.queries()), facts, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    capped = open_source(tmp_path / "out", max_rows=8)
+    assert (capped.left_out, len(capped)) == ({"WebQA": [3]}, 7)
 
 
 @pytest.fixture

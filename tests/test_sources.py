@@ -319,14 +319,57 @@ def test_hostile_files_are_named(tmp_path):
 
 
 def test_parquet_nulls_and_columns_of_other_types(tmp_path):
-    parquet_of(tmp_path / "N/original-0.parquet", [row(qry=None), row(neg_text=None)])
+    nulls = [row(qry=None), row(neg_text=None), row(qry=None, qry_image_path="a.png")]
+    parquet_of(tmp_path / "N/original-0.parquet", nulls)
+    (tmp_path / "a.png").write_bytes(b"picture")
     source = open_source(tmp_path)
-    with pytest.raises(RowError, match=r"original-0.parquet row 0: missing fields \['qry'\]"):
-        source[0]
-    assert source[1].negatives == ()
+    assert source.left_out == {"N": (0,)}
+    assert source[0].negatives == ()
+    assert (source[1].query.text, source[1].query.images) == ("", (b"picture",))
     parquet_of(tmp_path / "M/original-0.parquet", [row(pos_text=["a"])])
     with pytest.raises(ValueError, match=r"M/original-0.parquet.*text columns"):
         open_source(tmp_path)
+
+
+# As on the hub: strings, now and then a null, and sides of neither text nor image.
+EMPTY_SIDES = {
+    1: {"qry": ""},
+    4: {"pos_text": None},
+    5: {"qry": " \n\u3000\u2003", "neg_text": "n"},
+}
+
+
+def test_the_hubs_rows_with_an_empty_side_are_left_out(tmp_path):
+    rows = [row(qry=f"q{n}") | EMPTY_SIDES.get(n, {}) for n in range(9)]
+    rows[6] |= {"qry": "\u3000 \u72d7"}  # blank but for a Chinese character
+    rows[7] |= {"qry": "", "qry_image_path": "a.png", "neg_text": "", "neg_image_path": ""}
+    (tmp_path / "a.png").write_bytes(b"picture")
+    parquet_of(tmp_path / "S/original-0.parquet", rows[:5])
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows[5:]), tmp_path / "S/original-1.parquet")
+    source = open_source(tmp_path)
+    kept = [0, 2, 3, 6, 7, 8]
+    assert source.left_out == {"S": (1, 4, 5)}
+    assert source.subsets == {"S": range(6)}
+    assert [source.pair_id(i) for i in range(6)] == [f"S:{n}" for n in kept]
+    assert [source[i].query.text for i in range(6)] == [rows[n]["qry"] for n in kept]
+    assert "S/original-* row 6, query" in source[3].query.name
+    assert open_source(tmp_path, max_rows=4).left_out == {"S": (1,)}
+    assert len(open_source(tmp_path, max_rows=4)) == 3
+    assert split_held_out(source, 0.5)[0].left_out == source.left_out
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows[4:5]), tmp_path / "S/original-0.parquet")
+    with pytest.raises(ValueError, match=r"\['S'\] have no rows but 1 of which a side has neither"):
+        open_source(tmp_path, max_rows=1)
+
+
+def test_bytes_that_are_no_text_stop_only_at_their_row(tmp_path):
+    (tmp_path / "S").mkdir()
+    table = pa.Table.from_pylist([row(), row(qry="bad"), row(qry="")])
+    bad = pa.array([b"q", b"\xff\xfe", b""]).view(pa.string())
+    pyarrow.parquet.write_table(table.set_column(0, "qry", bad), tmp_path / "S/original-0.parquet")
+    source = open_source(tmp_path)
+    assert source.left_out == {"S": (2,)}
+    with pytest.raises(ValueError, match="codec can't decode"):
+        source[1]
 
 
 class TestArchives:

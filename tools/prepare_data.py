@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from llave_jax.data.prepare import prepare
-from llave_jax.data.skips import SkipLog
+from llave_jax.data.skips import SkipLog, by_subset, listed
 from llave_jax.data.sources import MmebSource, open_source
 
 
@@ -49,10 +49,8 @@ def main() -> None:
     )
     if not isinstance(source, MmebSource):
         parser.error(f"{args.input} is prepared already")
-    skips = None
-    if args.on_error == "skip":
-        limit = int(args.max_skip_share * len(source))
-        skips = SkipLog(args.output / f"skipped-{args.split}.jsonl", limit)
+    limit = int(args.max_skip_share * len(source))
+    skips = SkipLog(args.output / f"skipped-{args.split}.jsonl", limit, source.left_out)
     prepare(
         source,
         args.output,
@@ -60,11 +58,17 @@ def main() -> None:
         rows_per_shard=args.rows_per_shard,
         num_workers=args.num_workers,
         check_images=not args.trust_images,
-        skips=skips,
+        skips=skips if args.on_error == "skip" else None,
     )
-    print(f"{len(source)} rows of {len(source.subsets)} subsets are in {args.output}")
-    if skips is not None and len(skips):
-        print(f"{len(skips)} rows were left out: {skips.path}")
+    rows, subsets = len(source) - len(skips), len(source.subsets)
+    print(f"{rows} rows of {subsets} subsets are in {args.output}")
+    if skips.pair_ids:
+        print(f"{len(skips)} rows could not be used: {by_subset(skips.pair_ids)}")
+    if source.left_out:
+        left_out = listed(source.left_out)
+        print(f"{len(left_out)} rows have an empty side: {by_subset(left_out)}")
+    if skips.pair_ids or source.left_out:
+        print(f"these are left out and listed in {skips.path}")
 
 
 if __name__ == "__main__":

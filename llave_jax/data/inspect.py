@@ -20,6 +20,8 @@ from llave_jax import train
 from llave_jax.data.inspect_html import write_page
 from llave_jax.data.measure import Measured, measure_subset, mixed_sizes
 from llave_jax.data.mix import simulate
+from llave_jax.data.rows import EMPTY_SIDE
+from llave_jax.data.skips import by_subset, listed
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.progress import Progress
@@ -47,9 +49,10 @@ def inspect(config: ConfigDict, workdir: Path, *, rows: int, samples: int, shard
             if len(source.subsets[subset]):
                 measured[subset] = measure_subset(source, subset, builder, rows, sides)
             progress.update()
-    report = "\n".join(
-        [*subset_lines(measured), "", *packing_lines(config, source, measured, shards)]
-    )
+    lines = subset_lines(measured)
+    if source.left_out:
+        lines.append(f"left out, as {EMPTY_SIDE}: {by_subset(listed(source.left_out))}")
+    report = "\n".join([*lines, "", *packing_lines(config, source, measured, shards)])
     write_page(workdir / "data.html", report, source, builder, samples)
     return report
 

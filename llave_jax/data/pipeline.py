@@ -42,7 +42,7 @@ from llave_jax.data.order import (
     row_order,
     rows_of_process,
 )
-from llave_jax.data.skips import SkipLog
+from llave_jax.data.skips import SkipLog, TooManySkips
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.images import read_image_file
@@ -75,12 +75,14 @@ class TrainBatch(NamedTuple):
         and the negatives of each pair; no meaning in empty slots.
       ids: [M][S][G] pair ids, "" for empty slots.
       epoch: rows read so far by this process as a multiple of its share of the source.
+      skipped: pair ids of the rows that this process could not use so far.
     """
 
     packed: PackedBatch
     target_ids: np.ndarray
     ids: list[list[list[str]]]
     epoch: float
+    skipped: tuple[str, ...]
 
 
 def train_iterator(
@@ -124,8 +126,11 @@ def train_iterator(
       group_size: pairs that the modality order deals to one shard of one micro-batch; the budget
         should have room for more, since not every group fits. None: as many as the budget has slots.
       on_error: "raise" or "skip" rows that cannot be used.
-      skip_file: with "skip", the file that lists them: one JSON object a line.
-      max_skip_share: with "skip", stop when more than this share of the process's rows is skipped.
+      skip_file: lists rows that are skipped, and on the first process those that the source leaves
+        out: one JSON object a line. Needed with "skip".
+      max_skip_share: with "skip", stop when more than this share of all rows is skipped. Several
+        processes do not stop by themselves: the caller adds up what they skipped (`skip_limit`,
+        `TrainBatch.skipped`), so that all stop at the same step.
       lookahead: pairs that may wait for a later batch while smaller ones fill the current one; None:
         `packing.default_lookahead`. By modality, so many that wait are kept in memory.
       prefetch: batches made ahead in a background thread.
@@ -136,8 +141,8 @@ def train_iterator(
     """
     if on_error not in POLICIES:
         raise ValueError(f"on_error is {on_error!r}; expected one of {POLICIES}")
-    if (on_error == "skip") != (skip_file is not None):
-        raise ValueError('on_error="skip" and skip_file go together')
+    if on_error == "skip" and skip_file is None:
+        raise ValueError('on_error="skip" needs a skip_file, which lists the rows')
     by_modality = composition.order == "modality"
     if epochs is not None and (process_count > 1 or composition.weights or by_modality):
         raise ValueError(
@@ -168,6 +173,11 @@ def train_iterator(
         order, rows = Members(groups, composition.sub_batch), np.concatenate([*subsets.values()])
         batches, num_rows = functools.partial(_UniformIterator, rows=rows), len(rows)
         batch_size = None
+    skips = None
+    if skip_file is not None:
+        left_out = source.left_out if process_index == 0 else None
+        limit = skip_limit(source, max_skip_share) if process_count == 1 else len(source)
+        skips = SkipLog(skip_file, limit, left_out)
     dataset = _Batches(
         batches,
         order,
@@ -176,7 +186,8 @@ def train_iterator(
         lookahead=lookahead or default_lookahead(budget, num_shards),
         num_workers=num_workers,
         contents=contents,
-        skips=SkipLog(skip_file, int(max_skip_share * num_rows)) if skip_file else None,
+        skips=skips if on_error == "skip" else None,
+        num_rows=num_rows,
         identity={
             "seed": seed,
             "order": composition.name(source, batch_size),
@@ -186,6 +197,11 @@ def train_iterator(
     return iter(
         grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
     )
+
+
+def skip_limit(source: PairSource, max_skip_share: float) -> int:
+    """Rows of a run that may be skipped."""
+    return int(max_skip_share * len(source))
 
 
 class _Load:
@@ -318,6 +334,7 @@ class _StepIterator(grain.DatasetIterator):
         num_workers: int,
         contents: np.ndarray,
         skips: SkipLog | None,
+        num_rows: int,
         identity: dict[str, Any],
     ):
         super().__init__()
@@ -328,6 +345,8 @@ class _StepIterator(grain.DatasetIterator):
         self._num_workers = num_workers
         self._contents = contents
         self._skips = skips
+        self._num_rows = num_rows
+        self._unusable_in_a_row = 0
         self._identity = identity
         self._cuts = CutWarnings(items_repeat=True)
         self._next = 0
@@ -367,6 +386,7 @@ class _StepIterator(grain.DatasetIterator):
             target_ids=np.array(by_slot, np.int32).swapaxes(2, 3),
             ids=list(ids),
             epoch=self._epochs_read(),
+            skipped=() if self._skips is None else self._skips.pair_ids,
         )
 
     def get_state(self) -> dict[str, Any]:
@@ -426,7 +446,12 @@ class _StepIterator(grain.DatasetIterator):
             position, self._next = self._next, self._next + 1
             if "skipped" in element:
                 self._skips.record(element["id"], element["skipped"])
+                self._unusable_in_a_row += 1
+                if self._unusable_in_a_row >= self._num_rows:
+                    # An endless stream would be searched for ever.
+                    raise TooManySkips(self._skips.pair_ids, self._skips.limit, self._skips.path)
             elif "hole" not in element:
+                self._unusable_in_a_row = 0
                 for sequence in element["sequences"]:
                     if sequence is not None:
                         self._cuts.note(_to_sequence(sequence))

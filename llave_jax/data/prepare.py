@@ -18,6 +18,7 @@ import hashlib
 import json
 import multiprocessing
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,10 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One output file: rows `start` to `stop` of a subset."""
+    """One output file, and its rows."""
 
     path: Path
     indices: range  # of the source
-    first_row: int
 
     @property
     def record_path(self) -> Path:
@@ -111,7 +111,14 @@ def prepare(
     for subset, shards in plans.items():
         indices = source.subsets[subset]
         part = {fact: values[indices.start : indices.stop] for fact, values in facts.items()}
-        _write_index(output / subset, split, shards, part)
+        _write_index(
+            output / subset,
+            split,
+            shards,
+            row_numbers=source.row_numbers(subset),
+            left_out=source.left_out.get(subset, ()),
+            facts=part,
+        )
         _write_description(output / subset)
 
 
@@ -127,7 +134,7 @@ def plan_shards(folder: Path, indices: range, split: str, rows_per_shard: int) -
     for number in range(count):
         part = indices[number * rows_per_shard : (number + 1) * rows_per_shard]
         name = f"{stem}-{number:05}-of-{count:05}"
-        shards.append(Shard(folder / name, part, part.start - indices.start))
+        shards.append(Shard(folder / name, part))
     others = set(folder.glob(f"{stem}-*-of-?????")) - {shard.path for shard in shards}
     if others:
         raise ValueError(
@@ -154,8 +161,8 @@ def write_shard(source: MmebSource, shard: Shard, check_images: bool, skip: bool
     writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     digest = hashlib.blake2b()
     kept, skipped = [], []
-    for place, index in enumerate(shard.indices):
-        row_number = shard.first_row + place
+    for index in shard.indices:
+        row_number = source.row_number(index)
         try:
             record = _record(source, index, row_number, check_images)
         except ValueError as error:
@@ -224,16 +231,28 @@ def _read_record(shard: Shard) -> dict[str, Any] | None:
 
 
 def _write_index(
-    folder: Path, split: str, shards: list[Shard], facts: dict[str, np.ndarray]
+    folder: Path,
+    split: str,
+    shards: list[Shard],
+    *,
+    row_numbers: np.ndarray,
+    left_out: Sequence[int],
+    facts: dict[str, np.ndarray],
 ) -> None:
-    """`facts`: INDEX_FACTS of all rows of the subset."""
+    """`row_numbers` and `facts` (INDEX_FACTS) are of all rows of the source's subset."""
     records = [_read_record(shard) for shard in shards]
     rows = np.array([row for record in records for row in record["rows"]], np.int64)
     digests = [int(value, 16) for record in records for value in record["digests"]]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch) / "rows.npz"
-        kept = {fact: values[rows] for fact, values in facts.items()}
-        np.savez(path, row=rows, digest=np.array(digests, np.uint64), **kept)
+        kept = np.searchsorted(row_numbers, rows)
+        np.savez(
+            path,
+            row=rows,
+            digest=np.array(digests, np.uint64),
+            left_out=np.array(left_out, np.int64),
+            **{fact: values[kept] for fact, values in facts.items()},
+        )
         path.replace(folder / f"rows-{split}.npz")
 
 

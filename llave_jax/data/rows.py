@@ -11,15 +11,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
+
+from llave_jax.inputs.item import is_empty
 
 REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 OPTIONAL = ("neg_text", "neg_image_path")
 FIELDS = REQUIRED + OPTIONAL
 # Rows that are turned into Python strings at a time.
 _CHUNK = 4096
+EMPTY_SIDE = "the query or the target has neither text nor image"
 # `problem` says why a row cannot be used, where that is seen while reading; null otherwise.
 _SCHEMA = pa.schema([(field, pa.large_string()) for field in (*FIELDS, "problem")])
 
@@ -58,10 +62,20 @@ def hash_texts(texts: Iterable[str]) -> int:
 
 
 class Table:
-    """The rows of one subset, in memory as Arrow columns (their text plus 8 bytes a field)."""
+    """The rows of one subset, in memory as Arrow columns (their text plus 8 bytes a field).
 
-    def __init__(self, batch: pa.RecordBatch, file: str):
+    Attributes:
+      row_numbers: int64 [n], of each row in its file or files.
+      left_out: numbers of rows that are not here, as they have an empty side: MMEB-train's parquet
+        files have such rows, and VLM2Vec's reader skips them too.
+    """
+
+    def __init__(
+        self, batch: pa.RecordBatch, file: str, row_numbers: np.ndarray, left_out: tuple[int, ...]
+    ):
         self.file = file
+        self.row_numbers = row_numbers
+        self.left_out = left_out
         self._columns = [batch.column(field) for field in (*FIELDS, "problem")]
 
     def __len__(self) -> int:
@@ -76,7 +90,7 @@ class Table:
 
     def __getitem__(self, index: int) -> Row:
         """Raises RowError naming file and row for missing fields or a row without content."""
-        name = f"{self.file} row {index}"
+        name = self.name(index)
         *values, problem = (column[index].as_py() for column in self._columns)
         if problem is not None:
             raise RowError(name, problem)
@@ -84,15 +98,22 @@ class Table:
         if missing:
             raise RowError(name, f"missing fields {missing}; a row has {list(REQUIRED)}")
         row = Row(*(value or "" for value in values))
-        if not row.qry.strip() and not row.qry_image_path:
+        if is_empty(row.qry, row.qry_image_path):
             raise RowError(name, "the query has neither text nor an image")
-        if not row.pos_text.strip() and not row.pos_image_path:
+        if is_empty(row.pos_text, row.pos_image_path):
             raise RowError(name, "the target has neither text nor an image")
         return row
+
+    def name(self, index: int) -> str:
+        """File and row, for messages."""
+        return f"{self.file} row {self.row_numbers[index]}"
 
 
 def read_table(files: list[Path], max_rows: int | None = None) -> Table:
     """Reads one subset, the first `max_rows` rows of it.
+
+    Parquet files are taken as the hub has them: a null is an empty string, and rows with an empty side
+    are left out. In JSON, which people write, both are errors when the row is read.
 
     Args:
       files: the parquet files of a split, in order, or one `.json` or `.jsonl` file.
@@ -102,16 +123,40 @@ def read_table(files: list[Path], max_rows: int | None = None) -> Table:
       ValueError: a file is not what its name says, or lacks the columns of MMEB-train.
     """
     file = files[0]
+    left_out = np.zeros(0, np.int64)
     if file.suffix == ".parquet":
         table = _read_parquet(files, max_rows)
+        left_out = _empty_rows(table)
         label = str(file) if len(files) == 1 else f"{file.parent}/{file.name.split('-')[0]}-*"
     else:
         records = _json_records(file)
         kept = [r for r, _ in zip(records, range(max_rows or 2**62), strict=False)]
         table = pa.Table.from_pylist([_clean(record) for record in kept], schema=_SCHEMA)
         label = str(file)
+    row_numbers = np.delete(np.arange(len(table)), left_out)
+    if len(left_out):
+        table = table.take(row_numbers)
     batches = table.combine_chunks().to_batches()
-    return Table(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=_SCHEMA), label)
+    batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=_SCHEMA)
+    return Table(batch, label, row_numbers, tuple(left_out.tolist()))
+
+
+def _empty_rows(table: pa.Table) -> np.ndarray:
+    """Numbers of the rows with an empty side."""
+    empty = []
+    for text_field, path_field in (("qry", "qry_image_path"), ("pos_text", "pos_image_path")):
+        # Few rows have no path and no visible ASCII in their text; Python's rule decides on those. Bytes
+        # are matched, as they need not be UTF-8.
+        text, path = table[text_field], table[path_field]
+        visible = pa.compute.match_substring_regex(text.cast(pa.large_binary()), "[!-~]")
+        candidates = pa.compute.and_(pa.compute.equal(path, ""), pa.compute.invert(visible))
+        for number in np.flatnonzero(candidates.to_numpy()).tolist():
+            try:
+                if is_empty(text[number].as_py()):
+                    empty.append(number)
+            except UnicodeDecodeError:  # an error when the row is read
+                continue
+    return np.unique(np.array(empty, np.int64))
 
 
 def _read_parquet(files: list[Path], max_rows: int | None) -> pa.Table:
@@ -131,7 +176,10 @@ def _read_parquet(files: list[Path], max_rows: int | None) -> pa.Table:
         try:
             part = parquet.read(columns=columns)
             part = part.slice(0, remaining)
-            fields = {name: part[name].cast(pa.large_string()) for name in columns}
+            fields = {
+                name: pa.compute.fill_null(part[name].cast(pa.large_string()), "")
+                for name in columns
+            }
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file}: cannot be read as text columns: {error}") from error
         for field in (*OPTIONAL, "problem"):

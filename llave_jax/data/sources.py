@@ -11,6 +11,7 @@ import bisect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -36,9 +37,12 @@ class PairSource(abc.ABC):
 
     Attributes:
       subsets: name -> range of indices, in order, covering `range(len(source))`.
+      left_out: name -> numbers of rows that the source leaves out, as one of their sides has neither
+        text nor image. They have no index.
     """
 
     subsets: dict[str, range]
+    left_out: Mapping[str, Sequence[int]] = MappingProxyType({})
 
     def __len__(self) -> int:
         return sum(len(indices) for indices in self.subsets.values())
@@ -96,15 +100,23 @@ class MmebSource(PairSource):
         self._tables = dict(tables)
         self._images = images
         self.subsets = _consecutive({name: len(table) for name, table in tables.items()})
+        self.left_out = {name: t.left_out for name, t in tables.items() if t.left_out}
 
     def row(self, index: int) -> Row:
         """The row's text and paths. Raises RowError."""
         subset = self.subset(index)
         return self._tables[subset][index - self.subsets[subset].start]
 
-    def pair_id(self, index: int) -> str:
+    def row_numbers(self, subset: str) -> np.ndarray:
+        """int64 [n], of each row of a subset in its file or files."""
+        return self._tables[subset].row_numbers
+
+    def row_number(self, index: int) -> int:
         subset = self.subset(index)
-        return f"{subset}:{index - self.subsets[subset].start}"
+        return int(self.row_numbers(subset)[index - self.subsets[subset].start])
+
+    def pair_id(self, index: int) -> str:
+        return f"{self.subset(index)}:{self.row_number(index)}"
 
     def digest(self, index: int) -> int:
         try:
@@ -150,7 +162,7 @@ class MmebSource(PairSource):
 
     def _name(self, index: int) -> str:
         subset = self.subset(index)
-        return f"{self._tables[subset].file} row {index - self.subsets[subset].start}"
+        return self._tables[subset].name(index - self.subsets[subset].start)
 
 
 class RecordSource(PairSource):
@@ -163,6 +175,7 @@ class RecordSource(PairSource):
 
         self._records, self._rows, self._digests, self._names = {}, {}, {}, {}
         self._facts: dict[str, dict[str, np.ndarray]] = {}
+        self.left_out = {}
         for subset, folder in folders.items():
             builder = tfds.builder_from_directory(folder)
             if split not in builder.info.splits:
@@ -172,6 +185,10 @@ class RecordSource(PairSource):
             with np.load(folder / f"rows-{split}.npz") as index:
                 rows, digests = index["row"], index["digest"]
                 facts = {fact: index[fact] for fact in INDEX_FACTS if fact in index}
+                left_out = index["left_out"].tolist() if "left_out" in index else []
+            left_out = [row for row in left_out if row < (limits[subset] or row + 1)]
+            if left_out:
+                self.left_out[subset] = left_out
             kept = int(np.searchsorted(rows, limits[subset])) if limits[subset] else len(rows)
             self._rows[subset], self._digests[subset] = rows[:kept], digests[:kept]
             self._facts[subset] = {fact: values[:kept] for fact, values in facts.items()}
@@ -224,6 +241,7 @@ class SelectedSource(PairSource):
     def __init__(self, parent: PairSource, indices: np.ndarray):
         """`indices`: int64, increasing."""
         self._parent = parent
+        self.left_out = parent.left_out
         self._indices = np.asarray(indices, np.int64)
         self.subsets = _consecutive(
             {
@@ -317,7 +335,9 @@ def open_source(
     tables = {name: read_table(found[name], limits[name]) for name in names}
     empty = [name for name, table in tables.items() if len(table) == 0]
     if empty:
-        raise ValueError(f"{path}: subsets {empty} have no rows")
+        left_out = sum(len(tables[name].left_out) for name in empty)
+        reason = f" but {left_out} of which a side has neither text nor image" if left_out else ""
+        raise ValueError(f"{path}: subsets {empty} have no rows{reason}")
     root = image_root or (path if path.is_dir() else path.parent)
     return MmebSource(tables, ImageStore(root))
 
