@@ -200,7 +200,9 @@ def test_changed_input_settings_reach_the_hf_config(golden, converted, tmp_path)
     )
     changed = tmp_path / "changed"
     config = model_dir.load_config(converted)
-    inputs = dataclasses.replace(config.inputs, max_length=128, newline_position="frame")
+    inputs = dataclasses.replace(
+        config.inputs, max_length=128, max_text_length=96, newline_position="frame"
+    )
     params = model_dir.open_params(converted)
     model_dir.write_model_dir(
         changed, dataclasses.replace(config, inputs=inputs), params, source=converted
@@ -210,6 +212,8 @@ def test_changed_input_settings_reach_the_hf_config(golden, converted, tmp_path)
         assert convert(tmp_path / layout, tmp_path / f"{layout}-again").inputs == inputs
     values = json.loads((tmp_path / "llave" / "config.json").read_text())
     assert values["tokenizer_model_max_length"] == 128
+    values_of_tokenizer = json.loads((tmp_path / "llave" / "tokenizer_config.json").read_text())
+    assert values_of_tokenizer["model_max_length"] == 96
     assert values["alpha"] == 9.0
 
 

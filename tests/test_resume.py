@@ -166,14 +166,19 @@ def make_config(place, changes=()):
     return config
 
 
+def train_until(step, config, workdir):
+    """As if the machines were taken away after a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "must_stop", lambda self, at: at == step)
+        train.train(config, workdir)
+
+
 @pytest.fixture(scope="module")
 def runs(place, tmp_path_factory):
     """(a run that was never stopped, the same stopped after its second step)."""
     root = tmp_path_factory.mktemp("runs")
     train.train(make_config(place), root / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "must_stop", lambda self, step: step == 2)
-        train.train(make_config(place), root / "stopped")
+    train_until(2, make_config(place), root / "stopped")
     return root / "whole", root / "stopped"
 
 
@@ -241,6 +246,25 @@ def test_a_run_goes_on_with_a_key_changed(key, runs, place, tmp_path):
     assert (workdir / "results.txt").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["uniform", "modality"])
+@pytest.mark.parametrize(("key", "value"), [("mesh.fsdp", 2), ("batch.row_length", 256)])
+def test_no_row_comes_twice_when_batches_change(key, value, order, place, tmp_path, monkeypatch):
+    """48 of 50 rows in the three steps of the first epoch, each once, though the last step differs."""
+    seen = []
+    add = train.Watch.add
+
+    def note(self, step, metrics, batch):
+        seen.extend(row for pack in batch.ids for shard in pack for row in shard if row)
+        add(self, step, metrics, batch)
+
+    monkeypatch.setattr(train.Watch, "add", note)
+    same = {"data.order": order, "eval.benchmark": None}
+    train_until(2, make_config(place, same), tmp_path / "run")
+    train_until(3, make_config(place, {**same, key: value}), tmp_path / "run")
+    assert len(seen) == len(set(seen)) == 48
+
+
 def test_a_run_goes_on_where_data_and_model_were_moved_to(runs, place, tmp_path):
     moved = {"data.path": str(place / "moved_data"), "model.path": str(place / "moved")}
     workdir = continued(runs, place, tmp_path, **moved, **{"data.on_error": "skip"})
@@ -271,9 +295,7 @@ def test_another_tokenizer_in_its_place_is_refused(runs, place, golden, tmp_path
 def test_a_benchmark_may_join_later(place, tmp_path):
     """It has not scored the untrained model, and the table says so."""
     workdir = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "must_stop", lambda self, step: step == 2)
-        train.train(make_config(place, {"eval.benchmark": None}), workdir)
+    train_until(2, make_config(place, {"eval.benchmark": None}), workdir)
     train.train(make_config(place), workdir)
     rows = [line.split() for line in (workdir / "results.txt").read_text().splitlines()]
     (row,) = [row for row in rows if row[0] == "VOC2007"]

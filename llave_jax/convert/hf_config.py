@@ -29,6 +29,8 @@ from llave_jax.models.config import (
 
 logger = logging.getLogger(__name__)
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
 # In a OneVision configuration: the settings of the authors' code that transformers has no place for.
 LLAVE_KEY = "llave_config"
 
@@ -321,9 +323,25 @@ def _so400m(found: Mapping[Match, tuple[int, ...]], where: str) -> tuple[VisionC
 
 def _tokenizer_limit(directory: Path) -> int | None:
     """The tokenizer's `model_max_length`, None if it has none."""
-    limit = read_json(directory / "tokenizer_config.json").get("model_max_length")
+    limit = read_json(directory / TOKENIZER_CONFIG).get("model_max_length")
     # transformers writes 1e30 for "no limit".
     return None if limit is None or limit > 1e9 else int(limit)
+
+
+def _text_limit(of_tokenizer: int | None, max_length: int) -> int:
+    return of_tokenizer or max(max_length, _TEXT_DEFAULTS["max_position_embeddings"])
+
+
+def write_text_limit(directory: Path, inputs: InputConfig) -> bool:
+    """Put `max_text_length` into a directory's tokenizer settings, where a config.json has no place for
+    it; whether they said something else."""
+    path = directory / TOKENIZER_CONFIG
+    if _text_limit(_tokenizer_limit(directory), inputs.max_length) == inputs.max_text_length:
+        return False
+    values = {**read_json(path), "model_max_length": inputs.max_text_length}
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    return True
 
 
 def read_inputs(
@@ -363,8 +381,7 @@ def read_inputs(
             pool_mode=settings.get("mm_spatial_pool_mode") or "bilinear",
             pool_stride=settings.get("mm_spatial_pool_stride") or 2,
             max_length=max_length,
-            max_text_length=text_limit
-            or max(max_length, _TEXT_DEFAULTS["max_position_embeddings"]),
+            max_text_length=_text_limit(text_limit, max_length),
         )
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
@@ -438,7 +455,7 @@ def with_inputs(
     Comparable with what was given: equal if there was nothing to change.
     """
     before = read_inputs(values, layout, image_size, "config.json", inputs.max_text_length)
-    # The rest of InputConfig has no place in a Hugging Face configuration.
+    # The rest of InputConfig has no place in a config.json.
     here = ("pinpoints", "anyres_max", "newline_position", "pool_mode", "pool_stride", "max_length")
     if all(getattr(before, key) == getattr(inputs, key) for key in here):
         return values

@@ -191,8 +191,10 @@ def _write_original(target: Path, model: _Model, show_progress: bool) -> bool:
     values = hf_config.with_inputs(
         origin.config, origin.layout, config.inputs, config.vision.image_size
     )
-    if values != origin.config:
+    same = values == origin.config
+    if not same:
         _write_json(target / "config.json", values)
+    same &= not hf_config.write_text_limit(target, config.inputs)
     hits = {}
     for file, header in origin.headers.items():
         for name in parse_header(header, file):
@@ -202,7 +204,7 @@ def _write_original(target: Path, model: _Model, show_progress: bool) -> bool:
                     f"{model.directory / model_dir.LAYOUT}: {name} is not in the name table"
                 )
     _write_weights(target, origin.headers, hits, model, show_progress)
-    return model.as_converted and values == origin.config
+    return model.as_converted and same
 
 
 def _write_card(
@@ -232,6 +234,7 @@ def _write_translated(target: Path, model: _Model, layout: str, show_progress: b
     tied = Match(names.LM_HEAD) not in model.carried
     text = dataclasses.replace(model.config.text, tie_word_embeddings=tied)
     model_dir.copy_tokenizer(model.directory / model_dir.TOKENIZER, target)
+    hf_config.write_text_limit(target, model.config.inputs)
     placeholders: list[int] = []
     if layout == "onevision":
         placeholders = add_special_tokens(target, ["<image>", "<video>"])
