@@ -229,16 +229,25 @@ def pairs_per_group(config: ConfigDict, shards: int) -> int:
     """Pairs of a step for each shard of each micro-batch.
 
     Raises:
-      ValueError: the step's pairs do not divide over shards and micro-batches.
+      ValueError: the step's pairs do not divide over shards and micro-batches, or into pools of more
+        than one pair.
     """
-    batch = config.batch
+    batch, loss = config.batch, config.loss
     parts = shards * batch.micro_batches
     if batch.pairs % parts:
         raise ValueError(
             f"batch.pairs is {batch.pairs}: it does not divide over {shards} shards x "
             f"{batch.micro_batches} micro-batches; make it a multiple of {parts}"
         )
-    return batch.pairs // parts
+    pairs = batch.pairs // parts
+    pool = {"device": pairs, "micro": pairs * shards}.get(loss.pool, batch.pairs)
+    if pool == 1 and not loss.hard_negatives:
+        raise ValueError(
+            f"loss.pool is {loss.pool!r}: {batch.pairs} pairs on {shards} shards in "
+            f"{batch.micro_batches} micro-batches make pools of 1 pair, which has nothing to stand off "
+            "from; use fewer batch.micro_batches or another pool"
+        )
+    return pairs
 
 
 def dealing(config: ConfigDict, shards: int) -> dict[str, int]:
