@@ -33,7 +33,12 @@ from llave_jax.data.order import Composition
 from llave_jax.data.pipeline import TrainBatch, skip_limit, train_iterator
 from llave_jax.data.rows import EMPTY_SIDE
 from llave_jax.data.skips import TooManySkips, by_subset, listed
-from llave_jax.data.sources import PairSource, open_source, split_held_out
+from llave_jax.data.sources import (
+    MMEB_TRAIN_SUBSETS,
+    PairSource,
+    open_source,
+    split_held_out,
+)
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.metrics import MetricsWriter
 from llave_jax.models.config import LlaveConfig
@@ -233,6 +238,14 @@ def open_training_source(config: ConfigDict, data_path: Path) -> PairSource:
         max_rows=data.max_rows,
         image_root=data_path / "train_images" if is_digits else data.image_root,
     )
+    for name, rows in source.subsets.items():
+        read = len(rows) + len(source.left_out.get(name, ()))
+        if data.max_rows and read >= data.max_rows and name not in MMEB_TRAIN_SUBSETS:
+            log.warning(
+                "%s: the first %d rows and no more, as data.max_rows says (configs/own_data.py takes all)",
+                name,
+                data.max_rows,
+            )
     return split_held_out(source, data.held_out)[0] if data.held_out else source
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llave_jax import model_dir
+from llave_jax import model_dir, train
 from llave_jax.config import (
     canvases,
     check_budget,
@@ -63,6 +63,28 @@ def test_the_papers_inputs_whatever_the_base_model_says(name, base_model):
     assert (found.inputs.newline_position, found.inputs.anyres_max) == ("grid", 9)
     assert (found.vision, found.text) == (before.vision, before.text)
     assert config.data.max_rows == 50_000
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+def test_own_data_has_all_its_rows_and_room_for_llaves_items(shards, caplog):
+    config = load_config("own_data")
+    assert config.data.max_rows is None
+    check_budget(config, model_config(config), shards)
+    assert not caplog.records
+
+
+def test_rows_of_ones_own_that_are_left_out_are_said(tmp_path, caplog):
+    row = {"qry": "a", "qry_image_path": "", "pos_text": "b", "pos_image_path": ""}
+    for name in ("mine", "CIRR"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row] * 5))
+    config = paper_config()
+    config.data.path, config.data.max_rows = str(tmp_path), 3
+    assert len(train.open_training_source(config, tmp_path)) == 6
+    (said,) = caplog.messages
+    assert said.startswith("mine: the first 3 rows and no more, as data.max_rows says")
+    config.data.max_rows = 6
+    assert len(train.open_training_source(config, tmp_path)) == 10
+    assert len(caplog.records) == 1
 
 
 def test_a_config_of_ones_own_keeps_the_models_inputs_and_all_rows(base_model):
