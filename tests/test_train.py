@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from llave_jax import Embedder, aot, model_dir, optim, sharding, train, train_step
+from llave_jax import Embedder, aot, model_dir, optim, resume, sharding, train, train_step
 from llave_jax import config as config_lib
 from llave_jax.config import batch_budget, default_config, model_config
 from llave_jax.data.measure import measure_subset, mixed_sizes
@@ -178,7 +178,7 @@ def test_a_run_that_did_not_begin_may_be_put_right(make_workdir):
     workdir = make_workdir("mistyped")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train.train(quickstart(data__path="/nowhere"), workdir)
-    train.record_config(quickstart(), workdir)
+    resume.record_config(quickstart(), workdir)
     assert json.loads((workdir / "config.json").read_text())["data"]["path"] == "digits"
 
 
