@@ -174,7 +174,8 @@ def paper_config() -> ConfigDict:
 def total_steps(config: ConfigDict, rows: int) -> int:
     """Optimiser steps of a run over `rows` pairs.
 
-    A step holds each row at most once. By modality an epoch has as many steps as full batches, or one.
+    By modality an epoch has as many steps as full batches, or one; of a shuffle as many as batches, and
+    more if they are not expected to be full. A step holds each row at most once.
 
     Raises:
       ValueError: `batch.fill` is not a share, or `data.order` and `batch` do not go together.
@@ -185,7 +186,10 @@ def total_steps(config: ConfigDict, rows: int) -> int:
     if config.data.order == "modality":
         check_modality(config)
         return config.steps or epochs * max(1, rows // batch.pairs)
-    return config.steps or math.ceil(rows * epochs / min(batch.pairs * batch.fill, rows))
+    steps = math.ceil(rows * epochs / min(batch.pairs * batch.fill, rows))
+    if config.data.sub_batch == 1 and not config.data.weights:
+        steps = max(steps, epochs * math.ceil(rows / batch.pairs))
+    return config.steps or steps
 
 
 def check_modality(config: ConfigDict) -> None:

@@ -13,7 +13,15 @@ import pytest
 import transformers
 
 from llave_jax.config import batch_budget, default_config, total_steps
-from llave_jax.data.order import HOLE, IMAGE, MIXED, TEXT, Composition, ModalityOrder
+from llave_jax.data.order import (
+    HOLE,
+    IMAGE,
+    MIXED,
+    TEXT,
+    Composition,
+    ModalityOrder,
+    UniformOrder,
+)
 from llave_jax.data.pipeline import train_iterator
 from llave_jax.data.rows import Row
 from llave_jax.data.sources import PairSource, make_pair, open_source, split_held_out
@@ -160,6 +168,65 @@ class TestModalityOrder:
         assert order.kind(2585) == MIXED
 
 
+class TestUniformOrder:
+    @hypothesis.given(
+        contents=st.lists(st.integers(0, 60), min_size=1, max_size=120),
+        cut=st.integers(0, 120),
+        num_slots=st.integers(1, 40),
+        seed=st.integers(0, 2**31),
+    )
+    @hypothesis.example(contents=list(range(61)), cut=9, num_slots=12, seed=0)
+    @hypothesis.example(contents=[5] * 50, cut=9, num_slots=12, seed=0)
+    def test_each_row_once_an_epoch_and_no_content_twice_in_a_batch(
+        self, contents, cut, num_slots, seed
+    ):
+        contents, starts = np.array(contents, np.uint64), np.array([0, min(cut, len(contents))])
+        order = UniformOrder(contents, starts, num_slots=num_slots, seed=seed)
+        least = -(-len(contents) // num_slots)
+        slot_of = {}
+        for epoch in range(3):
+            batches = [
+                order.rows(epoch * order.batches_per_epoch + i)
+                for i in range(order.batches_per_epoch)
+            ]
+            rows = np.concatenate([batch[batch != HOLE] for batch in batches])
+            assert len(set(rows.tolist())) == len(rows)
+            counts = collections.Counter(contents.tolist())
+            expected = {content: min(count, least) for content, count in counts.items()}
+            assert collections.Counter(contents[rows].tolist()) == expected
+            for batch in batches:
+                found = contents[batch[batch != HOLE]].tolist()
+                assert len(set(found)) == len(found)
+                for slot, row in enumerate(batch):
+                    if row != HOLE:  # a content keeps its slot, and so its process
+                        assert slot_of.setdefault(contents[row], slot) == slot
+        if max(counts.values()) == 1:
+            assert order.batches_per_epoch == least
+            of_slots = collections.Counter(slot_of.values())
+            assert max(of_slots.values()) <= least
+            of_a = collections.Counter(slot_of[content] for content in contents[: starts[1]])
+            assert max(of_a.values(), default=0) <= -(-int(starts[1]) // num_slots)
+
+    def test_it_is_random_in_every_epoch_and_the_same_again(self):
+        contents, starts = np.arange(100, dtype=np.uint64), np.array([0])
+        order = UniformOrder(contents, starts, num_slots=10, seed=1)
+        again = pickle.loads(pickle.dumps(order))
+        other = UniformOrder(contents, starts, num_slots=10, seed=2)
+        epochs = [
+            np.stack([o.rows(10 * epoch + i) for i in range(10)])
+            for o, epoch in [(order, 0), (order, 1), (other, 0), (again, 1)]
+        ]
+        assert not np.array_equal(epochs[0], epochs[1])
+        assert not np.array_equal(epochs[0], epochs[2])
+        np.testing.assert_array_equal(epochs[1], epochs[3])
+
+    def test_small_data_makes_batches_of_about_one_size(self):
+        order = UniformOrder(np.arange(260, dtype=np.uint64), np.array([0]), num_slots=256, seed=0)
+        sizes = [np.sum(order.rows(number) != HOLE) for number in range(2)]
+        assert sum(sizes) == 260
+        assert min(sizes) > 90
+
+
 class Run:
     """Steps of all processes of a run, with what each has and what still waits."""
 
@@ -228,6 +295,7 @@ class TestModalityBatches:
     ):
         """With budgets of all sizes, down to one pair in a shard."""
         source = Rows(image_query, contents=np.arange(len(image_query)) // repeats)
+        hypothesis.assume(len(set(source.contents().tolist())) >= shape["processes"])
         order = ModalityOrder(
             *source.queries(),
             num_groups=shape["processes"] * shape["micro_batches"] * shape["num_shards"],
@@ -402,15 +470,15 @@ class TestCopies:
         micro_batches=st.integers(1, 2),
         groups=st.sampled_from([3, 12, 40]),
         row_length=st.sampled_from([64, 2048]),
-        weighted=st.booleans(),
+        composed=st.sampled_from([{}, {}, {"weights": {"a": 1.0, "b": 9.0}}, {"sub_batch": 3}]),
     )
     @hypothesis.settings(max_examples=8, deadline=None)
     def test_no_step_has_a_content_twice(
-        self, builder, contents, groups, row_length, weighted, processes, **shape
+        self, builder, contents, groups, row_length, composed, processes, **shape
     ):
         """However small the data, over ends of epochs, with copies in the data and heavy subsets."""
         source = Rows(np.ones(len(contents)), contents=contents)
-        composition = Composition(weights={"a": 1.0, "b": 9.0} if weighted else None)
+        composition = Composition(**composed)
         budget = Budget(rows=2, row_length=row_length, crops=0, groups=groups)
         run = Run(
             source,
@@ -424,31 +492,46 @@ class TestCopies:
         )
         for number in range(6):
             found = [source.digest(row) for row in run.rows(number)]
-            assert found
+            assert found or not composed
             assert len(set(found)) == len(found)
 
-    @pytest.mark.parametrize("rows", [50, 70, 90])
-    def test_small_data_fills_steps_as_far_as_it_goes(self, builder, rows):
-        """64 slots: every step has all rows, or is full; each row comes as often as any other."""
-        source = Rows(np.ones(rows), words=np.ones(rows))
-        budget = Budget(rows=16, row_length=512, crops=0, groups=16)
-        options = {"num_shards": 2, "micro_batches": 2, "budget": budget}
-        run = Run(source, builder, processes=1, steps=9, **options)
-        counts = collections.Counter()
-        for number in range(9):
-            found = run.rows(number)
-            assert len(found) == min(rows, 64)
-            counts.update(found)
-        assert max(counts.values()) - min(counts.values()) <= 1
-        epochs = [batch.epoch for batch in run.batches]
-        if rows == 50:
-            assert epochs == list(range(1, 10))
+    @pytest.mark.parametrize("rows", [50, 70, 200])
+    def test_batches_are_the_same_on_any_number_of_processes(self, builder, rows):
+        """64 slots: over ends of epochs, with copies, every row as often as any other."""
+        contents = np.minimum(np.arange(rows), rows - 2)
+        source = Rows(np.ones(rows), contents=contents, words=np.ones(rows))
+        budget = Budget(rows=16, row_length=512, crops=0, groups=8)
+        steps = 3 * -(-rows // 64)
+        runs = [
+            Run(
+                source,
+                builder,
+                processes=processes,
+                steps=steps,
+                num_shards=4 // processes,
+                micro_batches=2,
+                budget=budget,
+            )
+            for processes in (1, 2, 4)
+        ]
+        read = [[sorted(run.rows(number)) for number in range(steps)] for run in runs]
+        assert read[0] == read[1] == read[2]
+        counts = collections.Counter(itertools.chain.from_iterable(read[0]))
+        if rows > 64:
+            assert counts == dict.fromkeys(range(rows), 3)
+        else:  # one batch an epoch has one of the copies
+            assert counts == dict.fromkeys(range(rows - 1), 3)
+        assert runs[0].batches[-1].epoch == runs[2].batches[-1].epoch == 3
 
     def test_steps_of_small_data_are_counted_as_they_are(self):
         config = default_config()
         config.data.epochs = 10
         assert total_steps(config, 200) == 10  # one step an epoch, of 256 slots
         assert total_steps(config, 512) == 20
+        assert total_steps(config, 513) == 30
+        config.data.sub_batch = 2
+        assert total_steps(config, 513) == 21
+        config.data.sub_batch = 1
         config.batch.fill = 0.5
         assert total_steps(config, 200) == 16
         config.data.order, config.batch.fill = "modality", 1.0

@@ -13,7 +13,7 @@ import heapq
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -41,7 +41,7 @@ class Composition:
       sub_batch: rows of one subset that follow one another in the uniform order; 1: any.
       weights: subset -> share of the uniform order, every row of a subset coming once before any comes
         again; subsets that are not named are left out. None: every row once an epoch.
-      order: "uniform", a shuffle of all rows; "modality", batches of rows with an image in the query
+      order: "uniform", a shuffle of all rows (`UniformOrder`); "modality", batches of rows with an image in the query
         and batches of rows without (`ModalityOrder`), as the authors trained.
     """
 
@@ -65,10 +65,15 @@ class Composition:
                 'data.sub_batch and data.weights, or use them with data.order "uniform"'
             )
 
+    @property
+    def is_shuffle(self) -> bool:
+        """The uniform order of all rows, as a `UniformOrder`."""
+        return self.order == "uniform" and self.sub_batch == 1 and not self.weights
+
     def name(self, source: PairSource, batch_size: int | None) -> str:
         """Says which rows the order is over, and how: positions of another order mean nothing.
 
-        `batch_size`: of `ModalityOrder`; None in the uniform order.
+        `batch_size`: rows of its batches, where it has any.
         """
         sizes = {subset: len(rows) for subset, rows in source.subsets.items()}
         weights = self.weights and dict(self.weights)
@@ -79,27 +84,126 @@ class Composition:
 UNIFORM = Composition()
 
 
+class UniformOrder:
+    """Every row once an epoch, shuffled anew in each: batches in which no content is twice.
+
+    A batch has slots. Each slot has rows of its own, equal contents in the same slot, and gives one
+    of them to each batch, in another order in every epoch. So two copies of a row cannot be in one
+    batch, over the end of an epoch neither, and a slot's process keeps them apart where it lags behind
+    the others. Batches do not depend on the number of processes.
+
+    Slots have equally many rows, but for one; batches of small data are about equally full. Of a
+    content with more copies than an epoch has batches, only so many come.
+
+    Attributes:
+      batch_size: slots.
+      batches_per_epoch: at least 1.
+    """
+
+    def __init__(self, contents: np.ndarray, starts: np.ndarray, *, num_slots: int, seed: int):
+        """`contents` uint64 [n], as of `PairSource.contents`; `starts` int [m], of the subsets."""
+        self._seed = seed
+        self.batch_size = num_slots
+        slots = _slots_of_rows(contents, starts, num_slots, seed)
+        rows = np.argsort(slots, kind="stable")
+        rows = rows[slots[rows] < num_slots]
+        slots = slots[rows]
+        places = np.arange(len(rows)) - np.searchsorted(slots, slots)
+        self.batches_per_epoch = int(places.max()) + 1
+        self._rows = np.full((self.batches_per_epoch, num_slots), HOLE, np.int64)
+        self._rows[places, slots] = rows
+        self._make_cache()
+
+    def _make_cache(self) -> None:
+        # Threads read ahead, over the end of an epoch too.
+        self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_epoch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_cache()
+
+    def rows(self, number: int) -> np.ndarray:
+        """int64 [batch size], rows of the `number`-th batch of all epochs; HOLE for none."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        return self._epoch(epoch)[place]
+
+    def _make_epoch(self, epoch: int) -> np.ndarray:
+        keys = _random_keys(self._rows.size, self._seed, 7, epoch).reshape(self._rows.shape)
+        return np.take_along_axis(self._rows, np.argsort(keys, axis=0, kind="stable"), axis=0)
+
+
+def _slots_of_rows(
+    contents: np.ndarray, starts: np.ndarray, num_slots: int, seed: int
+) -> np.ndarray:
+    """int64 [n], slot of each row; `num_slots` for copies of which there are too many."""
+    most = -(-len(contents) // num_slots)
+    _, first, content, counts = np.unique(
+        contents, return_index=True, return_inverse=True, return_counts=True
+    )
+    by_content = np.argsort(content, kind="stable")
+    copy = np.empty(len(contents), np.int64)
+    copy[by_content] = np.arange(len(contents)) - np.repeat(np.cumsum(counts) - counts, counts)
+    counts = np.minimum(counts, most)
+
+    # Contents with copies go where least is, the most copies first; the others fill up.
+    slots = np.empty(len(first), np.int64)
+    keys = _random_keys(len(first), seed, 6)
+    used = [(0, slot) for slot in range(num_slots)]
+    for index in np.lexsort((keys, -counts))[: np.count_nonzero(counts > 1)]:
+        total, slot = used[0]
+        slots[index] = slot
+        heapq.heapreplace(used, (total + int(counts[index]), slot))
+    filled = np.empty(num_slots, np.int64)
+    filled[[slot for _, slot in used]] = [total for total, _ in used]
+    height = max(most, filled.max())
+    free = np.flatnonzero(np.arange(height)[:, None] >= filled) % num_slots
+    single = np.flatnonzero(counts == 1)
+    # Subset by subset, so that every slot has its share of each.
+    subset = np.searchsorted(starts, first[single], side="right")
+    slots[single[np.lexsort((keys[single], subset))]] = free[: len(single)]
+    return np.where(copy < most, slots[content], num_slots)
+
+
+class UniformPart:
+    """Position -> row, of the slots that one process has of every batch of a `UniformOrder`.
+
+    Attributes:
+      size: positions of the process in a batch.
+    """
+
+    def __init__(
+        self, order: UniformOrder, *, process_index: int, process_count: int, epochs: int | None
+    ):
+        """`epochs`: passes over all rows; None: endless."""
+        self.order = order
+        self.size = order.batch_size // process_count
+        self._process = (process_index, process_count)
+        self._length = (
+            sys.maxsize if epochs is None else epochs * order.batches_per_epoch * self.size
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, position: int) -> np.int64:
+        number, place = divmod(position, self.size)
+        index, count = self._process
+        return self.order.rows(number)[index + place * count]
+
+
 def rows_of_process(
     source: PairSource, contents: np.ndarray, *, seed: int, process_index: int, process_count: int
 ) -> dict[str, np.ndarray]:
-    """Subset -> the rows that one process reads, the same in every epoch.
+    """Subset -> the rows that one process reads in sub-batches or by weights, the same in every epoch.
 
-    Processes read at their own pace. Equal contents belong to one process, which keeps them apart,
-    so that no two processes can put the same content into one step. Every process has the same share
-    of every subset, but for a row.
-
-    Args:
-      contents: uint64 [n], as of `PairSource.contents`.
-
-    Raises:
-      ValueError: some process would have no rows.
+    Processes read at their own pace. Equal contents belong to one process, which keeps them apart.
+    Every process has the same share of every subset, but for a row.
     """
     starts = np.array([rows.start for rows in source.subsets.values()])
     _, first, inverse = np.unique(contents, return_index=True, return_inverse=True)
-    if len(first) < process_count:
-        raise ValueError(
-            f"{len(first)} different rows do not reach for {process_count} processes; use fewer"
-        )
     subset = np.searchsorted(starts, first, side="right")
     dealt = np.lexsort((_random_keys(len(first), seed, 6), subset))
     owner = np.empty(len(first), np.int64)
@@ -114,11 +218,11 @@ def rows_of_process(
 def row_order(
     subsets: Mapping[str, Sequence[int]], *, seed: int, epochs: int | None, composition: Composition
 ) -> grain.MapDataset[np.ndarray]:
-    """The uniform order: position -> int64 [sub_batch] rows, shuffled anew each epoch; HOLE for none.
+    """Position -> int64 [sub_batch] rows of one subset, shuffled anew each epoch; HOLE for none.
 
     Args:
       subsets: name -> rows to read.
-      epochs: passes; None: endless.
+      epochs: passes, without weights; None: endless.
     """
     size = composition.sub_batch
     if composition.weights is None:
@@ -236,18 +340,19 @@ class ModalityOrder:
         self.group_size = group_size
         self.batch_size = num_groups * group_size
         self.batches_per_epoch = max(1, len(words) // self.batch_size)
-        # Threads read ahead, over the end of an epoch too. Either may be computed twice; that is all.
+        self._make_caches()
+
+    def _make_caches(self) -> None:
+        # Threads read ahead, over the end of an epoch too.
         self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
         self._dealt = functools.lru_cache(maxsize=16)(self._deal)
 
-    def __reduce__(self):
-        """Caches stay behind when the order goes to another process."""
-        options = {
-            "num_groups": self._num_groups,
-            "group_size": self.group_size,
-            "seed": self._seed,
-        }
-        return functools.partial(ModalityOrder, **options), (self._image_query, self._words)
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_epoch", "_dealt")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_caches()
 
     def rows(self, number: int) -> np.ndarray:
         """int64 [groups, group size], rows of the `number`-th batch of all epochs; HOLE for none."""

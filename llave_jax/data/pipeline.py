@@ -3,11 +3,11 @@
 Built on grain. Which rows there are is `sources.py`, in what order they are read `order.py`; the
 layout of a batch is `inputs/packing.py`.
 
-Processes do not talk to each other. In the uniform order each packs its own rows at its own pace, so
-the number of batches an epoch takes is not known beforehand and differs a little between processes.
-Training on several processes therefore counts steps over an endless stream (`epochs=None`): after
-every step all processes have made the same number of batches. By modality, each process takes its
-part of one batch of the order at every step.
+Processes do not talk to each other. At every step each takes its part of one batch of the order, or,
+where that does not fit, as much as fits: then the number of steps an epoch takes is not known
+beforehand and differs a little between processes. Training on several processes therefore counts
+steps over an endless stream (`epochs=None`): after every step all processes have made the same number
+of batches.
 
 Two copies of a row, or rows of equal content, never share a step: each would be a negative of the
 other. A copy waits for a later step.
@@ -39,6 +39,8 @@ from llave_jax.data.order import (
     Members,
     ModalityOrder,
     ProcessPart,
+    UniformOrder,
+    UniformPart,
     row_order,
     rows_of_process,
 )
@@ -150,12 +152,20 @@ def train_iterator(
             "steps instead"
         )
     contents = source.contents()
+    different = len(np.unique(contents))
+    if different < process_count:
+        raise ValueError(
+            f"{len(source)} rows (equal ones counted once: {different}) do not reach for "
+            f"{process_count} processes; use fewer"
+        )
     process = {"process_index": process_index, "process_count": process_count}
+    parts = process_count * num_shards * micro_batches
+    batch_size = None
     if by_modality:
         part = ProcessPart(
             ModalityOrder(
                 *source.queries(),
-                num_groups=process_count * micro_batches * num_shards,
+                num_groups=parts,
                 group_size=group_size or budget.groups,
                 seed=seed,
             ),
@@ -163,16 +173,22 @@ def train_iterator(
             num_shards=num_shards,
             **process,
         )
-        # A process meets other rows in each epoch.
-        order, num_rows = grain.MapDataset.source(part), len(source)
+        order, batch_size = grain.MapDataset.source(part), part.order.batch_size
         batches = functools.partial(_ModalityIterator, part=part)
-        batch_size = part.order.batch_size
+    elif composition.is_shuffle:
+        starts = np.array([rows.start for rows in source.subsets.values()])
+        batch_size = parts * budget.groups
+        uniform = UniformOrder(contents, starts, num_slots=batch_size, seed=seed)
+        part = UniformPart(uniform, epochs=epochs, **process)
+        order = grain.MapDataset.source(part)
+        batches = functools.partial(
+            _UniformIterator, batch=part.size, epoch=uniform.batches_per_epoch * part.size
+        )
     else:
         subsets = rows_of_process(source, contents, seed=seed, **process)
         groups = row_order(subsets, seed=seed, epochs=epochs, composition=composition)
-        order, rows = Members(groups, composition.sub_batch), np.concatenate([*subsets.values()])
-        batches, num_rows = functools.partial(_UniformIterator, rows=rows), len(rows)
-        batch_size = None
+        order = Members(groups, composition.sub_batch)
+        batches = functools.partial(_UniformIterator, epoch=sum(map(len, subsets.values())))
     skips = None
     if skip_file is not None:
         left_out = source.left_out if process_index == 0 else None
@@ -187,11 +203,11 @@ def train_iterator(
         num_workers=num_workers,
         contents=contents,
         skips=skips if on_error == "skip" else None,
-        num_rows=num_rows,
+        num_rows=len(source),
         identity={
             "seed": seed,
-            "order": composition.name(source, batch_size),
             "processes": process_count,
+            "order": composition.name(source, batch_size),
         },
     )
     return iter(
@@ -320,7 +336,7 @@ class _Outcome(enum.Enum):
 class _StepIterator(grain.DatasetIterator):
     """Packs one step after another from rows in order. Subclasses say which rows a step takes.
 
-    Its state: the next position to read, and the positions of pairs that wait for a later step. Where
+    Its state: steps made, the next position to read, and the positions of pairs that wait for a later step. Where
     budgets or devices have changed, the same pairs are read on.
     """
 
@@ -349,7 +365,7 @@ class _StepIterator(grain.DatasetIterator):
         self._unusable_in_a_row = 0
         self._identity = identity
         self._cuts = CutWarnings(items_repeat=True)
-        self._next = 0
+        self._step = self._next = 0
         self._carry: list[_Pair] = []
         self._stream: Iterator[dict[str, Any]] | None = None
         # Of the step that is being made: contents, and by pair id what `TrainBatch.target_ids` says.
@@ -374,6 +390,7 @@ class _StepIterator(grain.DatasetIterator):
     def __next__(self) -> TrainBatch:
         self._taken, self._target_ids = set(), {}
         self._fill()
+        self._step += 1
         batches, ids = zip(*(packer.emit() for packer in self._packers), strict=True)
         packed = stack_batches(batches)
         none = np.zeros(packed.pooled.shape[2] - 1, np.int32)
@@ -391,7 +408,7 @@ class _StepIterator(grain.DatasetIterator):
 
     def get_state(self) -> dict[str, Any]:
         carry = [pair.position for pair in self._carry]
-        return {"next": self._next, "carry": carry, **self._identity}
+        return {"step": self._step, "next": self._next, "carry": carry, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError if the state belongs to other data, another seed or process count."""
@@ -403,7 +420,7 @@ class _StepIterator(grain.DatasetIterator):
                     "a new run from the saved parameters"
                 )
         self._stop_stream()
-        self._next = state["next"]
+        self._step, self._next = state["step"], state["next"]
         self._carry = [_Pair(p, self._row_at(p), None) for p in state["carry"]]
 
     def close(self) -> None:
@@ -481,21 +498,21 @@ class _StepIterator(grain.DatasetIterator):
 class _UniformIterator(_StepIterator):
     """Fills one micro-batch after another: first pairs that waited, then the stream."""
 
-    def __init__(self, order: grain.MapDataset, *, rows: np.ndarray, **options):
-        """`rows`: of the process."""
+    def __init__(self, order: grain.MapDataset, *, epoch: int, batch: float = math.inf, **options):
+        """`epoch`: positions of an epoch; `batch`: those that each step may read on to."""
         super().__init__(order, **options)
-        self._epoch_rows = len(rows)
-        self._different = len(np.unique(self._contents[rows]))
+        self._epoch = epoch
+        self._batch = batch
         budget = self._packers[0].budget
         self._slots = len(self._packers) * self._packers[0].num_shards * budget.groups
 
     def _epochs_read(self) -> float:
-        return self._next / self._epoch_rows
+        return self._next / self._epoch
 
     def _fill(self) -> None:
         for micro_batch in range(len(self._packers)):
             self._fill_micro_batch(micro_batch)
-        if not self._taken:
+        if not self._taken and self._next == len(self._order):
             raise StopIteration
 
     def _fill_micro_batch(self, micro_batch: int) -> None:
@@ -510,14 +527,13 @@ class _UniformIterator(_StepIterator):
 
         for pair in waiting:
             offer(pair)
-        stream = self._read()
-        # Copies are read past, or the end of an epoch would leave small data's batches half empty.
-        # There are too many when a step holds all rows, or all of a subset of large weight.
+        stream = self._read(stop=self._batch * (self._step + 1))
+        # Copies are read past, as far as a step has slots: without that, they would end it where an
+        # epoch ends.
         while (
             not self._packers[micro_batch].full
             and counts[_Outcome.NO_ROOM] < self._lookahead
             and counts[_Outcome.COPY] < self._slots
-            and len(self._taken) < self._different
         ):
             pair = next(stream, None)
             if pair is None:
@@ -548,7 +564,7 @@ class _ModalityIterator(_StepIterator):
         return self._next / (self._part.size * self._batches.batches_per_epoch)
 
     def _fill(self) -> None:
-        number = self._next // self._part.size
+        number = self._step
         rows = self._batches.rows(number).reshape(-1)
         rows = rows[rows != HOLE]
         # Every process knows the whole batch: of equal contents in it, the first alone takes part.

@@ -85,8 +85,8 @@ class Table:
         """These fields of all rows in turn, "" where a row lacks one; unusable rows too. Fast."""
         columns = [self._columns[FIELDS.index(field)] for field in fields]
         for start in range(0, len(self), _CHUNK):
-            parts = [column.slice(start, _CHUNK).fill_null("").to_pylist() for column in columns]
-            yield from zip(*parts, strict=True)
+            parts = [column.slice(start, _CHUNK).fill_null("") for column in columns]
+            yield from zip(*map(_strings, parts), strict=True)
 
     def __getitem__(self, index: int) -> Row:
         """Raises RowError naming file and row for missing fields or a row without content."""
@@ -107,6 +107,14 @@ class Table:
     def name(self, index: int) -> str:
         """File and row, for messages."""
         return f"{self.file} row {self.row_numbers[index]}"
+
+
+def _strings(column: pa.Array) -> list[str]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # an error when the row is read
+        texts = column.cast(pa.large_binary()).to_pylist()
+        return [text.decode(errors="replace") for text in texts]
 
 
 def read_table(files: list[Path], max_rows: int | None = None) -> Table:
