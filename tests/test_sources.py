@@ -370,6 +370,8 @@ def test_bytes_that_are_no_text_stop_only_at_their_row(tmp_path):
     assert source.left_out == {"S": (2,)}
     with pytest.raises(ValueError, match="codec can't decode"):
         source[1]
+    assert len(set(source.contents().tolist())) == 2
+    assert source.queries()[1].tolist() == [1, 1]
 
 
 class TestArchives:
