@@ -78,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.initialize(args)
     first = jax.process_index() == 0
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    embedder = Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
     try:
+        embedder = Embedder.from_pretrained(
+            args.model, dtype=args.dtype, max_length=args.max_length
+        )
         fingerprint = caching.model_fingerprint(args.model, embedder)
         result = embed_file(
             embedder,

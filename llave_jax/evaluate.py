@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.initialize(args)
     first = jax.process_index() == 0
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    try:
+        table = evaluate(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if first:
+        print(table)
+        write_text(Path(args.output) / "table.txt", table + "\n")
 
+
+def evaluate(args: argparse.Namespace) -> str:
+    """What the command line asks for. Returns the table.
+
+    Raises:
+      ValueError, OSError: model or data are not what they should be.
+    """
+    first = jax.process_index() == 0
     embedder = Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
     cache, run = EmbeddingCache(), None
     if first:
@@ -89,10 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = evaluate_own_corpus(encode, cache, args, run)
     else:
         table = evaluate_rows(encode, cache, args, run)
-    if first:
-        table += f"\n\nModel: {_computed_by(run)}."
-        print(table)
-        write_text(Path(args.output) / "table.txt", table + "\n")
+    return f"{table}\n\nModel: {_computed_by(run)}." if run is not None else table
 
 
 def _computed_by(run: dict[str, Any]) -> str:

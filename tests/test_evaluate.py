@@ -138,3 +138,15 @@ def test_data_is_needed(model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--model", model[0], "--benchmark", "mmeb", "--output", str(tmp_path)])
     assert "needs --data" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    command = ["--model", str(tmp_path / "none"), "--benchmark", "mmeb", "--data", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"^error: .*none: neither a model directory nor"):
+        evaluate.main([*command, "--output", str(tmp_path / "out")])
+
+
+def test_missing_data_are_one_line(model, tmp_path):
+    command = ["--model", model[0], "--benchmark", "mmeb", "--data", str(tmp_path / "none")]
+    with pytest.raises(SystemExit, match=r"^error: .*none.*no datasets"):
+        evaluate.main([*command, "--output", str(tmp_path / "out")])

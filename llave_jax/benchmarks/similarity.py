@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -295,10 +296,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = {name: [name] for name in names}
     if len(names) > 1:
         groups["all"] = names
-    stats = {
-        group: {label: read_similarity(path, members) for label, path in directories.items()}
-        for group, members in groups.items()
-    }
+    try:
+        stats = {
+            group: {label: read_similarity(path, members) for label, path in directories.items()}
+            for group, members in groups.items()
+        }
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     output = Path(args.output)
     *_, together = stats.values()
     plot_histograms(together, output / "similarity.png")
