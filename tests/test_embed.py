@@ -23,6 +23,7 @@ from llave_jax.embedder import Embedder
 from llave_jax.inputs import images
 from llave_jax.inputs.item import as_item
 from tests.fake_encoder import hash_vector
+from tests.test_processes import free_port
 
 SIZE = 16
 
@@ -586,3 +587,64 @@ def test_killed_for_real(golden_model, embedder, case):
     subprocess.run(arguments, check=True)
     vectors = np.load(case.output / "embeddings.npy")
     np.testing.assert_allclose(vectors, embedder.encode(texts), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_several_processes(golden_model, embedder, case):
+    """All fail alike at an item that one of them reads, and together they give what one gives."""
+    case.picture("a.bmp", 1)
+    lines = [{"text": f"caption {i} " + "word " * (i % 20)} for i in range(40)]
+    lines[7:7] = [{"text": "see", "image": "a.bmp"}, {"text": "see", "image": "nowhere.bmp"}]
+    case.write(*lines)
+    small = "from llave_jax import embed; embed.CHUNK = 16; embed.main()"
+    script = [sys.executable, "-c", small, *command(golden_model.directory, case)[3:]]
+
+    def run(*options, returncode=0):
+        port = free_port()
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        }
+        jobs = []
+        for i in range(2):
+            joining = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
+            jobs.append(
+                subprocess.Popen(
+                    [*script, *options, *joining],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        try:
+            outputs = [job.communicate(timeout=300) for job in jobs]
+        finally:
+            for job in jobs:
+                job.kill()
+        for job, (_, errors) in zip(jobs, outputs, strict=True):
+            assert job.returncode == returncode, errors[-4000:]
+        return outputs
+
+    for _, errors in run(returncode=1):
+        assert "items.jsonl:9" in errors
+        assert "nowhere.bmp" in errors
+    said = run("--on_error=skip")
+    assert "41 embeddings" in said[0][0]
+    assert "embeddings" not in said[1][0]
+    texts = [line.item for line in embed.read_lines(case.input) if line.number != 9]
+    vectors = np.load(case.output / "embeddings.npy")
+    np.testing.assert_allclose(vectors, embedder.encode(texts), rtol=0, atol=1e-5)
+    assert [entry["line"] for entry in case.skipped()] == [9]
+
+    case.picture("a.bmp", 200)
+    run("--on_error=skip")
+    changed = np.load(case.output / "embeddings.npy")
+    np.testing.assert_allclose(changed, embedder.encode(texts), rtol=0, atol=1e-5)
+    assert np.abs(changed[7] - vectors[7]).max() > 1e-3
+    np.testing.assert_array_equal(changed[20:], vectors[20:])
+
+    # What only the first process finds ends the others too.
+    said = run("--dtype=bfloat16", returncode=1)
+    assert "another model" in said[0][1]
+    assert "stopped with the first process" in said[1][1]
