@@ -1,6 +1,7 @@
 """`llave_jax.embed`: what it writes, and that it continues from any state it can be left in."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -478,6 +479,41 @@ def test_any_history_ends_in_the_same_output(changes, tmp_path_factory):
             case.run(on_error="skip")
     case.run(on_error="skip")
     assert case.run(on_error="skip") == []
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        [*TEXTS, "one more"],
+        TEXTS[:6],
+        [*TEXTS[:5], "other", *TEXTS[6:]],
+        [b"{", *TEXTS[1:]],  # a row less
+        ["other", *TEXTS[1:5], "other"],
+    ],
+    ids=["append", "shorten", "edit", "break", "edit and shorten"],
+)
+@pytest.mark.parametrize("third", ["as the first", "as the second", "longer"])
+def test_killed_at_each_step(second, third, tmp_path, monkeypatch):
+    """A finished output whose input changes: the next run dies at one step after the other, and the
+    input changes again or does not."""
+    third = {"as the first": TEXTS, "as the second": second, "longer": [*second, *TEXTS]}[third]
+    for step in itertools.count():
+        case = Case(tmp_path / f"{step}")
+        case.write(*TEXTS)
+        case.run()
+        case.write(*second)
+        killed = False
+        with kill_at(monkeypatch, step):
+            try:
+                case.run(on_error="skip")
+            except Killed:
+                killed = True
+        case.write(*third)
+        case.run(on_error="skip")
+        assert case.run(on_error="skip") == []
+        if not killed:
+            assert step > 3
+            return
 
 
 def test_the_input_is_not_held(case, monkeypatch):
