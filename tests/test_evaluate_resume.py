@@ -149,7 +149,7 @@ def test_scores_are_kept_for_the_similarity_analysis(tmp_path):
     assert (tmp_path / "out/similarity.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(FileNotFoundError, match="evaluate EDIS into"):
         similarity.read_similarity(tmp_path / "a", ["EDIS"])
-    with pytest.raises(SystemExit, match="^error: .*EDIS_scores.npz does not exist"):
+    with pytest.raises(SystemExit, match=r"^error: .*EDIS_scores\.npz does not exist"):
         similarity.main(
             ["--evaluations", *runs, "--subsets", "EDIS", "--output", str(tmp_path / "out")]
         )
