@@ -126,9 +126,9 @@ def place(golden, tmp_path_factory):
             "pos_text": f"it is {i}",
             "pos_image_path": "",
         }
-        for i in range(50)
+        for i in range(64)
     ]
-    for folder, count in {"data": 50, "moved_data": 50, "other_data": 49}.items():
+    for folder, count in {"data": 64, "moved_data": 64, "other_data": 63}.items():
         (root / folder).mkdir()
         (root / folder / "numbers.json").write_text(json.dumps(rows[:count]))
     candidates = [
@@ -250,7 +250,7 @@ def test_a_run_goes_on_with_a_key_changed(key, runs, place, tmp_path):
 @pytest.mark.parametrize("order", ["uniform", "modality"])
 @pytest.mark.parametrize(("key", "value"), [("mesh.fsdp", 2), ("batch.row_length", 256)])
 def test_no_row_comes_twice_when_batches_change(key, value, order, place, tmp_path, monkeypatch):
-    """48 of 50 rows in the three steps of the first epoch, each once, though the last step differs."""
+    """48 of 64 rows in three of the four steps of the first epoch, each once, though the last step differs."""
     seen = []
     add = train.Watch.add
 
