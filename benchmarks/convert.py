@@ -24,7 +24,7 @@ import ml_dtypes  # for bfloat16
 from safetensors.numpy import load_file, save_file
 save_file(load_file(sys.argv[1]), sys.argv[2])
 """
-IDLE = "import llave_jax.convert.from_hf, llave_jax.convert.to_hf"
+IDLE = "import llave_jax.weights.from_hf, llave_jax.weights.to_hf"
 
 
 def measure(*command: str) -> tuple[float, float]:

@@ -101,10 +101,10 @@ def _make_model(path: Path) -> None:
 
     import jax
 
-    from llave_jax import model_dir
-    from llave_jax.benchmarks.digits_tokenizer import build_tokenizer
+    from llave_jax.digits.tokenizer import build_tokenizer
     from llave_jax.models.config import PRESETS
     from llave_jax.models.llave import Llave, example_batch
+    from llave_jax.weights import model_dir
 
     config = PRESETS["tiny"]
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=1))

@@ -3,11 +3,11 @@
     python benchmarks/gpu_kernels.py --compile             # needs no GPU, but pip install triton
     python benchmarks/gpu_kernels.py                       # on a GPU, beside cuDNN's flash attention
 
-Compiled are the kernels of `llave_jax/ops/triton.py` as training calls them (bfloat16, rows of 24 576
+Compiled are the kernels of `llave_jax/ops/gpu_attention.py` as training calls them (bfloat16, rows of 24 576
 tokens), by the Triton that is installed, for A100 and H100: shared memory, registers, bytes of
 registers spilled, and the instruction that multiplies matrices.
 
-Timed are rows packed as in training (llave_jax/data/mix.py), forward and with gradients, with the kernels'
+Timed are rows packed as in training (llave_jax/planning/workload.py), forward and with gradients, with the kernels'
 own tiles and with others. cuDNN's kernel knows no segments: it gets the same sequences one to a row,
 padded to the longest. TFLOP/s count the products that the sequences need, once forward and 2.5 times
 backward, of all alike.
@@ -33,27 +33,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llave_jax.data import mix
 from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import PRESETS
-from llave_jax.ops import triton
+from llave_jax.ops import gpu_attention
+from llave_jax.planning import workload
 
 ROW_LENGTH = 24_576
 CAPABILITIES = {"A100": 80, "H100": 90}
-# Others than `triton.Tiles.of`: queries and keys of a step, warps, stages.
+# Others than `gpu_attention.Tiles.of`: queries and keys of a step, warps, stages.
 FORWARD_TILES = [
-    triton.Tile(128, 64, 4, 2),
-    triton.Tile(128, 64, 4, 3),
-    triton.Tile(128, 64, 8, 2),
-    triton.Tile(128, 64, 8, 3),
-    triton.Tile(128, 128, 8, 2),
-    triton.Tile(64, 64, 4, 3),
+    gpu_attention.Tile(128, 64, 4, 2),
+    gpu_attention.Tile(128, 64, 4, 3),
+    gpu_attention.Tile(128, 64, 8, 2),
+    gpu_attention.Tile(128, 64, 8, 3),
+    gpu_attention.Tile(128, 128, 8, 2),
+    gpu_attention.Tile(64, 64, 4, 3),
 ]
 BACKWARD_TILES = [
-    (triton.Tile(128, 32, 4, 2), triton.Tile(32, 128, 4, 2)),
-    (triton.Tile(128, 32, 8, 2), triton.Tile(32, 128, 8, 2)),
-    (triton.Tile(128, 64, 8, 2), triton.Tile(64, 128, 8, 2)),
-    (triton.Tile(64, 64, 4, 2), triton.Tile(64, 64, 4, 2)),
+    (gpu_attention.Tile(128, 32, 4, 2), gpu_attention.Tile(32, 128, 4, 2)),
+    (gpu_attention.Tile(128, 32, 8, 2), gpu_attention.Tile(32, 128, 8, 2)),
+    (gpu_attention.Tile(128, 64, 8, 2), gpu_attention.Tile(64, 128, 8, 2)),
+    (gpu_attention.Tile(64, 64, 4, 2), gpu_attention.Tile(64, 64, 4, 2)),
 ]
 
 
@@ -105,8 +105,8 @@ def main() -> None:
 
 
 def cases(crops: int) -> list[Case]:
-    sizes = mix.sample_pairs(PRESETS["llave-0.5b"], 200)
-    packed = mix.simulate(sizes, Budget(1, ROW_LENGTH, crops=42, groups=9), shards=1)
+    sizes = workload.sample_pairs(PRESETS["llave-0.5b"], 200)
+    packed = workload.simulate(sizes, Budget(1, ROW_LENGTH, crops=42, groups=9), shards=1)
     rows = packed.segment_ids.reshape(-1, ROW_LENGTH)[:1]
     found = []
     for name in ("llave-0.5b", "llave-2b", "llave-7b"):
@@ -124,7 +124,7 @@ def loss(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def compile_all() -> None:
-    from triton.backends import nvidia
+    from gpu_attention.backends import nvidia
 
     tools = Path(nvidia.__file__).parent / "bin"
     print(
@@ -136,7 +136,7 @@ def compile_all() -> None:
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
         def attend(query, key, value, ids, causal=case.causal):
-            return triton.triton_attention(query, key, value, ids, causal=causal)
+            return gpu_attention.triton_attention(query, key, value, ids, causal=causal)
 
         programs = triton_programs(
             jax.grad(loss(attend), argnums=(0, 1, 2)), *case.arrays(rows, length), ids
@@ -158,7 +158,7 @@ def triton_programs(function: Callable, *inputs: jax.ShapeDtypeStruct) -> dict[s
     from jax._src.pallas.triton import pallas_call_registration as registration
 
     tiles, programs = {}, {}
-    lower, call = registration.lowering.lower_jaxpr_to_triton_module, triton.Settings.call
+    lower, call = registration.lowering.lower_jaxpr_to_triton_module, gpu_attention.Settings.call
 
     def note_program(*args, **options):
         result = lower(*args, **options)
@@ -172,18 +172,18 @@ def triton_programs(function: Callable, *inputs: jax.ShapeDtypeStruct) -> dict[s
         return call(settings, kernel, tile, name, *arrays, **options)
 
     registration.lowering.lower_jaxpr_to_triton_module = note_program
-    triton.Settings.call = note_tile
+    gpu_attention.Settings.call = note_tile
     try:
         jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",))
     finally:
         registration.lowering.lower_jaxpr_to_triton_module = lower
-        triton.Settings.call = call
+        gpu_attention.Settings.call = call
     return {name: (tiles[name], text) for name, text in sorted(programs.items())}
 
 
-def compile_program(text: str, tile: triton.Tile, capability: int, tools: Path) -> dict:
+def compile_program(text: str, tile: gpu_attention.Tile, capability: int, tools: Path) -> dict:
     import triton as compiler
-    from triton.backends.compiler import GPUTarget
+    from gpu_attention.backends.compiler import GPUTarget
 
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ttir"), Path(folder, "kernel.cubin")
@@ -216,7 +216,7 @@ def time_all(crops: int, repeats: int) -> None:
         rows, length = case.segment_ids.shape
         inputs = random_arrays(case.arrays(rows, length))
         ids = jnp.asarray(case.segment_ids)
-        own = triton.Tiles.of(case.head_dim, 2)
+        own = gpu_attention.Tiles.of(case.head_dim, 2)
         for tiles in [
             own,
             *(dataclasses.replace(own, forward=tile) for tile in FORWARD_TILES),
@@ -224,7 +224,9 @@ def time_all(crops: int, repeats: int) -> None:
         ]:
 
             def attend(query, key, value, tiles=tiles, ids=ids, causal=case.causal):
-                return triton.triton_attention(query, key, value, ids, causal=causal, tiles=tiles)
+                return gpu_attention.triton_attention(
+                    query, key, value, ids, causal=causal, tiles=tiles
+                )
 
             name = ", ".join("x".join(map(str, tile)) for tile in dataclasses.astuple(tiles))
             show(case, f"ours {name}", attend, inputs, repeats)

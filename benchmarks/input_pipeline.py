@@ -4,7 +4,7 @@
     python benchmarks/input_pipeline.py --workers 0 1 2 4    # the whole stream, by worker processes
     python benchmarks/input_pipeline.py --memory --rows 50000 [--workers 2]  # memory over an epoch
 
-Pairs have the image sizes and text lengths of `llave_jax.data.mix`; photographs are cut from the
+Pairs have the image sizes and text lengths of `llave_jax.planning.workload`; photographs are cut from the
 two that scikit-learn ships, so that JPEG decoding does realistic work. Rates are per second of CPU
 time, which other work on the machine hardly changes; both sides run in one thread. The peer is
 LlavaOnevisionProcessor with the same canvases, to uint8-exact Pillow crops and, if torchvision is
@@ -31,7 +31,6 @@ import PIL.Image
 import sklearn.datasets
 import transformers
 
-from llave_jax.data import mix
 from llave_jax.data.pipeline import train_iterator
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs import anyres, chat
@@ -40,6 +39,7 @@ from llave_jax.inputs.item import Item, Pair
 from llave_jax.inputs.packing import Budget, Packer
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.config import PRESETS, LlaveConfig
+from llave_jax.planning import workload
 
 TEXT = "a red tram stands beside the old harbour wall while two people walk their dog at dawn"
 WORDS = TEXT.split()
@@ -55,21 +55,23 @@ class MixedPairs(PairSource):
         rng = np.random.default_rng(seed)
         self._shrink = shrink
         self.subsets = {"Mix": range(count)}
-        rows = np.array([subset.rows for subset in mix.SUBSETS.values()], float)
+        rows = np.array([subset.rows for subset in workload.SUBSETS.values()], float)
         choices = rng.choice(len(rows), size=count, p=rows / rows.sum())
         photos = [PIL.Image.fromarray(p) for p in sklearn.datasets.load_sample_images().images]
         self._files: dict[tuple[int, int], list[bytes]] = collections.defaultdict(list)
         self._rows = []
         for choice in choices:
-            subset = list(mix.SUBSETS.values())[choice]
+            subset = list(workload.SUBSETS.values())[choice]
             sides = [
                 self._side(side, photos, images, rng) for side in (subset.query, subset.target)
             ]
             self._rows.append(sides)
 
-    def _side(self, side: mix.Side, photos: list, images: int, rng: np.random.Generator) -> tuple:
-        mean = np.log(side.text) - mix.TEXT_SPREAD**2 / 2
-        text = " ".join(rng.choice(WORDS, max(1, round(rng.lognormal(mean, mix.TEXT_SPREAD)))))
+    def _side(
+        self, side: workload.Side, photos: list, images: int, rng: np.random.Generator
+    ) -> tuple:
+        mean = np.log(side.text) - workload.TEXT_SPREAD**2 / 2
+        text = " ".join(rng.choice(WORDS, max(1, round(rng.lognormal(mean, workload.TEXT_SPREAD)))))
         if side.images is None:
             return text, None, 0
         sizes = [(w // self._shrink, h // self._shrink) for w, h, _ in side.images]
@@ -116,7 +118,7 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def budget_for(config: LlaveConfig, pairs: int) -> Budget:
-    sizes = mix.sample_pairs(config, 2000)
+    sizes = workload.sample_pairs(config, 2000)
     rows = -(-int(1.1 * pairs * sizes.lengths.sum(1).mean()) // 4096)
     crops = int(1.1 * pairs * sizes.crops.sum(1).mean())
     return Budget(rows=max(rows, 4), row_length=4096, crops=max(crops, 10), groups=pairs)

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from llave_jax.contrastive import BLOCK_SIZE, contrastive_loss
-from llave_jax.loss import hardness_weighted_contrastive_loss, similarity_matrix
+from llave_jax.loss import hardness_weighted_contrastive_loss
+from llave_jax.loss.cross_device import BLOCK_SIZE, contrastive_loss
+from llave_jax.loss.hardness import similarity_matrix
 
 MIB = 2**20
 

@@ -4,7 +4,7 @@
     python benchmarks/pack_efficiency.py --shards 1           # with one device to a process, not 4
     python benchmarks/pack_efficiency.py --row-lengths        # why rows have the length they have
 
-The mix is the table of assumptions in llave_jax/data/mix.py; batches are filled as training fills
+The mix is the table of assumptions in llave_jax/planning/workload.py; batches are filled as training fills
 them.
 """
 
@@ -23,10 +23,10 @@ import numpy as np
 
 from configs import gpu_h100, llave_0_5b, llave_7b, tpu_v4
 from llave_jax import config as config_lib
-from llave_jax.data import mix
 from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import PRESETS
-from llave_jax.ops import splash, triton
+from llave_jax.ops import gpu_attention, tpu_attention
+from llave_jax.planning import workload
 
 # (name, config, devices it is for)
 CONFIGS = [
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=4, help="devices of a process")
     parser.add_argument("--row-lengths", action="store_true", help="compare lengths of rows")
     args = parser.parse_args()
-    sizes = mix.sample_pairs(PRESETS["llave-0.5b"], args.pairs)
+    sizes = workload.sample_pairs(PRESETS["llave-0.5b"], args.pairs)
     print(
         f"{args.pairs} pairs: mean {sizes.lengths.sum(1).mean():.0f} tokens and "
         f"{sizes.crops.sum(1).mean():.2f} crops a pair, longest {sizes.lengths.max()}"
@@ -66,13 +66,13 @@ def main() -> None:
         show("", sizes, Budget(rows, length, math.ceil(groups * 5.1), groups), args.shards)
 
 
-def show(name: str, sizes: mix.PairSizes, budget: Budget, shards: int, **dealing: int) -> None:
-    packing = mix.simulate(sizes, budget, shards, **dealing)
+def show(name: str, sizes: workload.PairSizes, budget: Budget, shards: int, **dealing: int) -> None:
+    packing = workload.simulate(sizes, budget, shards, **dealing)
     # Scores the kernels compute, over those that sequences need.
     ids = packing.segment_ids
     visited = {
-        "splash": splash.visited_scores(ids, causal=True, longest=sizes.lengths.max()),
-        "triton": triton.visited_scores(ids, causal=True, head_dim=128),
+        "splash": tpu_attention.visited_scores(ids, causal=True, longest=sizes.lengths.max()),
+        "triton": gpu_attention.visited_scores(ids, causal=True, head_dim=128),
     }
     rows = packing.segment_ids.reshape(-1, budget.row_length)
     lengths = np.concatenate([np.bincount(row)[1:] for row in rows])

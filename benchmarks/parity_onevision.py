@@ -18,13 +18,13 @@ import jax
 import numpy as np
 import PIL.Image
 
-from llave_jax import model_dir
-from llave_jax.convert.from_hf import convert_from_hf
 from llave_jax.inputs.item import Item
 from llave_jax.inputs.packing import Budget, Packer
 from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder
 from llave_jax.models.config import LlaveConfig, grid_pinpoints
 from llave_jax.models.llave import Llave
+from llave_jax.weights import model_dir
+from llave_jax.weights.from_hf import convert_from_hf
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 SIZES = {

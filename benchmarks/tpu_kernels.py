@@ -3,12 +3,12 @@
     python benchmarks/tpu_kernels.py                       # all chips, 2B
     python benchmarks/tpu_kernels.py --chip v5e --model llave-0.5b
 
-No TPU is needed: the kernels of `llave_jax/ops/splash.py` are compiled for a chip, and libtpu writes
+No TPU is needed: the kernels of `llave_jax/ops/tpu_attention.py` are compiled for a chip, and libtpu writes
 down the schedule. A core issues its bundles of instructions in that order, one a cycle; what this
 does not show is waiting for memory, from which the kernels load ahead. The table has the cycles of
 one visit of a pair of blocks, all heads of a step, what a block of queries and one of keys cost
 once, and "rate": the share of the matrix units' rate, over the scores of the pairs that rows packed as
-in training have visited (llave_jax/data/mix.py), with heads padded to 128 lanes. A schedule cannot
+in training have visited (llave_jax/planning/workload.py), with heads padded to 128 lanes. A schedule cannot
 be faster than the matrix units: where it looks so, the rate is 1. `chips.KERNEL_RATES` is this column.
 """
 
@@ -32,11 +32,10 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from llave_jax import aot, chips  # noqa: E402
-from llave_jax.data import mix  # noqa: E402
 from llave_jax.inputs.packing import Budget  # noqa: E402
 from llave_jax.models.config import PRESETS, LlaveConfig  # noqa: E402
-from llave_jax.ops import splash  # noqa: E402
+from llave_jax.ops import tpu_attention  # noqa: E402
+from llave_jax.planning import chips, compile_ahead, workload  # noqa: E402
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 # Cores of a chip, each with its share of the chip's matrix units.
@@ -54,7 +53,9 @@ def main() -> None:
     args = parser.parse_args()
     config = PRESETS[args.model]
     budget = Budget(4, args.row_length, crops=40, groups=8)
-    packing = mix.simulate(mix.sample_pairs(config, 2000), budget, aot.SHARDS_PER_PROCESS)
+    packing = workload.simulate(
+        workload.sample_pairs(config, 2000), budget, compile_ahead.SHARDS_PER_PROCESS
+    )
     rows = {
         "causal": packing.segment_ids.reshape(-1, args.row_length)[:64],
         "full": np.ones((8, config.vision.num_patches), np.int32),
@@ -82,7 +83,7 @@ def compile_kernels(chip: str, config: LlaveConfig, row_length: int) -> dict[str
 
     def compile_gradient(query, key, ids, **mask):
         def total(query, key, value, ids):
-            out = splash.splash_attention(query, key, value, ids, **mask)
+            out = tpu_attention.splash_attention(query, key, value, ids, **mask)
             return jnp.sum(out.astype(jnp.float32))
 
         jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(query, key, key, ids).compile()
@@ -94,7 +95,7 @@ def compile_kernels(chip: str, config: LlaveConfig, row_length: int) -> dict[str
         causal=True,
         longest=config.inputs.max_length,
     )
-    patches = splash.Blocks.of(vision.num_patches).length
+    patches = tpu_attention.Blocks.of(vision.num_patches).length
     crops = array(8, patches, vision.num_heads, vision.hidden_size // vision.num_heads)
     compile_gradient(crops, crops, array(8, patches, dtype=jnp.int32), causal=False)
 
@@ -114,10 +115,10 @@ def show(chip: str, name: str, schedule: list[str], config: LlaveConfig, rows: n
     count, groups = text.num_heads, text.num_kv_heads
     if mask == "full":
         count = groups = vision.num_heads
-    splits = splash._splits(groups, count // groups)
-    heads = splash.Heads.of(count // (groups * splits), groups * splits).queries
-    blocks = splash.Blocks.of(rows.shape[1])
-    visits = splash.visited_scores(rows[:, None], causal=mask == "causal").sum()
+    splits = tpu_attention._splits(groups, count // groups)
+    heads = tpu_attention.Heads.of(count // (groups * splits), groups * splits).queries
+    blocks = tpu_attention.Blocks.of(rows.shape[1])
+    visits = tpu_attention.visited_scores(rows[:, None], causal=mask == "causal").sum()
     visits /= blocks.query * blocks.key
     visits_of_query = visits / (len(rows) * blocks.queries)
     visits_of_key = visits / (len(rows) * blocks.keys)
@@ -128,7 +129,7 @@ def show(chip: str, name: str, schedule: list[str], config: LlaveConfig, rows: n
     all_cycles = cycles["visit"] + a_query / visits_of_query + a_key / visits_of_key
     figures = chips.CHIPS[chip]
     units = figures.flops / figures.clock / CORES[chip]
-    needed = 2 * PRODUCTS[phase] * heads * blocks.query * blocks.key * splash.LANES / units
+    needed = 2 * PRODUCTS[phase] * heads * blocks.query * blocks.key * tpu_attention.LANES / units
     print(
         f"{chip:6}{name:20}{heads:6}{cycles['visit']:9}{a_query:15}{a_key:13}"
         f"{visits_of_query:8.2f}{min(1, needed / all_cycles):7.2f}",

@@ -5,10 +5,10 @@
     python benchmarks/train_step.py --preset llave-0.5b --embed --torch
     python benchmarks/train_step.py --preset tiny --pairs 8 --micro-batches 2 --dtype float32 --torch
 
-Pairs have the sizes of MMEB's mix (llave_jax/data/mix.py), random pixels and random tokens; weights
+Pairs have the sizes of MMEB's mix (llave_jax/planning/workload.py), random pixels and random tokens; weights
 are random. transformers' LlavaOnevision gets the same items as the authors feed it: padded, queries
 and targets apart, SDPA, gradient checkpointing, frozen tower, AdamW. MFU counts necessary operations
-(llave_jax/flops.py) of both alike.
+(llave_jax/planning/flops.py) of both alike.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llave_jax import flops, optim, sharding, train_step
-from llave_jax.data import mix
-from llave_jax.embedding_step import build_embedding_step
+from llave_jax.embedding.embedding_step import build_embedding_step
 from llave_jax.inputs.anyres import image_taps
 from llave_jax.inputs.packing import Budget, PackedBatch, Packer, stack_batches
 from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence
@@ -32,6 +30,9 @@ from llave_jax.inputs.taps import newlines
 from llave_jax.models.config import PRESETS, LlaveConfig
 from llave_jax.models.llave import Llave, example_batch
 from llave_jax.ops import attention
+from llave_jax.parallel import sharding
+from llave_jax.planning import flops, workload
+from llave_jax.training import optim, train_step
 
 # Dense bfloat16 operations a second, as published, by a part of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
@@ -93,21 +94,21 @@ def parse_arguments() -> argparse.Namespace:
 def random_pair(config: LlaveConfig, seed: int) -> tuple[Sequence, Sequence]:
     """Query and target of MMEB's sizes with random content."""
     rng = np.random.default_rng(seed)
-    shares = np.array([subset.rows for subset in mix.SUBSETS.values()], float)
-    subset = list(mix.SUBSETS.values())[rng.choice(len(shares), p=shares / shares.sum())]
+    shares = np.array([subset.rows for subset in workload.SUBSETS.values()], float)
+    subset = list(workload.SUBSETS.values())[rng.choice(len(shares), p=shares / shares.sum())]
     return random_side(config, subset.query, rng), random_side(config, subset.target, rng)
 
 
-def random_side(config: LlaveConfig, side: mix.Side, rng: np.random.Generator) -> Sequence:
+def random_side(config: LlaveConfig, side: workload.Side, rng: np.random.Generator) -> Sequence:
     vision = config.vision
     size = vision.image_size
-    text = rng.integers(1, config.text.vocab_size - 8, mix.CHAT_TOKENS + round(side.text))
+    text = rng.integers(1, config.text.vocab_size - 8, workload.CHAT_TOKENS + round(side.text))
     if side.images is None:
         return Sequence(text.astype(np.int32), np.zeros((0, size, size, 3), np.uint8), newlines(0))
     shares = [share for *_, share in side.images]
     width, height, _ = side.images[rng.choice(len(shares), p=shares)]
     taps = image_taps(width, height, config.inputs, size, vision.patches_per_side)
-    _, count = mix.image_cost(width, height, config)
+    _, count = workload.image_cost(width, height, config)
     tokens = np.concatenate([np.full(taps.shape, VISUAL_SLOT), text]).astype(np.int32)
     crops = rng.integers(0, 256, (count, size, size, 3), np.uint8)
     return Sequence(tokens, crops, taps, name=f"{width}x{height}")

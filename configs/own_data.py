@@ -4,7 +4,7 @@
         --config.model.path=models/llave-0.5b --config.data.path=data/pairs.json
 
 Inputs are laid out as the model has it; a base model with larger canvases or longer sequences than LLaVE's
-needs larger batches or `model.inputs`, and training says which. `llave_jax.data.inspect` says how well the
+needs larger batches or `model.inputs`, and training says which. `llave_jax.inspect_data` says how well the
 batch's numbers suit your data.
 """
 

@@ -14,7 +14,7 @@ __all__ = ["Embedder"]
 def __getattr__(name: str) -> Any:
     # The loss alone is of use without the model; importing it should not cost the model's imports.
     if name == "Embedder":
-        from llave_jax.embedder import Embedder
+        from llave_jax.embedding.embedder import Embedder
 
         return Embedder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -83,7 +83,7 @@ def default_config() -> ConfigDict:
 
     # A step's pairs, over all devices, go through the model in `micro_batches` parts. Rows and
     # crops of each part follow from what a pair takes on average, with room to spare
-    # (`llave_jax.data.inspect` measures it); pairs that do not fit wait for the next step. `fill`:
+    # (`llave_jax.inspect_data` measures it); pairs that do not fit wait for the next step. `fill`:
     # the share of its pairs that a step then has, as expected (`inspect` predicts it).
     config.batch = ConfigDict()
     config.batch.pairs = 256
@@ -133,7 +133,7 @@ def default_config() -> ConfigDict:
     # Implementations of `llave_jax.ops.attention`; "auto": what suits the devices.
     config.attention = "auto"
     config.vision_attention = "auto"
-    # What the backward pass recomputes: see `llave_jax.train_step.REMATS`.
+    # What the backward pass recomputes: see `llave_jax.training.train_step.REMATS`.
     config.remat = "block"
 
     config.checkpoint = ConfigDict()
@@ -338,7 +338,7 @@ def model_config(config: ConfigDict) -> LlaveConfig:
             f"config.model.preset ({', '.join(PRESETS)})"
         )
     if path is not None:
-        from llave_jax import model_dir
+        from llave_jax.weights import model_dir
 
         llave = model_dir.load_config(path)
     elif preset in PRESETS:

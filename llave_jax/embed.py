@@ -32,13 +32,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llave_jax import distributed
-from llave_jax.benchmarks import cache as caching
-from llave_jax.benchmarks.run_info import add_dtype_argument, record_run, settings_of
-from llave_jax.embed_store import Store
-from llave_jax.embedder import Embedder
+from llave_jax.common.progress import Progress
+from llave_jax.embedding.embedder import Embedder
+from llave_jax.embedding.store import Store
+from llave_jax.evaluation import cache as caching
+from llave_jax.evaluation.run_info import add_dtype_argument, record_run, settings_of
 from llave_jax.inputs.item import Item, as_item
-from llave_jax.progress import Progress
+from llave_jax.parallel import processes
 
 # Items are saved in chunks, which is what a killed job loses at most: 8192 texts, 1024 pictures or 64
 # videos. Small chunks would end in many small batches.
@@ -69,13 +69,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="an item that cannot be read ends the job, or is left out and listed",
     )
     add_dtype_argument(parser)
-    distributed.add_arguments(parser)
+    processes.add_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    distributed.initialize(args)
+    processes.initialize(args)
     first = jax.process_index() == 0
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     try:

@@ -4,7 +4,7 @@
 
 Writes scores, predictions, a table and a page to look at (report.html). Running the same command
 again continues where it was stopped. Owns the sequence of steps; each benchmark is a module of
-`llave_jax.benchmarks`.
+`llave_jax.evaluation`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from typing import Any
 
 import jax
 
-from llave_jax import distributed
-from llave_jax.benchmarks import cache as caching
-from llave_jax.benchmarks import digits, report, video_data, video_retrieval
-from llave_jax.benchmarks.cache import EmbeddingCache, Encode
-from llave_jax.benchmarks.mmeb import evaluate_mmeb
-from llave_jax.benchmarks.retrieval import evaluate_retrieval, read_task
-from llave_jax.benchmarks.run_info import add_dtype_argument, settings_of
-from llave_jax.embedder import Embedder
-from llave_jax.files import write_text
+from llave_jax.common.files import write_text
+from llave_jax.digits import dataset as digits
+from llave_jax.embedding.embedder import Embedder
+from llave_jax.evaluation import cache as caching
+from llave_jax.evaluation import report, video_data, video_retrieval
+from llave_jax.evaluation.cache import EmbeddingCache, Encode
+from llave_jax.evaluation.mmeb import evaluate_mmeb
+from llave_jax.evaluation.retrieval import evaluate_retrieval, read_task
+from llave_jax.evaluation.run_info import add_dtype_argument, settings_of
+from llave_jax.parallel import processes
 
 # What computed the results, for `run.json`; None on processes other than the first.
 Run = dict[str, Any] | None
@@ -59,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         f"{', '.join(video_data.READERS)}",
     )
     add_dtype_argument(parser)
-    distributed.add_arguments(parser)
+    processes.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.data is None and args.benchmark != "digits":
         parser.error(f"--benchmark {args.benchmark} needs --data")
@@ -70,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    distributed.initialize(args)
+    processes.initialize(args)
     first = jax.process_index() == 0
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     try:

@@ -24,11 +24,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from llave_jax import config as config_lib
-from llave_jax import distributed, model_dir, resume, setup, sharding, train_step
-from llave_jax.benchmarks import digits, digits_tokenizer
-from llave_jax.benchmarks.during_training import TrainingEvaluation
-from llave_jax.benchmarks.mmeb_data import DatasetInfo
-from llave_jax.checkpoint import BEST, BestCheckpoint, Checkpoints, latest_params
+from llave_jax.common.progress import Progress
 from llave_jax.data.order import Composition
 from llave_jax.data.pipeline import TrainBatch, skip_limit, train_iterator
 from llave_jax.data.rows import EMPTY_SIDE
@@ -39,11 +35,18 @@ from llave_jax.data.sources import (
     open_source,
     split_held_out,
 )
+from llave_jax.digits import dataset as digits
+from llave_jax.digits import tokenizer as digits_tokenizer
+from llave_jax.evaluation.mmeb_data import DatasetInfo
 from llave_jax.inputs.sequence import SequenceBuilder
-from llave_jax.metrics import MetricsWriter
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import example_batch
-from llave_jax.progress import Progress
+from llave_jax.parallel import processes, sharding
+from llave_jax.training import resume, setup, train_step
+from llave_jax.training.checkpoint import BEST, BestCheckpoint, Checkpoints, latest_params
+from llave_jax.training.evaluation import TrainingEvaluation
+from llave_jax.training.metrics import MetricsWriter
+from llave_jax.weights import model_dir
 
 log = logging.getLogger(__name__)
 
@@ -404,7 +407,7 @@ def main(argv: list[str]) -> None:
     )
     for name in ("absl", "jax"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    distributed.initialize()
+    processes.initialize()
     train(_CONFIG.value, Path(_WORKDIR.value))
 
 

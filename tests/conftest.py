@@ -21,9 +21,9 @@ from typing import Any
 import hypothesis
 import pytest
 
-from llave_jax import model_dir
-from llave_jax.convert.from_hf import convert_from_hf
 from llave_jax.models.config import LlaveConfig
+from llave_jax.weights import model_dir
+from llave_jax.weights.from_hf import convert_from_hf
 
 # Compilation makes the first example slow, and the machines are shared: no deadlines.
 hypothesis.settings.register_profile("llave", deadline=None, derandomize=True)

@@ -15,7 +15,8 @@ import argparse
 import sys
 from typing import NamedTuple
 
-from llave_jax import Embedder, model_dir
+from llave_jax import Embedder
+from llave_jax.weights import model_dir
 
 # The authors' demo puts a space, not a newline, behind the image.
 QUESTION = "<image> Represent the given image with the following question: What is in the image"

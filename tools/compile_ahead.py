@@ -19,7 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from absl import app, flags
 from ml_collections import config_flags
 
-from llave_jax import aot
+from llave_jax.planning import compile_ahead
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The run: configs/NAME.py.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -35,10 +35,12 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     training = _PROGRAM.value == "train"
-    compile_step = aot.compile_train_step if training else aot.compile_embedding_step
+    compile_step = (
+        compile_ahead.compile_train_step if training else compile_ahead.compile_embedding_step
+    )
     try:
         compiled = compile_step(_CONFIG.value, _TOPOLOGY.value)
-    except aot.DoesNotFit as error:
+    except compile_ahead.DoesNotFit as error:
         if _JSON.value:
             print(json.dumps({"topology": _TOPOLOGY.value, "does_not_fit": str(error)}))
         else:
@@ -47,8 +49,10 @@ def main(argv: list[str]) -> int:
     if _HLO.value:
         with open(_HLO.value, "w") as file:
             file.write(compiled.program.as_text())
-    values = {"topology": _TOPOLOGY.value, **aot.report(compiled, training=training)}
-    print(json.dumps(values) if _JSON.value else f"{_TOPOLOGY.value}: {aot.table(values)}")
+    values = {"topology": _TOPOLOGY.value, **compile_ahead.report(compiled, training=training)}
+    print(
+        json.dumps(values) if _JSON.value else f"{_TOPOLOGY.value}: {compile_ahead.table(values)}"
+    )
     return int(values["memory_gib"]["margin"] < 0)
 
 

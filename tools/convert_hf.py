@@ -15,9 +15,9 @@ import logging
 import signal
 import sys
 
-from llave_jax.convert.from_hf import convert_from_hf
-from llave_jax.convert.names import LAYOUTS
-from llave_jax.convert.to_hf import convert_to_hf
+from llave_jax.models.parameters import LAYOUTS
+from llave_jax.weights.from_hf import convert_from_hf
+from llave_jax.weights.to_hf import convert_to_hf
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llave_jax.data.mix import PairSizes
 from llave_jax.data.pipeline import sides_of
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs import taps as T
@@ -19,6 +18,7 @@ from llave_jax.inputs.anyres import best_canvas, image_taps
 from llave_jax.inputs.images import image_size
 from llave_jax.inputs.item import ImageLike, Item, VideoLike
 from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder, Visual
+from llave_jax.planning.workload import PairSizes
 
 
 class LayoutBuilder(SequenceBuilder):

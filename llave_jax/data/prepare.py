@@ -26,11 +26,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from llave_jax.common.progress import Progress
 from llave_jax.data.rows import Row
 from llave_jax.data.skips import SkipLog
 from llave_jax.data.sources import INDEX_FACTS, MmebSource
 from llave_jax.inputs.images import load_image
-from llave_jax.progress import Progress
 
 NAME = "mmeb_train"
 IMAGES = ("qry_image", "pos_image", "neg_image")

@@ -1,6 +1,6 @@
 """What a LLaVE model is: sizes of the two towers and how its inputs are laid out.
 
-Everything here comes from a checkpoint's `config.json` (see `llave_jax.convert`) or from a preset;
+Everything here comes from a checkpoint's `config.json` (see `llave_jax.weights`) or from a preset;
 nothing is derived from a model's name.
 """
 

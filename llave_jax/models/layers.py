@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llave_jax.ops.splash import RESIDUALS
-from llave_jax.sharding import constrain_rows, gather_for_use
+from llave_jax.ops.tpu_attention import RESIDUALS
+from llave_jax.parallel.sharding import constrain_rows, gather_for_use
 
 Dtype = Any
 

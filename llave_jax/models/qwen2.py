@@ -12,7 +12,7 @@ from llave_jax.models.config import TextConfig
 from llave_jax.models.layers import Dtype, Projection, RMSNorm, scan_blocks, scan_but_last
 from llave_jax.ops.attention import attention, attention_at
 from llave_jax.ops.rope import apply_rotary, rotary_tables
-from llave_jax.sharding import rows_per_device
+from llave_jax.parallel.sharding import rows_per_device
 
 
 class SelfAttention(nn.Module):

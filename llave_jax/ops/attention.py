@@ -1,6 +1,6 @@
 """Attention over packed rows: one function, several implementations.
 
-The XLA form is the reference and runs everywhere. The kernels (`splash.py`, `triton.py`) are for
+The XLA form is the reference and runs everywhere. The kernels (`tpu_attention.py`, `gpu_attention.py`) are for
 one kind of device each. What an implementation cannot do raises; none falls back silently.
 """
 
@@ -12,12 +12,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from llave_jax import sharding
-from llave_jax.ops import splash, triton
+from llave_jax.ops import gpu_attention, tpu_attention
+from llave_jax.parallel import sharding
 
 # By the platform of the devices; "auto" means these.
 BY_PLATFORM = {"cpu": "xla", "tpu": "splash", "gpu": "triton"}
-KERNELS = {"splash": splash.splash_attention, "triton": triton.triton_attention}
+KERNELS = {"splash": tpu_attention.splash_attention, "triton": gpu_attention.triton_attention}
 IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
 
 # Queries whose scores the XLA form holds at once.
@@ -84,7 +84,7 @@ def padded_length(length: int, implementation: str) -> int:
     """What an implementation pads rows to. Longer rows of that length it need not copy."""
     implementation = _resolve(implementation)
     if implementation == "splash":
-        return splash.Blocks.of(length).length
+        return tpu_attention.Blocks.of(length).length
     return length
 
 

@@ -1,0 +1,1 @@
+"""The bundled benchmark: scans of handwritten digits in MMEB's form."""

@@ -1,0 +1,1 @@
+"""Items to embeddings: the Embedder, embedding of whole files, exact search."""

@@ -1,0 +1,103 @@
+"""Exact nearest neighbours by cosine, in blocks: no queries x corpus matrix is ever held.
+
+Owns the search only; metrics over its result are `retrieval.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llave_jax.common.progress import Progress
+
+# Rows of the corpus a device works on at once: a block's similarities take 64 KiB a query.
+BLOCK_ROWS = 16_384
+
+
+def search(
+    queries: np.ndarray,
+    corpus: np.ndarray,
+    k: int,
+    *,
+    block_rows: int = BLOCK_ROWS,
+    devices: Sequence[jax.Device] | None = None,
+    show_progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k corpus rows most similar to each query, best first; equal scores by lower index.
+
+    Every device keeps the best k of the corpus blocks it was given; they are merged at the end. The
+    corpus may be a memory map larger than memory: it is read once, block by block.
+
+    Args:
+      queries: [n, D], any float type.
+      corpus: [m, D].
+      k: at most m are returned.
+      block_rows: corpus rows a device compares at once.
+      devices: all local ones if None.
+
+    Returns:
+      Scores float32 [n, min(k, m)] and indices int32 [n, min(k, m)].
+    """
+    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
+        raise ValueError(
+            f"queries {queries.shape} and corpus {corpus.shape}: expected [n, D] and [m, D]"
+        )
+    k = min(k, len(corpus))
+    if k < 1 or not len(queries):
+        raise ValueError(f"search for {k} of {len(corpus)} rows with {len(queries)} queries")
+    devices = list(devices or jax.local_devices())
+    block_rows = max(min(block_rows, -(-len(corpus) // len(devices))), k)
+    mesh = Mesh(np.array(devices), ("devices",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("devices"))
+    step = _make_step(mesh, k)
+
+    on_device = jax.device_put(queries.astype(np.float32), NamedSharding(mesh, PartitionSpec()))
+    best_shape = (len(devices), len(queries), k)
+    best = (
+        jax.device_put(np.full(best_shape, -np.inf, np.float32), split),
+        jax.device_put(np.zeros(best_shape, np.int32), split),
+    )
+    stride = block_rows * len(devices)
+    with Progress(len(corpus), "searching", unit="rows", enabled=show_progress) as progress:
+        for start in range(0, len(corpus), stride):
+            rows = corpus[start : start + stride]
+            block = np.zeros((stride, corpus.shape[1]), np.float32)
+            block[: len(rows)] = rows
+            best = step(best, on_device, jax.device_put(block, split), start, len(corpus))
+            # Otherwise blocks would be read, and held, faster than they are compared.
+            jax.block_until_ready(best)
+            progress.update(len(rows))
+    scores, indices = (np.concatenate(np.asarray(array), axis=1) for array in best)
+    order = np.lexsort((indices, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)
+
+
+@functools.cache
+def _make_step(mesh: Mesh, k: int):
+    """Merges one block of the corpus into the best so far, on every device for itself."""
+
+    def step(best, queries, block, start, total):
+        best_scores, best_indices = (array[0] for array in best)
+        similarity = jnp.einsum("nd,bd->nb", queries, block, precision=jax.lax.Precision.HIGHEST)
+        first = start + jax.lax.axis_index("devices") * len(block)
+        # The last block is filled up with rows that do not exist.
+        exists = first + jnp.arange(len(block)) < total
+        scores, indices = jax.lax.top_k(jnp.where(exists, similarity, -jnp.inf), k)
+        # top_k prefers earlier positions among equals: what was found before has lower indices.
+        scores = jnp.concatenate([best_scores, scores], axis=1)
+        indices = jnp.concatenate([best_indices, first + indices], axis=1)
+        scores, places = jax.lax.top_k(scores, k)
+        return scores[None], jnp.take_along_axis(indices, places, axis=1)[None]
+
+    devices, whole = PartitionSpec("devices"), PartitionSpec()
+    return jax.jit(
+        jax.shard_map(
+            step, mesh=mesh, in_specs=(devices, whole, devices, whole, whole), out_specs=devices
+        ),
+        donate_argnums=0,
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks: reading them, scoring a model on them, reports."""

@@ -1,0 +1,298 @@
+"""Embeddings by content: each item is encoded once, and a killed evaluation continues.
+
+Owns item keys, the store (memory or disk) and the loop that encodes what is missing. The disk store
+is a folder of safetensors shards, each written whole (temporary name, then renamed).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+import PIL.Image
+import safetensors
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from llave_jax.inputs.item import ImageLike, Item
+
+if TYPE_CHECKING:
+    from llave_jax.embedding.embedder import Embedder
+
+Encode = Callable[[Sequence[Item]], np.ndarray]
+
+# Encoded between two shards: what a killed run loses at most. Larger packs better.
+SHARD_ITEMS = 1024
+
+_KEY_BYTES = 32
+# Files up to this size enter a fingerprint whole, larger ones by evenly spaced blocks.
+_WHOLE_FILE_BYTES = 64 << 20
+_BLOCK_BYTES = 1 << 20
+
+
+def item_key(item: Item) -> bytes:
+    """Digest of what an item shows the model: text and the content of its images or video.
+
+    Paths and names do not enter: the same picture under two names is one item. Images given as
+    files and as pixels differ, since decoding is the model's business.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    return _item_digest(item, _file_digest)
+
+
+def item_stamp(item: Item) -> bytes:
+    """As `item_key`, but of a file its path, size and time of change instead of its content.
+
+    Equal stamps show that nothing has changed without reading files again; from different ones
+    nothing follows.
+    """
+    return _item_digest(item, _file_stamp)
+
+
+def _item_digest(item: Item, file_digest: Callable[[str | os.PathLike], bytes]) -> bytes:
+    digest = hashlib.sha256()
+
+    def add(tag: bytes, value: bytes) -> None:
+        digest.update(tag + len(value).to_bytes(8, "little") + value)
+
+    add(b"text", item.text.encode("utf-8"))
+    for image in item.images:
+        if image is None:
+            add(b"zero picture", b"")
+        else:
+            add(b"image", _image_digest(image, file_digest))
+    if isinstance(item.video, str | os.PathLike):
+        add(b"video", file_digest(item.video))
+    elif item.video is not None:
+        frames = (_image_digest(frame, file_digest) for frame in item.video)
+        add(b"frames", b"".join(frames))
+    return digest.digest()
+
+
+def _image_digest(image: ImageLike, file_digest: Callable[[str | os.PathLike], bytes]) -> bytes:
+    if isinstance(image, PIL.Image.Image):
+        rgb = image.convert("RGB")
+        header = f"pixels {rgb.width} {rgb.height} ".encode()
+        return hashlib.sha256(header + rgb.tobytes()).digest()
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).digest()
+    return file_digest(image)
+
+
+def _file_digest(path: str | os.PathLike) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _file_stamp(path: str | os.PathLike) -> bytes:
+    status = os.stat(path)
+    stamp = f"{os.fspath(path)} {status.st_size} {status.st_mtime_ns}"
+    return hashlib.sha256(os.fsencode(stamp)).digest()
+
+
+def fingerprint(paths: Iterable[str | os.PathLike], *settings: object) -> str:
+    """Identity of a model: the files it is made of, and settings that change its embeddings.
+
+    Files above 64 MiB are identified by size and 64 blocks of 1 MiB spread over them: any training
+    step changes every one of them, and a 7B model need not be read to start an evaluation.
+
+    Args:
+      paths: files, or directories (all files below them, in order of their relative path).
+      settings: anything with a stable `repr`, such as the compute dtype.
+
+    Returns:
+      32 hexadecimal digits.
+    """
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in map(Path, paths):
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            digest.update(f"{name} {file.stat().st_size} ".encode())
+            digest.update(_file_digest(file) if _is_small(file) else _sampled_digest(file))
+    return digest.hexdigest()[:32]
+
+
+def model_fingerprint(directory: str | os.PathLike, embedder: Embedder) -> str:
+    """Identity of a model as it was loaded: its files, the compute dtype, how inputs are laid out.
+
+    Args:
+      directory: what `embedder` was loaded from.
+
+    Returns:
+      32 hexadecimal digits.
+    """
+    return fingerprint(model_files(directory), embedder.model.dtype, embedder.config)
+
+
+def model_files(directory: str | os.PathLike) -> list[Path]:
+    """What decides a model's embeddings: a model directory's files, or a run's latest checkpoint.
+
+    Raises:
+      FileNotFoundError: the directory is neither.
+    """
+    directory = Path(directory)
+    if (directory / "model.safetensors").is_file():
+        return [directory / name for name in ("config.json", "model.safetensors", "tokenizer")]
+    steps = [path for path in directory.glob("checkpoints/*") if path.name.isdigit()]
+    if not steps:
+        raise FileNotFoundError(
+            f"{directory}: neither a model directory (model.safetensors) nor a training run's "
+            "(checkpoints/<step>)"
+        )
+    return [directory / "model", max(steps, key=lambda path: int(path.name))]
+
+
+def _is_small(file: Path) -> bool:
+    return file.stat().st_size <= _WHOLE_FILE_BYTES
+
+
+def _sampled_digest(file: Path) -> bytes:
+    digest = hashlib.sha256()
+    last = file.stat().st_size - _BLOCK_BYTES
+    with file.open("rb") as stream:
+        for offset in np.linspace(0, last, 64, dtype=np.int64):
+            stream.seek(int(offset))
+            digest.update(stream.read(_BLOCK_BYTES))
+    return digest.digest()
+
+
+class EmbeddingCache:
+    """Embeddings by item key, for one model.
+
+    With a directory the embeddings live in `<directory>/<fingerprint>/*.safetensors` and are there
+    for the next run; without one they live in memory as long as this object.
+    """
+
+    def __init__(self, directory: str | os.PathLike | None = None, fingerprint: str = ""):
+        if directory is not None and not fingerprint:
+            raise ValueError(
+                "an embedding cache on disk needs the model's fingerprint: without it one model's "
+                "embeddings would be taken for another's"
+            )
+        self._where: dict[bytes, tuple[int, int]] = {}  # key -> (shard, row)
+        self._shards: list[np.ndarray | Path] = []
+        self._directory = Path(directory) / fingerprint if directory is not None else None
+        if self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for path in sorted(self._directory.glob("*.safetensors")):
+                self._register(_read_shard(path, "keys"), path)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._where
+
+    def add(self, keys: Sequence[bytes], embeddings: np.ndarray) -> None:
+        """Store `embeddings` float32 [n, D] under n different keys."""
+        key_array = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), _KEY_BYTES)
+        if self._directory is None:
+            self._register(key_array, embeddings)
+            return
+        # A name of its own: two evaluations may share the cache.
+        path = self._directory / f"{uuid.uuid4().hex}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        save_file({"keys": key_array, "embeddings": np.ascontiguousarray(embeddings)}, temporary)
+        temporary.replace(path)
+        self._register(key_array, path)
+
+    def gather(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Embeddings of stored keys, float32 [n, D], in order. KeyError for a key not stored."""
+        places = np.array([self._where[key] for key in keys]).reshape(-1, 2)
+        result: np.ndarray | None = None
+        for shard in np.unique(places[:, 0]):
+            source = self._shards[shard]
+            rows = source if isinstance(source, np.ndarray) else _read_shard(source, "embeddings")
+            if result is None:
+                result = np.empty((len(keys), rows.shape[1]), np.float32)
+            chosen = places[:, 0] == shard
+            result[chosen] = rows[places[chosen, 1]]
+        return np.zeros((0, 0), np.float32) if result is None else result
+
+    def _register(self, keys: np.ndarray, shard: np.ndarray | Path) -> None:
+        for row, key in enumerate(keys):
+            self._where[key.tobytes()] = (len(self._shards), row)
+        self._shards.append(shard)
+
+
+def _read_shard(path: Path, name: str) -> np.ndarray:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a readable shard of embeddings ({error}); delete it and run again"
+        ) from error
+
+
+def embed(
+    encode: Encode,
+    count: int,
+    make_item: Callable[[int], Item],
+    cache: EmbeddingCache,
+    *,
+    shard_items: int = SHARD_ITEMS,
+) -> np.ndarray | None:
+    """Embeddings of items 0..count-1, encoding only those whose content is not in the cache.
+
+    With several processes all call this with the same items: the first one's cache decides what is
+    missing, all take part in encoding it, and only the first keeps and returns the result.
+
+    Args:
+      encode: see `Encode`; returns float32 [n, D], L2-normalised, in order.
+      count: number of items.
+      make_item: item by index; called again for every use, so that images need not stay in memory.
+      cache: where embeddings are kept.
+      shard_items: how many are encoded between two writes.
+
+    Returns:
+      float32 [count, D] on the first process, None on the others.
+    """
+    first = jax.process_index() == 0
+    keys: list[bytes] = [item_key(make_item(i)) for i in range(count)] if first else []
+    missing = np.zeros(count, bool)
+    if first:
+        known: set[bytes] = set()
+        for i, key in enumerate(keys):
+            missing[i] = key not in cache and key not in known
+            known.add(key)
+    indices = np.flatnonzero(from_first_process(missing))
+    for start in range(0, len(indices), shard_items):
+        chunk = indices[start : start + shard_items]
+        items = [make_item(int(i)) for i in chunk]
+        embeddings = np.asarray(encode(items), np.float32)
+        check_embeddings(embeddings, items)
+        if first:
+            cache.add([keys[i] for i in chunk], embeddings)
+    return cache.gather(keys) if first else None
+
+
+def from_first_process(array: np.ndarray) -> np.ndarray:
+    """The first process's array on every process; shapes must agree."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def check_embeddings(embeddings: np.ndarray, items: Sequence[Item]) -> None:
+    """Raises ValueError, naming the item, unless there is a finite row for each item."""
+    if embeddings.ndim != 2 or len(embeddings) != len(items):
+        raise ValueError(
+            f"encode returned shape {embeddings.shape} for {len(items)} items; expected [n, D]"
+        )
+    broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(broken):
+        name = items[broken[0]].name or f"item {broken[0]}"
+        raise ValueError(
+            f"{name}: the embedding is not finite (and {len(broken) - 1} more of {len(items)}); "
+            "check the model's weights, or use float32"
+        )

@@ -1,0 +1,199 @@
+"""MMEB's evaluation: encode each content once, cosine, precision@1, score files.
+
+Owns scoring and what is written per dataset. File formats are `mmeb_data.py`, averages and tables
+`results.py`, embeddings that are kept `cache.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llave_jax.common.files import write_text
+from llave_jax.evaluation import mmeb_data
+from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed, from_first_process
+from llave_jax.evaluation.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, EvalImages
+from llave_jax.evaluation.results import DatasetResult, Results
+from llave_jax.evaluation.run_info import record_run
+
+
+def evaluate_mmeb(
+    encode: Encode,
+    data_dir: str | os.PathLike,
+    datasets: Sequence[str] | None = None,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    images: str | os.PathLike | None = None,
+    cache: EmbeddingCache | None = None,
+    infos: Sequence[DatasetInfo] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Results:
+    """Score datasets of MMEB's form, one after the other.
+
+    With several processes all call this with the same arguments; all return the same accuracies,
+    the first one also has the scores and writes the files.
+
+    Args:
+      encode: items -> float32 [n, D], L2-normalised.
+      data_dir: holds `<dataset>/test-*.parquet` or `<dataset>.json`, and the images.
+      datasets: names; all that are in the directory if None or empty.
+      output_dir: where `<dataset>_score.json`, `<dataset>_predictions.jsonl` and
+        `<dataset>_scores.npz` go; nothing is written if None.
+      images: image folder or zip archive, if it is not `data_dir`'s `images/` or `images.zip`.
+      cache: embeddings of earlier runs; contents shared by datasets are encoded once either way.
+      infos: the benchmark's datasets with their meta-tasks; averages are over these, and datasets
+        that are not among them enter none. By default MMEB's 36, or, if none of those is asked for,
+        exactly the datasets that are scored.
+      settings: what `encode` is, kept in `run.json` beside the scores.
+
+    Returns:
+      Results of the datasets, in order.
+
+    Raises:
+      FileNotFoundError, ValueError: missing or malformed data, naming file and row.
+    """
+    names = list(datasets or mmeb_data.dataset_names(data_dir, infos or MMEB_DATASETS))
+    if not names:
+        raise FileNotFoundError(
+            f"{data_dir}: no datasets (<dataset>/test-*.parquet or <dataset>.json)"
+        )
+    if infos is None:
+        ours = {info.name for info in MMEB_DATASETS}
+        infos = MMEB_DATASETS if ours & set(names) else mmeb_data.describe(names)
+    store = mmeb_data.open_images(data_dir, images)
+    cache = EmbeddingCache() if cache is None else cache
+    results = []
+    for number, info in enumerate(mmeb_data.describe(names, infos), 1):
+        dataset = mmeb_data.read_dataset(data_dir, info.name)
+        if dataset.skipped_rows or dataset.skipped_candidates:
+            logging.getLogger(__name__).warning(
+                "%s: skipped %d of %d rows whose query or positive has neither text nor image, and %d "
+                "such candidates of other rows",
+                info.name,
+                dataset.skipped_rows,
+                dataset.skipped_rows + len(dataset),
+                dataset.skipped_candidates,
+            )
+        result = evaluate_dataset(encode, dataset, store, cache, info)
+        results.append(result)
+        logging.getLogger(__name__).info(
+            "%s (%d of %d): precision@1 %.1f%% of %d",
+            info.name,
+            number,
+            len(names),
+            100 * result.accuracy,
+            result.num_pred,
+        )
+        if output_dir is not None and jax.process_index() == 0:
+            record_run(output_dir, info.name, None)
+            write_dataset(Path(output_dir), dataset, result)
+            record_run(output_dir, info.name, settings)
+    return Results(tuple(results), tuple(infos))
+
+
+def evaluate_dataset(
+    encode: Encode,
+    dataset: EvalDataset,
+    store: EvalImages,
+    cache: EmbeddingCache,
+    info: DatasetInfo,
+) -> DatasetResult:
+    """Encode what is not cached, score every row; see `evaluate_mmeb` for several processes."""
+    embeddings = embed(
+        encode,
+        len(dataset.contents),
+        lambda index: mmeb_data.make_item(dataset, index, store),
+        cache,
+    )
+    scores, predictions = None, np.zeros(len(dataset), np.int32)
+    if embeddings is not None:
+        scores = score_rows(embeddings, dataset)
+        # argmax takes the first maximum: a candidate repeated later never beats the positive.
+        predictions = np.array([row.argmax() for row in scores], np.int32)
+    return DatasetResult(
+        info=info,
+        predictions=from_first_process(predictions),
+        chance=mmeb_data.chance(dataset),
+        scores=scores,
+        candidates=dataset.target_ids,
+        skipped_rows=dataset.skipped_rows,
+        skipped_candidates=dataset.skipped_candidates,
+    )
+
+
+def score_rows(embeddings: np.ndarray, dataset: EvalDataset) -> tuple[np.ndarray, ...]:
+    """Cosine of each row's query with its candidates: float32 [candidates] for each row.
+
+    Args:
+      embeddings: float32 [contents, D], L2-normalised.
+    """
+    scores = []
+    for query, targets in zip(dataset.query_ids, dataset.target_ids, strict=True):
+        # A matrix product may round equal rows differently by their place in it: each unique
+        # candidate is multiplied once, so that repeated candidates tie exactly.
+        unique, inverse = np.unique(targets, return_inverse=True)
+        scores.append((embeddings[unique] @ embeddings[query])[inverse])
+    return tuple(scores)
+
+
+def write_dataset(output_dir: Path, dataset: EvalDataset, result: DatasetResult) -> None:
+    """Write the leaderboard's score file, the predictions, and all scores."""
+    score = {
+        "acc": result.accuracy,
+        "num_correct": result.num_correct,
+        "num_pred": result.num_pred,
+    }
+    name = dataset.name
+    write_text(output_dir / f"{name}_score.json", json.dumps(score, indent=4) + "\n")
+    lines = [json.dumps(row, ensure_ascii=False) for row in _prediction_rows(dataset, result)]
+    write_text(output_dir / f"{name}_predictions.jsonl", "".join(f"{line}\n" for line in lines))
+    _write_scores(output_dir / f"{name}_scores.npz", result)
+
+
+def _prediction_rows(dataset: EvalDataset, result: DatasetResult) -> list[dict]:
+    rows = []
+    for index, (prediction, scores) in enumerate(
+        zip(result.predictions, result.scores, strict=True)
+    ):
+        targets = dataset.target_ids[index]
+        rows.append(
+            {
+                "row": int(dataset.row_numbers[index]),
+                "query": dataset.contents[dataset.query_ids[index]],
+                "prediction": int(prediction),
+                "predicted": dataset.contents[targets[prediction]],
+                "score": float(scores[prediction]),
+                "positive_score": float(scores[0]),
+                "positive_rank": 1 + int(np.count_nonzero(scores > scores[0])),
+            }
+        )
+    return rows
+
+
+def _write_scores(path: Path, result: DatasetResult) -> None:
+    """All rows in one file: `scores`, `candidates` [total] and `offsets` int64 [rows + 1]."""
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(
+        temporary,
+        scores=np.concatenate(result.scores),
+        candidates=np.concatenate(result.candidates),
+        offsets=np.cumsum([0, *map(len, result.scores)]),
+    )
+    temporary.replace(path)
+
+
+def read_scores(path: str | os.PathLike, values: str = "scores") -> tuple[np.ndarray, ...]:
+    """Rows of a `<dataset>_scores.npz`: one array [candidates] each.
+
+    Args:
+      values: "scores" (float32 cosines) or "candidates" (int32 ids, equal for repeated contents).
+    """
+    with np.load(path) as file:
+        return tuple(np.split(file[values], file["offsets"][1:-1]))

@@ -1,0 +1,283 @@
+"""Pieces of a self-contained HTML page: tables, bars, histograms, galleries of answers.
+
+Owns how things look; what is shown is decided in `report.py`. Pages load nothing from elsewhere:
+style, drawings (SVG) and thumbnails (data URIs) are in them.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from llave_jax.evaluation.similarity import EDGES, SimilarityStats
+from llave_jax.inputs.images import load_image
+from llave_jax.inputs.item import ImageLike
+
+THUMBNAIL_PIXELS = 144
+_TEXT_LIMIT = 320
+
+# The colours of `similarity.plot_histograms`.
+_SIMILARITY_COLOURS = {"positive": "#1b6ca8", "hard": "#d95f02", "easy": "#8a8f98"}
+
+_STYLE = """
+:root { --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --fill: #f5f7f9; --good: #1b7f5c;
+        --bad: #b3392f; --bar: #3b6fb5; }
+* { box-sizing: border-box; }
+body { margin: 0; color: var(--ink); background: #fff;
+       font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; } p { margin: .4rem 0; }
+.soft { color: var(--soft); } .small { font-size: .86rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0; }
+.tile { border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem; min-width: 8rem; }
+.tile b { display: block; font-size: 1.5rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
+tr.own td { font-weight: 700; background: #eef4fb; }
+.scroll { overflow-x: auto; }
+svg { display: block; max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
+details { border: 1px solid var(--line); border-radius: 8px; margin: .6rem 0; padding: .55rem 1rem; }
+summary { cursor: pointer; font-weight: 600; } summary span { font-weight: 400; }
+.example { display: grid; grid-template-columns: 215px 1fr; gap: 1rem; padding: .9rem 0;
+           border-top: 1px solid var(--line); }
+.cards { display: flex; flex-wrap: wrap; gap: .6rem; align-items: flex-start; align-content: flex-start; }
+.card { border: 2px solid var(--line); border-radius: 8px; padding: .4rem; width: 147px;
+        font-size: .82rem; line-height: 1.35; overflow-wrap: anywhere; background: #fff; }
+.card img { display: block; max-width: 100%; margin: 0 auto .3rem; image-rendering: auto; }
+.query .card { width: 100%; background: var(--fill); }
+.positive { border-color: var(--good); } .chosen-wrong { border-color: var(--bad); }
+.score { display: block; margin-top: .15rem; color: var(--soft); font-variant-numeric: tabular-nums; }
+.score.good { color: var(--good); font-weight: 600; } .score.bad { color: var(--bad); font-weight: 600; }
+@media (max-width: 700px) { .example { grid-template-columns: 1fr; } }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Content as the page shows it. `thumbnail` is a data URI, or None."""
+
+    text: str
+    thumbnail: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    card: Card
+    score: float
+    rank: int
+    positive: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A query and its best candidates in order of rank, with the best-ranked positive if known."""
+
+    query: Card
+    candidates: Sequence[Candidate]
+
+    @property
+    def positive_rank(self) -> int | None:
+        return min((c.rank for c in self.candidates if c.positive), default=None)
+
+
+def thumbnail(image: ImageLike, name: str) -> str:
+    """A small JPEG as a data URI. Tiny pictures are enlarged by whole factors, unsmoothed."""
+    picture = load_image(image, name).copy()
+    factor = THUMBNAIL_PIXELS // max(picture.size)
+    if factor > 1:
+        picture = picture.resize((picture.width * factor, picture.height * factor), 0)
+    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
+    """A whole document from sections of (heading, HTML)."""
+    body = "\n".join(
+        f"<section><h2>{escape(heading)}</h2>\n{content}</section>" for heading, content in sections
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><main>"
+        f'<h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p>\n{body}\n'
+        "</main></body></html>\n"
+    )
+
+
+def paragraph(text: str) -> str:
+    return f'<p class="soft small">{escape(text)}</p>'
+
+
+def table(rows: Sequence[Sequence[str]], own: Sequence[str] = ()) -> str:
+    """First row is the heading; rows whose first cell is in `own` stand out."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    lines = []
+    for row in rows[1:]:
+        mark = ' class="own"' if row[0] in own else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>\n'
+
+
+def folded(summary: str, content: str) -> str:
+    """Content that a reader opens."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>\n"
+
+
+def tiles(values: Sequence[tuple[str, str, str]]) -> str:
+    """Headline numbers: (label, value, note)."""
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f'<div class="tile"><span class="soft">{escape(label)}</span><b>{escape(value)}</b>'
+            f'<span class="soft small">{escape(note)}</span></div>'
+            for label, value, note in values
+        )
+        + "</div>\n"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """`value`, `chance` and `published` in percent."""
+
+    label: str
+    value: float
+    chance: float
+    published: float | None = None
+
+
+def bars(groups: Mapping[str, Sequence[Bar]]) -> str:
+    """Horizontal bars in groups; chance is a dark tick, a published value an orange one."""
+    left, width, step = 190, 700, 24
+    columns = {"this run": left + width + 70, "published": left + width + 150}
+    if all(bar.published is None for entries in groups.values() for bar in entries):
+        del columns["published"]
+    parts, y = [], 8
+    for heading, x in columns.items():
+        parts.append(f'<text x="{x}" y="12" text-anchor="end">{heading}</text>')
+    for group, entries in groups.items():
+        parts.append(f'<text x="0" y="{y + 14}" style="font-weight:600">{escape(group)}</text>')
+        y += step
+        for bar in entries:
+            parts.append(
+                f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(bar.label)}</text>'
+                f'<rect x="{left}" y="{y}" width="{width * bar.value / 100:.1f}" height="16" rx="2" '
+                f'fill="#3b6fb5"/>'
+            )
+            parts.append(_tick(left + width * bar.chance / 100, y, "#1c2430", 2))
+            values = {"this run": bar.value, "published": bar.published}
+            if bar.published is not None:
+                parts.append(_tick(left + width * bar.published / 100, y, "#d95f02", 3))
+            for heading, x in columns.items():
+                value = "-" if values[heading] is None else f"{values[heading]:.1f}"
+                parts.append(f'<text x="{x}" y="{y + 12}" text-anchor="end">{value}</text>')
+            y += step
+        y += 8
+    grid = []
+    for share in range(0, 101, 20):
+        x = left + width * share / 100
+        grid.append(
+            f'<line x1="{x}" y1="20" x2="{x}" y2="{y}" stroke="#e8ecf0"/>'
+            f'<text x="{x}" y="{y + 14}" text-anchor="middle">{share}%</text>'
+        )
+    return (
+        f'<svg viewBox="0 0 {left + width + 160} {y + 20}" role="img" '
+        f'aria-label="Precision at 1 by dataset">{"".join(grid + parts)}</svg>\n'
+    )
+
+
+def _tick(x: float, y: float, colour: str, width: int) -> str:
+    return (
+        f'<line x1="{x:.1f}" y1="{y - 3}" x2="{x:.1f}" y2="{y + 19}" stroke="{colour}" '
+        f'stroke-width="{width}"/>'
+    )
+
+
+def histogram(stats: SimilarityStats) -> str:
+    """Distributions of the cosine with positives, hard and easy negatives, over one another."""
+    shares = {kind: stats.histogram(kind) for kind in _SIMILARITY_COLOURS}
+    used = np.flatnonzero(np.max(list(shares.values()), axis=0) > 0)
+    # Whole ticks of 0.2 around the bins in use.
+    low = np.floor(EDGES[used[0]] * 5 + 1e-6) / 5
+    high = np.ceil(EDGES[used[-1] + 1] * 5 - 1e-6) / 5
+    top = max(float(share.max()) for share in shares.values())
+    left, width, height = 20, 640, 190
+
+    def x(cosine: float) -> float:
+        return left + width * (cosine - low) / (high - low)
+
+    parts = [
+        f'<line x1="{x(tick):.1f}" y1="0" x2="{x(tick):.1f}" y2="{height}" stroke="#e8ecf0"/>'
+        f'<text x="{x(tick):.1f}" y="{height + 16}" text-anchor="middle">{tick + 0.0:.1f}</text>'
+        for tick in np.round(np.arange(low, high + 0.1, 0.2), 1)
+    ]
+    for number, (kind, colour) in enumerate(_SIMILARITY_COLOURS.items()):
+        points = [f"{x(EDGES[used[0]]):.1f},{height}"]
+        for i in range(used[0], used[-1] + 1):
+            y = height - (height - 8) * shares[kind][i] / top
+            points += [f"{x(EDGES[i]):.1f},{y:.1f}", f"{x(EDGES[i + 1]):.1f},{y:.1f}"]
+        points.append(f"{x(EDGES[used[-1] + 1]):.1f},{height}")
+        legend = left + width + 16
+        parts.append(
+            f'<polygon points="{" ".join(points)}" fill="{colour}" fill-opacity=".35" '
+            f'stroke="{colour}"/>'
+            f'<rect x="{legend}" y="{8 + 24 * number}" width="14" height="14" fill="{colour}" '
+            f'fill-opacity=".6"/><text x="{legend + 20}" y="{20 + 24 * number}">{kind}, mean '
+            f"{stats.mean(kind):.2f}</text>"
+        )
+    label = "Distributions of the cosine with positives, hard and easy negatives"
+    return (
+        f'<svg viewBox="0 0 {left + width + 170} {height + 24}" role="img" '
+        f'aria-label="{label}">{"".join(parts)}</svg>\n'
+    )
+
+
+def gallery(name: str, note: str, groups: Mapping[str, Sequence[Example]], *, shown: bool) -> str:
+    """Examples of one dataset in groups ("right", "wrong"), folded away unless `shown`."""
+    content = "".join(
+        f"<h3>{escape(group)}</h3>" + "".join(_example(example) for example in examples)
+        for group, examples in groups.items()
+        if examples
+    )
+    return (
+        f"<details{' open' if shown else ''}><summary>{escape(name)} "
+        f'<span class="soft">{escape(note)}</span></summary>{content}</details>\n'
+    )
+
+
+def _example(example: Example) -> str:
+    rank = example.positive_rank
+    place = "not found" if rank is None else f"at rank {rank}"
+    verdict = (
+        '<span class="score good">right</span>'
+        if rank == 1
+        else f'<span class="score bad">right answer {place}</span>'
+    )
+    candidates = []
+    for candidate in example.candidates:
+        style = ""
+        if candidate.positive:
+            style = " positive"
+        elif candidate.rank == 1:
+            style = " chosen-wrong"
+        line = f'<span class="score">#{candidate.rank} &middot; {candidate.score:.3f}</span>'
+        candidates.append(_card(candidate.card, line, style))
+    return (
+        f'<div class="example"><div class="query">{_card(example.query, verdict, "")}</div>'
+        f'<div class="cards">{"".join(candidates)}</div></div>'
+    )
+
+
+def _card(card: Card, line: str, style: str) -> str:
+    text = card.text if len(card.text) <= _TEXT_LIMIT else card.text[:_TEXT_LIMIT] + " ..."
+    picture = f'<img src="{card.thumbnail}" alt="">' if card.thumbnail else ""
+    return f'<div class="card{style}">{picture}{escape(text)}{" " if text else ""}{line}</div>'

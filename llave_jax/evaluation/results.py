@@ -1,0 +1,192 @@
+"""Scores of a benchmark run: per dataset, their averages, and the table that is printed.
+
+Owns the arithmetic of averages and the text form; how answers are scored is `mmeb.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from llave_jax.evaluation import published
+from llave_jax.evaluation.mmeb_data import META_TASKS, MMEB_DATASETS, DatasetInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetResult:
+    """Answers for one dataset.
+
+    Attributes:
+      predictions: int32 [rows], position of the chosen candidate in the row's list.
+      chance: expected precision@1 of random scores.
+      scores: per row float32 [candidates], cosine with the query; None on processes other than
+        the first.
+      candidates: per row int32 [candidates]; equal ids are one content, given twice.
+      skipped_rows: rows that are not scored, as their query or positive has neither text nor image.
+      skipped_candidates: such candidates of the rows that are scored.
+    """
+
+    info: DatasetInfo
+    predictions: np.ndarray
+    chance: float
+    scores: tuple[np.ndarray, ...] | None = None
+    candidates: tuple[np.ndarray, ...] = ()
+    skipped_rows: int = 0
+    skipped_candidates: int = 0
+
+    @property
+    def num_pred(self) -> int:
+        return len(self.predictions)
+
+    @property
+    def num_correct(self) -> int:
+        return int(np.count_nonzero(self.predictions == 0))
+
+    @property
+    def accuracy(self) -> float:
+        """Precision@1: candidate 0 is the positive."""
+        return self.num_correct / self.num_pred
+
+
+class Average(NamedTuple):
+    """Unweighted mean over a group of datasets; `value` is None unless all of them were scored."""
+
+    label: str
+    value: float | None
+    chance: float | None
+    scored: int
+    missing: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a run scored, out of what the benchmark consists of (`infos`)."""
+
+    datasets: tuple[DatasetResult, ...]
+    infos: tuple[DatasetInfo, ...] = MMEB_DATASETS
+
+    @property
+    def is_mmeb(self) -> bool:
+        """Whether published MMEB numbers can stand beside these."""
+        return self.infos == MMEB_DATASETS
+
+    def __getitem__(self, name: str) -> DatasetResult:
+        for result in self.datasets:
+            if result.info.name == name:
+                return result
+        raise KeyError(f"{name!r} was not scored; scored: {[r.info.name for r in self.datasets]}")
+
+    def average(self, label: str, infos: Sequence[DatasetInfo]) -> Average:
+        scored = {result.info.name: result for result in self.datasets}
+        missing = tuple(info.name for info in infos if info.name not in scored)
+        present = [scored[info.name] for info in infos if info.name in scored]
+        if missing or not infos:
+            return Average(label, None, None, len(present), missing)
+        value = float(np.mean([result.accuracy for result in present]))
+        chance = float(np.mean([result.chance for result in present]))
+        return Average(label, value, chance, len(present), ())
+
+    def averages(self) -> tuple[Average, ...]:
+        """Per meta-task; then IND and OOD where the benchmark has the notion; then overall."""
+        tasks = dict.fromkeys(info.meta_task for info in self.infos)
+        order = [t for t in META_TASKS if t in tasks] + [t for t in tasks if t not in META_TASKS]
+        groups = [(task, [i for i in self.infos if i.meta_task == task]) for task in order]
+        for label, value in (("IND", True), ("OOD", False)):
+            groups.append((label, [i for i in self.infos if i.in_distribution is value]))
+        groups = [(label, infos) for label, infos in groups if infos]
+        groups.append(("overall", list(self.infos)))
+        return tuple(self.average(label, infos) for label, infos in groups)
+
+    def metrics(self) -> dict[str, float]:
+        """Accuracies and complete averages by name, as fractions: for a metrics file."""
+        values = {f"{r.info.meta_task}/{r.info.name}": r.accuracy for r in self.datasets}
+        values |= {f"average/{a.label}": a.value for a in self.averages() if a.value is not None}
+        return values
+
+    def table(self) -> str:
+        """Per dataset and average: precision@1 in percent, chance, counts, published value."""
+        rows = [["dataset", "meta-task", "precision@1", "chance", "correct"]]
+        rows += [
+            [
+                result.info.name,
+                result.info.meta_task,
+                f"{100 * result.accuracy:.1f}",
+                f"{100 * result.chance:.1f}",
+                f"{result.num_correct}/{result.num_pred}",
+            ]
+            for result in self.datasets
+        ]
+        if self.is_mmeb:
+            rows[0].append("LLaVE-7B published")
+            for row in rows[1:]:
+                row.append(percent(published.LLAVE_7B_DATASETS.get(row[0]), 1))
+        text = align(rows) + "\n\n" + align(self._average_rows())
+        if self.is_mmeb:
+            text += "\n\n" + align(self.comparison())
+        lines = [*self._skipped_lines(), *self._missing_lines()]
+        return text + "".join(f"\n{line}" for line in lines)
+
+    def _average_rows(self) -> list[list[str]]:
+        rows = [["average", "", "precision@1", "chance", "datasets"]]
+        for average in self.averages():
+            total = average.scored + len(average.missing)
+            rows.append(
+                [
+                    average.label,
+                    "",
+                    percent(average.value),
+                    percent(average.chance),
+                    f"{average.scored}/{total}",
+                ]
+            )
+        return rows
+
+    def _skipped_lines(self) -> list[str]:
+        skipped = [
+            f"{r.info.name} {r.skipped_rows} rows, {r.skipped_candidates} candidates"
+            for r in self.datasets
+            if r.skipped_rows or r.skipped_candidates
+        ]
+        return (
+            ["", f"Skipped, with neither text nor image: {'; '.join(skipped)}."] if skipped else []
+        )
+
+    def _missing_lines(self) -> list[str]:
+        (overall,) = (a for a in self.averages() if a.label == "overall")
+        if not overall.missing:
+            return []
+        return [
+            "",
+            f"Not scored: {', '.join(overall.missing)}.",
+            "An average is given only where all of its datasets were scored.",
+        ]
+
+    def comparison(self) -> list[list[str]]:
+        """This run's MMEB averages under those that papers report: rows of cells."""
+        labels = (*META_TASKS, "IND", "OOD", "overall")
+        own = {average.label: average.value for average in self.averages()}
+        rows = [["model", *labels]]
+        for row in (*published.MMEB, *published.ABLATIONS.values()):
+            values = [getattr(row, label.lower()) for label in labels]
+            rows.append([row.model, *(percent(value, 1) for value in values)])
+        rows.append(["this run", *(percent(own[label]) for label in labels)])
+        return rows
+
+
+def percent(value: float | None, scale: float = 100) -> str:
+    """One decimal, or "-" for what is not known."""
+    return "-" if value is None else f"{scale * value:.1f}"
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

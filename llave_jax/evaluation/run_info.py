@@ -1,0 +1,57 @@
+"""`run.json` beside results: which model, and in which precision, computed each of them.
+
+The leaderboard's score files have a fixed form with no room for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llave_jax.common.files import write_text
+from llave_jax.embedding.embedder import Embedder
+
+FILE = "run.json"
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of parameters and activations; default: bfloat16 on accelerators, float32 on CPUs",
+    )
+
+
+def settings_of(model: str | os.PathLike, embedder: Embedder, fingerprint: str) -> dict[str, Any]:
+    """What a result depends on besides its data.
+
+    Args:
+      model: the directory that `embedder` was loaded from.
+      fingerprint: of the model, as of `cache.fingerprint`.
+    """
+    return {
+        "model": str(model),
+        "fingerprint": fingerprint,
+        "dtype": str(embedder.model.dtype),
+        "max_length": embedder.config.inputs.max_length,
+    }
+
+
+def record_run(directory: str | os.PathLike, name: str, settings: Mapping[str, Any] | None) -> None:
+    """Note in `directory/run.json` that the result `name` was computed with `settings`.
+
+    Args:
+      settings: None: not known, so that what an earlier run noted of `name` no longer holds.
+    """
+    path = Path(directory) / FILE
+    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if settings is None and name not in runs:
+        return
+    runs.pop(name, None)
+    if settings is not None:
+        runs[name] = dict(settings)
+    write_text(path, json.dumps(runs, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

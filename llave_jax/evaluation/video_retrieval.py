@@ -1,0 +1,168 @@
+"""Zero-shot text-video retrieval: MSR-VTT 1k and MSVD as published, recall and ranks both ways.
+
+Owns the metrics. Files are read by `video_data.py`, videos decoded by `inputs/video_decode.py` (extra
+`video`); which frames are seen is `inputs/video.py`, published numbers are `published.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llave_jax.common.files import write_text
+from llave_jax.evaluation import published
+from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed, from_first_process
+from llave_jax.evaluation.results import align
+from llave_jax.evaluation.run_info import record_run
+from llave_jax.evaluation.video_data import VideoDataset
+from llave_jax.inputs.item import Item
+
+# The wording (sic) is the authors': the model has seen the first as an instruction.
+QUERY = "Find me an video that matches the given caption: {}"
+TARGET = "<image>\nRepresent the given video."
+
+# 32 frames of 14 x 15 tokens and the prompt do not fit into the 4096 tokens of images.
+MAX_LENGTH = 8192
+
+METRICS = ("R@1", "R@5", "R@10", "median rank", "mean rank")
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoResult:
+    """Metrics of both directions, by `METRICS`; recalls are fractions, ranks count from 1.
+
+    `similarity` is float32 [captions, videos]; None on processes other than the first.
+    """
+
+    name: str
+    text_to_video: dict[str, float]
+    video_to_text: dict[str, float]
+    similarity: np.ndarray | None
+
+    def table(self) -> str:
+        return align(self.rows())
+
+    def rows(self) -> list[list[str]]:
+        """Heading and cells of the table; recalls in percent."""
+        rows = [[self.name, *METRICS]]
+        for label, metrics in (
+            ("text -> video", self.text_to_video),
+            ("video -> text", self.video_to_text),
+        ):
+            recalls = [f"{100 * metrics[name]:.1f}" for name in METRICS[:3]]
+            rows.append([label, *recalls, *(f"{metrics[name]:.1f}" for name in METRICS[3:])])
+        if self.name in published.LLAVE_7B_VIDEO:
+            values = [f"{value:.1f}" for value in published.LLAVE_7B_VIDEO[self.name]]
+            rows.append(["LLaVE-7B published, text -> video", *values, "-", "-"])
+        return rows
+
+
+def evaluate_video(
+    encode: Encode,
+    dataset: VideoDataset,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    cache: EmbeddingCache | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> VideoResult:
+    """Encode captions and videos, rank each against all of the other kind.
+
+    With several processes all call this alike; all return the metrics, the first writes the files.
+
+    Args:
+      encode: items -> float32 [n, D], L2-normalised, up to `MAX_LENGTH` tokens an item.
+      dataset: from one of `video_data.READERS`.
+      output_dir: where `<name>_score.json` and `<name>_similarity.npy` (float32 [captions, videos])
+        go, if given.
+      cache: embeddings of earlier runs.
+      settings: what `encode` is, kept in `run.json` beside the scores.
+    """
+    cache = EmbeddingCache() if cache is None else cache
+
+    def caption_item(i: int) -> Item:
+        return Item(QUERY.format(dataset.captions[i]), name=f"{dataset.name}: caption {i}")
+
+    def video_item(i: int) -> Item:
+        return Item(TARGET, video=str(dataset.videos[i]), name=f"{dataset.name}: video {i}")
+
+    captions = embed(encode, len(dataset.captions), caption_item, cache)
+    # A shard of videos takes as long to encode as many shards of texts.
+    videos = embed(encode, len(dataset.videos), video_item, cache, shard_items=64)
+    values, similarity = np.zeros((2, len(METRICS))), None
+    if captions is not None and videos is not None:
+        similarity = captions @ videos.T
+        both = both_directions(similarity, dataset.owners)
+        values = np.array([[metrics[name] for name in METRICS] for metrics in both])
+    values = from_first_process(values)
+    metrics = [dict(zip(METRICS, row.tolist(), strict=True)) for row in values]
+    result = VideoResult(dataset.name, *metrics, similarity)
+    if output_dir is not None and jax.process_index() == 0:
+        output_dir = Path(output_dir)
+        record_run(output_dir, dataset.name, None)
+        scores = {"text_to_video": result.text_to_video, "video_to_text": result.video_to_text}
+        write_text(output_dir / f"{dataset.name}_score.json", json.dumps(scores, indent=2) + "\n")
+        temporary = output_dir / f"{dataset.name}_similarity.tmp.npy"
+        np.save(temporary, similarity)
+        temporary.replace(output_dir / f"{dataset.name}_similarity.npy")
+        record_run(output_dir, dataset.name, settings)
+    return result
+
+
+def both_directions(
+    similarity: np.ndarray, owners: np.ndarray
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics text -> video and video -> text, by the conventions of the papers' evaluation code.
+
+    With one caption a video, every rank a tied match could take is counted. With many, each caption
+    is a query of its own and a tied match ranks by position; for video -> text a video's captions
+    count as one text, their best score. The median of an even number of many-caption ranks is the
+    lower of the middle two, of others their mean.
+
+    Args:
+      similarity: float [captions, videos].
+      owners: int [captions], the video each caption belongs to.
+    """
+    captions, videos = similarity.shape
+    if owners.shape != (captions,) or not np.array_equal(np.unique(owners), np.arange(videos)):
+        raise ValueError(f"owners must name each of the {videos} videos for {captions} captions")
+    if captions == videos:
+        grouped = similarity[np.argsort(owners)]
+        text_ranks = tied_ranks(grouped)
+        median = np.median
+    else:
+        grouped = np.full((videos, videos), -np.inf, similarity.dtype)
+        np.maximum.at(grouped, owners, similarity)
+        text_ranks = positional_ranks(similarity, owners)
+        median = _lower_median
+    return _summary(text_ranks, median), _summary(tied_ranks(grouped.T), np.median)
+
+
+def tied_ranks(similarity: np.ndarray) -> np.ndarray:
+    """Ranks (from 1) of the diagonal of [n, n]; a tie gives all ranks it spans: int [>= n]."""
+    match = np.diagonal(similarity)[:, None]
+    better = np.count_nonzero(similarity > match, axis=1)
+    equal = np.count_nonzero(similarity == match, axis=1)
+    return np.concatenate([1 + b + np.arange(e) for b, e in zip(better, equal, strict=True)])
+
+
+def positional_ranks(similarity: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Rank (from 1) of one column in each row of [n, m]; equals rank by position: int [n]."""
+    match = np.take_along_axis(similarity, columns[:, None], axis=1)
+    before = np.arange(similarity.shape[1])[None] < columns[:, None]
+    return 1 + np.count_nonzero((similarity > match) | ((similarity == match) & before), axis=1)
+
+
+def _lower_median(ranks: np.ndarray) -> float:
+    return np.sort(ranks)[(len(ranks) - 1) // 2]
+
+
+def _summary(ranks: np.ndarray, median: Callable[[np.ndarray], Any]) -> dict[str, float]:
+    values = [float(np.mean(ranks <= k)) for k in (1, 5, 10)]
+    return dict(zip(METRICS, [*values, float(median(ranks)), float(np.mean(ranks))], strict=True))

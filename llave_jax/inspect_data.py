@@ -1,0 +1,154 @@
+"""Look at training data before spending money on it: figures by subset, and a page of samples.
+
+    python -m llave_jax.inspect_data --config configs/NAME.py [--workdir DIR] [--rows 200]
+
+Prints rows, lengths, image sizes, tokens, and how well batches of the config's budget would be
+filled; writes WORKDIR/data.html with pairs as the model sees them.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from llave_jax import config as config_lib
+from llave_jax import train
+from llave_jax.common.progress import Progress
+from llave_jax.data.inspection_page import write_page
+from llave_jax.data.measure import Measured, measure_subset, mixed_sizes
+from llave_jax.data.rows import EMPTY_SIDE
+from llave_jax.data.skips import by_subset, listed
+from llave_jax.data.sources import PairSource
+from llave_jax.inputs.sequence import SequenceBuilder
+from llave_jax.planning.workload import simulate
+
+_ROWS = flags.DEFINE_integer("rows", 200, "Rows to measure in each subset.", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("samples", 3, "Pairs of each subset on the page.", lower_bound=0)
+_SHARDS = flags.DEFINE_integer("shards", 8, "Devices that the batch is split over.", lower_bound=1)
+# Unlike training, inspecting needs no folder to be named.
+flags.FLAGS.set_default("workdir", "inspected_data")
+
+_SIMULATED_STEPS = 20
+
+
+def inspect(config: ConfigDict, workdir: Path, *, rows: int, samples: int, shards: int) -> str:
+    """Measures the data of a config and writes the page; returns the printed report."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    data_path, tokenizer_path = train.locate_data(config, workdir)
+    tokenizer = train.load_tokenizer(config, tokenizer_path)
+    builder = SequenceBuilder(tokenizer, config_lib.model_config(config))
+    source = train.open_training_source(config, data_path)
+    sides = 3 if config.loss.hard_negatives else 2
+    measured = {}
+    with Progress(len(source.subsets), "measuring", unit="subsets") as progress:
+        for subset in source.subsets:
+            if len(source.subsets[subset]):
+                measured[subset] = measure_subset(source, subset, builder, rows, sides)
+            progress.update()
+    lines = subset_lines(measured)
+    if source.left_out:
+        lines.append(f"left out, as {EMPTY_SIDE}: {by_subset(listed(source.left_out))}")
+    report = "\n".join([*lines, "", *packing_lines(config, source, measured, shards)])
+    write_page(workdir / "data.html", report, source, builder, samples)
+    return report
+
+
+def subset_lines(measured: dict[str, Measured]) -> list[str]:
+    """A table of the subsets, with the first reasons why rows are unusable below it."""
+    width = max(map(len, measured), default=0)
+    header = f"{'':{width}}  {'rows':>7}  {'text tokens':>23}  {'image size':>23}  "
+    header += f"{'tokens':>23}  {'crops':>9}  {'negatives':>9}  {'unusable':>8}"
+    lines = ["query / target (/ negative): mean (largest) of the measured rows", header]
+    for subset, part in measured.items():
+        count = len(part.lengths)
+        total = count + len(part.unusable)
+        if count == 0:
+            lines.append(
+                f"{subset:{width}}  {part.rows:7}  none of {total} measured rows is usable"
+            )
+            continue
+        crops = " / ".join(f"{mean:.1f}" for mean in part.crops.mean(0))
+        lines.append(
+            f"{subset:{width}}  {part.rows:7}  {_sides(part.text):>23}  {_sizes(part.images):>23}  "
+            f"{_sides(part.lengths):>23}  {crops:>9}  {part.with_negative / count:>9.0%}  "
+            f"{len(part.unusable):>3} of {total}"
+        )
+    for part in measured.values():
+        lines += [f"unusable: {name}: {why}" for name, why in list(part.unusable.items())[:3]]
+    return lines
+
+
+def packing_lines(
+    config: ConfigDict, source: PairSource, measured: dict[str, Measured], shards: int
+) -> list[str]:
+    """How the config's batches would be filled, and how many there are in an epoch."""
+    budget = config_lib.batch_budget(config, shards)
+    step = config.batch.pairs
+    sizes = mixed_sizes(measured, _SIMULATED_STEPS * step)
+    per_pair = f"{sizes.lengths.sum(1).mean():.0f} tokens and {sizes.crops.sum(1).mean():.2f} crops"
+    taps = max(part.taps for part in measured.values())
+    lines = [
+        f"a pair takes {per_pair} on average; the config has room for "
+        f"{config.batch.tokens_per_pair:g} and {config.batch.crops_per_pair:g}",
+        f"a batch on {shards} devices: {config.batch.micro_batches} x {shards} x {budget}",
+    ]
+    largest = {
+        "row_length": sizes.lengths.max(),
+        "crops": sizes.crops.sum(1).max(),
+        "taps": taps,
+    }
+    short = {field: n for field, n in largest.items() if n > getattr(budget, field)}
+    if short:
+        needs = ", ".join(f"{field} {n}" for field, n in short.items())
+        return [*lines, f"TOO SMALL for some measured pairs, which need {needs}"]
+    packing = simulate(sizes, budget, shards, **config_lib.dealing(config, shards))
+    lines.append(
+        f"filled, by simulation: {packing.tokens:.1%} of row tokens, {packing.crops:.1%} of crops, "
+        f"{packing.pairs:.1%} of pair slots; {packing.carried:.1%} of pairs wait for another step, "
+        f"{packing.carried_twice:.1%} for more than one"
+    )
+    run = config_lib.total_steps(config, len(source))
+    if config.data.order == "modality":
+        return [*lines, f"{len(source)} pairs in the order by modality take {run} steps"]
+    steps = len(source) / (step * packing.pairs)
+    return [
+        *lines,
+        f"an epoch of {len(source)} pairs takes about {np.ceil(steps):.0f} steps; a run of this config "
+        f"makes {run}, {run / steps:.2f} epochs (batch.fill {config.batch.fill:g} expected)",
+    ]
+
+
+def _sides(values: np.ndarray) -> str:
+    pairs = zip(values.mean(0), values.max(0), strict=True)
+    return " / ".join(f"{mean:.0f} ({largest})" for mean, largest in pairs)
+
+
+def _sizes(images: list[tuple[int, int]]) -> str:
+    if not images:
+        return "none"
+    typical, largest = np.median(images, 0).astype(int), np.max(images, 0)
+    return f"{typical[0]}x{typical[1]} ({largest[0]}x{largest[1]})"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.basicConfig(level=logging.WARNING)
+    workdir = Path(flags.FLAGS.workdir)
+    report = inspect(
+        flags.FLAGS.config,
+        workdir,
+        rows=_ROWS.value,
+        samples=_SAMPLES.value,
+        shards=_SHARDS.value,
+    )
+    print(report)
+    print(f"samples: {workdir / 'data.html'}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,70 @@
+"""Focal-InfoNCE, which the paper's Table 3 compares with hardness weighting: a formula for `loss.py`.
+
+Owns the formula alone. Rows, masks and both directions are those of `loss.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from jax.typing import ArrayLike
+
+from llave_jax.loss.hardness import check_finite, check_temperature, symmetric_loss
+
+
+class Focal(NamedTuple):
+    """The formula of `focal_contrastive_loss`."""
+
+    margin: ArrayLike = 0.3
+    temperature: ArrayLike = 0.02
+
+    def positive(self, similarity: jax.Array) -> jax.Array:
+        return similarity * similarity
+
+    def negative(self, similarity: jax.Array) -> jax.Array:
+        return similarity * (similarity + self.margin)
+
+    def log_weight(self, similarity: jax.Array) -> float:
+        return 0.0
+
+    def check(self) -> None:
+        check_finite(margin=self.margin)
+        check_temperature(self.temperature)
+
+
+def focal_contrastive_loss(
+    similarity: ArrayLike,
+    *,
+    margin: ArrayLike = 0.3,
+    temperature: ArrayLike = 0.02,
+    valid: ArrayLike | None = None,
+) -> jax.Array:
+    """Symmetric InfoNCE with logits that similarity itself scales.
+
+    For row i,
+
+        L_i = -log( exp(s_ii^2/t) / (exp(s_ii^2/t) + sum_{j != i} exp(s_ij (s_ij + m)/t)) )
+
+    and the loss is the mean of L over the valid rows and over the valid columns, averaged. The
+    gradient flows through both factors. The authors of Focal-InfoNCE have the first direction only
+    and temperature 0.05; LLaVE's authors do not say which margin they used.
+
+    Args:
+      similarity: [N, N] cosines; row i is query i, its positive is column i.
+      margin: added to the factor of negatives; 0.3 in the example of the method's authors.
+      temperature: positive.
+      valid: bool [N], False for empty slots, which have no influence. None: all are valid.
+
+    Returns:
+      Scalar, float32 (float64 for float64 similarities); 0 if no pair is valid.
+
+    Raises:
+      ValueError: a shape does not fit, `temperature` is not positive or `margin` is not finite.
+      TypeError: `valid` is not bool.
+
+    References:
+      Hou and Li, Improving Contrastive Learning of Sentence Embeddings with Focal-InfoNCE
+      (arXiv 2310.06918, Findings of EMNLP 2023), and its code, github.com/puerrrr/Focal-InfoNCE.
+    """
+    return symmetric_loss(similarity, Focal(margin, temperature), valid)

@@ -1,0 +1,1 @@
+"""What a run will take, before any accelerator is rented."""

@@ -1,0 +1,1 @@
+"""Training runs: the step, the optimiser, checkpoints, metrics."""

@@ -1,0 +1,223 @@
+"""Checkpoints of a run: parameters, optimiser state and the data iterator, by orbax.
+
+    WORKDIR/checkpoints/STEP/{params,optimizer,data}
+    WORKDIR/best/checkpoints/STEP/params                the best by a metric, a model of its own
+
+A checkpoint appears under its name only when all of it is written. Optimiser state is kept under names
+(optimizer/opt_state/adam/mu/PATH), so that a library that orders its fields anew swaps nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from llave_jax.common.files import write_text
+from llave_jax.parallel import sharding
+from llave_jax.training.train_step import TrainState
+
+DIRECTORY = "checkpoints"
+BEST = "best"
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest kept."""
+
+    def __init__(self, workdir: Path, *, keep: int):
+        self._manager = ocp.CheckpointManager(
+            (workdir / DIRECTORY).resolve(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def must_stop(self, step: int) -> bool:
+        """Whether the machines are about to be taken away (the same answer in all processes)."""
+        return self._manager.reached_preemption(step)
+
+    def save(self, state: TrainState, iterator: grain.DatasetIterator) -> None:
+        """Write a checkpoint of a state and of the iterator whose next batch comes after it.
+
+        Returns when the arrays are copied; files are written in the background.
+        """
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(
+                    {"step": state.step, "opt_state": _by_name(state.opt_state)}
+                ),
+                data=grain.checkpoint.CheckpointSave(iterator),
+            ),
+        )
+
+    def restore(self, target: TrainState, iterator: grain.DatasetIterator) -> TrainState:
+        """The latest checkpoint, directly into its shards; the iterator continues where it was.
+
+        Args:
+          target: shapes, dtypes and shardings of the state.
+
+        Raises:
+          ValueError: the run had another number of processes or another optimiser.
+        """
+        step = self._manager.latest_step()
+        folder = self._manager.directory / str(step)
+        _check_processes(folder / "data")
+        opt_state = _by_name(target.opt_state)
+        _check_optimizer(folder / "optimizer", opt_state)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(target.params),
+                optimizer=ocp.args.StandardRestore({"step": target.step, "opt_state": opt_state}),
+                data=grain.checkpoint.CheckpointRestore(iterator),
+            ),
+        )
+        optimizer = restored["optimizer"]
+        by_name = sharding.flatten(optimizer["opt_state"])
+        return TrainState(
+            step=optimizer["step"],
+            params=restored["params"],
+            opt_state=jax.tree_util.tree_map_with_path(
+                lambda path, _: by_name[sharding.path_string(path)], target.opt_state
+            ),
+        )
+
+    def close(self) -> None:
+        """Wait for files still being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+class BestCheckpoint:
+    """The parameters that scored best by one metric, kept in `WORKDIR/best`."""
+
+    def __init__(self, workdir: Path, metric: str):
+        self._metric = metric
+        self._record = workdir / BEST / "best.json"
+        self._manager = ocp.CheckpointManager(
+            (workdir / BEST / DIRECTORY).resolve(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=1),
+        )
+        self._value = -math.inf
+        if self._record.exists():
+            record = json.loads(self._record.read_text())
+            # Another metric's value says nothing about this one's.
+            if record["metric"] == metric:
+                self._value = record["value"]
+
+    def offer(self, step: int, params: Any, scores: Mapping[str, float]) -> None:
+        """Keep these parameters if they score higher than any before.
+
+        Raises:
+          KeyError: there is no such metric; it names those there are.
+        """
+        if self._metric not in scores:
+            raise KeyError(
+                f"checkpoint.best_metric {self._metric!r} is not scored; there are {sorted(scores)}"
+            )
+        if scores[self._metric] <= self._value:
+            return
+        self._value = scores[self._metric]
+        self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            record = {"metric": self._metric, "value": self._value, "step": step}
+            write_text(self._record, json.dumps(record, indent=2) + "\n")
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def latest_params(workdir: Path) -> Path | None:
+    """Folder of the newest complete checkpoint's parameters; None if there is no checkpoint."""
+    folder = workdir / DIRECTORY
+    if not folder.is_dir():
+        return None
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    return folder / str(max(steps)) / "params" if steps else None
+
+
+def load_params(folder: Path, abstract: Any) -> Any:
+    """Parameters saved in `folder`, into the shapes, dtypes and shardings of `abstract`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.resolve(), abstract)
+
+
+def param_infos(folder: Path) -> dict[str, Any]:
+    """ "a/b/c" -> shape and dtype of the parameters saved in `folder`."""
+    return sharding.flatten(_metadata(folder))
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """Shapes and dtypes of what is saved in `folder`, as a nested dict."""
+    # A StandardCheckpointer would warn that the folder, part of a checkpoint, is none by itself.
+    return ocp.StandardCheckpointHandler().metadata(folder.resolve()).tree
+
+
+def load_param(folder: Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """One of the parameters saved in `folder`, by its path "a/b/c"."""
+    item = sharding.unflatten({name: abstract})
+    restore = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return sharding.flatten(checkpointer.restore(folder.resolve(), args=restore))[name]
+
+
+def _check_processes(folder: Path) -> None:
+    """Positions in the data are kept by process, and mean nothing to another number of them."""
+    saved = {int(path.stem.rpartition("-")[2]) for path in folder.glob("process_*-of-*.json")}
+    if saved != {jax.process_count()}:
+        raise ValueError(
+            f"{folder} has the data positions of {' or '.join(map(str, saved)) or 'no'} processes, "
+            f"this run has {jax.process_count()}; resume with as many, or start a new run from the "
+            "saved parameters (config.model.path, another --workdir)"
+        )
+
+
+def _check_optimizer(folder: Path, opt_state: Mapping[str, Any]) -> None:
+    """What an optimiser keeps has names, and a checkpoint must have the same."""
+    saved = sharding.flatten(_metadata(folder)["opt_state"]).keys()
+    expected = sharding.flatten(opt_state).keys()
+    if saved == expected:
+        return
+    advice = "start a new run from the saved parameters (config.model.path, another --workdir)"
+    if all(name.isdigit() for name in saved):
+        raise ValueError(
+            f"{folder} has the optimiser's state by position, as earlier versions wrote it; this version "
+            f"reads it by name. Continue with the version that began the run, or {advice}"
+        )
+    raise ValueError(
+        f"{folder} has the state of another optimiser: it lacks "
+        f"{sorted(expected - saved)[:3] or 'nothing'} and has {sorted(saved - expected)[:3] or 'nothing'} "
+        f"besides; {advice}"
+    )
+
+
+def _by_name(opt_state: Any) -> dict[str, Any]:
+    """Leaves as a nested dict by the names of the optimiser's parts, their fields and parameters.
+
+    Raises:
+      TypeError: a part of the optimiser has no name, only a position.
+    """
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        if any(isinstance(key, jax.tree_util.SequenceKey) for key in path):
+            raise TypeError(
+                f"optimiser state {jax.tree_util.keystr(path)} has a position for a name; put optimisers "
+                "together by optax.named_chain"
+            )
+        named[sharding.path_string(path)] = leaf
+    return sharding.unflatten(named)

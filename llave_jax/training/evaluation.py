@@ -1,0 +1,119 @@
+"""Evaluation within a training run, on its mesh and with its parameters.
+
+Scores go to the metrics file and to `WORKDIR/eval/step_N/`; at the end a table compares the trained
+with the untrained model and chance, and a picture shows both models' similarities.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from llave_jax.common.files import write_text
+from llave_jax.embedding.embedder import Embedder
+from llave_jax.evaluation import mmeb, similarity
+from llave_jax.evaluation.mmeb_data import DatasetInfo
+from llave_jax.evaluation.results import Results, align
+from llave_jax.models.llave import Llave
+from llave_jax.training.metrics import MetricsWriter
+
+
+class TrainingEvaluation:
+    """`run` scores the parameters of one step; `report` sums the run up."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: Llave,
+        tokenizer: Any,
+        mesh: jax.sharding.Mesh,
+        workdir: Path,
+        data_dir: Path | None,
+        infos: Sequence[DatasetInfo] | None = None,
+    ):
+        """Args:
+        config: the run's `config.eval`.
+        data_dir: the benchmark's directory, in MMEB's form; None: no evaluation.
+        infos: its datasets' meta-tasks, where it is not MMEB.
+        """
+        self._config = config
+        self._data_dir = data_dir
+        self._infos = infos
+        self._directory = workdir / "eval"
+        self._workdir = workdir
+        self._embedder = Embedder(model, None, tokenizer, mesh)
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether this step is to be scored, and has not been (by a run that was interrupted)."""
+        if self._data_dir is None:
+            return False
+        every = self._config.every
+        wanted = step in (0, last_step) or bool(every and step % every == 0)
+        return wanted and not self._summary(step).exists()
+
+    def run(self, params: Any, step: int, writer: MetricsWriter) -> dict[str, float]:
+        """Score `params`; returns the scores by name, as `Results.metrics`."""
+        self._embedder.params = params
+        results = mmeb.evaluate_mmeb(
+            self._embedder.encode,
+            self._data_dir,
+            self._config.datasets or None,
+            self._summary(step).parent,
+            infos=self._infos,
+        )
+        self._embedder.params = None
+        scores = results.metrics()
+        writer.write(step, {f"eval/{name}": value for name, value in scores.items()})
+        if jax.process_index() == 0:
+            _write_summary(self._summary(step), results)
+        return scores
+
+    def report(self, last_step: int) -> None:
+        """Print and keep the final table; draw the similarity histograms."""
+        if self._data_dir is None or jax.process_index() != 0:
+            return
+        # A benchmark that a continued run begins with has not scored the untrained model.
+        first = json.loads(self._summary(0).read_text()) if self._summary(0).exists() else {}
+        last = json.loads(self._summary(last_step).read_text())
+        rows = [["dataset", "meta-task", "chance", "untrained", "trained"]]
+        rows += [
+            [
+                name,
+                entry["meta_task"],
+                f"{100 * entry['chance']:.1f}",
+                f"{100 * first[name]['accuracy']:.1f}" if name in first else "-",
+                f"{100 * entry['accuracy']:.1f}",
+            ]
+            for name, entry in last.items()
+        ]
+        table = "precision@1 in percent\n" + align(rows)
+        (self._workdir / "results.txt").write_text(table + "\n")
+        stats = {"trained": self._similarity(last_step, list(last))}
+        if last.keys() <= first.keys():
+            stats = {"untrained": self._similarity(0, list(last)), **stats}
+        picture = self._workdir / "similarity.png"
+        similarity.plot_histograms(stats, picture)
+        print(f"\n{table}\n\nsimilarity of positives and of hard and easy negatives: {picture}")
+
+    def _similarity(self, step: int, names: list[str]) -> similarity.SimilarityStats:
+        return similarity.read_similarity(self._summary(step).parent, names)
+
+    def _summary(self, step: int) -> Path:
+        return self._directory / f"step_{step}" / "summary.json"
+
+
+def _write_summary(path: Path, results: Results) -> None:
+    summary = {
+        result.info.name: {
+            "meta_task": result.info.meta_task,
+            "accuracy": result.accuracy,
+            "chance": result.chance,
+        }
+        for result in results.datasets
+    }
+    write_text(path, json.dumps(summary, indent=2) + "\n")

@@ -1,0 +1,162 @@
+"""What of a run's config may change when the run is continued, key by key.
+
+Every key has its place in one of the two tables here; docs/launch.md shows them. What a checkpoint
+itself must agree with (processes, data, optimiser) is checked where it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from llave_jax.common.files import write_text
+from llave_jax.training.checkpoint import latest_params
+
+# What the keys decide -> the keys. These may change.
+MAY_CHANGE: dict[str, tuple[str, ...]] = {
+    "speed, memory, what is kept and shown": (
+        "attention",
+        "vision_attention",
+        "remat",
+        "data.num_workers",
+        "log_every",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "checkpoint.best_metric",
+        "eval.benchmark",
+        "eval.datasets",
+        "eval.every",
+    ),
+    "how pairs share batches: none is lost or repeated": (
+        "batch.row_length",
+        "batch.tokens_per_pair",
+        "batch.crops_per_pair",
+        "batch.taps",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+    ),
+    "what becomes of rows that cannot be used": (
+        "data.on_error",
+        "data.max_skip_share",
+    ),
+    "where the same data, model and tokenizer lie": (
+        "data.path",
+        "data.image_root",
+        "model.path",
+        "model.tokenizer",
+    ),
+}
+# A change of these would make another run of it.
+FIXED: dict[str, tuple[str, ...]] = {
+    "the model and its inputs": (
+        "model.preset",
+        "model.inputs.pinpoints",
+        "model.inputs.anyres_max",
+        "model.inputs.newline_position",
+        "model.inputs.pool_mode",
+        "model.inputs.pool_stride",
+        "model.inputs.max_text_length",
+        "model.inputs.max_length",
+        "model.inputs.max_frames",
+        "model.inputs.frames_per_second",
+        "dtype",
+    ),
+    "which rows, and their order": (
+        "seed",
+        "data.subsets",
+        "data.split",
+        "data.max_rows",
+        "data.order",
+        "data.sub_batch",
+        "data.weights",
+        "data.held_out",
+    ),
+    "the number of steps, over which the learning rate decays": (
+        "steps",
+        "data.epochs",
+        "batch.fill",
+    ),
+    "what a step learns from its pairs": (
+        "batch.pairs",
+        "batch.micro_batches",
+        "loss.kind",
+        "loss.alpha",
+        "loss.margin",
+        "loss.temperature",
+        "loss.pool",
+        "loss.mask_false_negatives",
+        "loss.hard_negatives",
+        "optim.learning_rate",
+        "optim.warmup_fraction",
+        "optim.beta1",
+        "optim.beta2",
+        "optim.epsilon",
+        "optim.weight_decay",
+        "optim.clip_norm",
+        "optim.rates",
+    ),
+}
+# Pools of one device have as many pairs as the number of devices leaves them.
+FIXED_WITH_DEVICE_POOLS = ("mesh.data", "mesh.fsdp")
+
+
+def record_config(config: ConfigDict, workdir: Path) -> None:
+    """Keep the config with the run, as `WORKDIR/config.json`.
+
+    What ended before its first checkpoint, as with a path that was mistyped, has nothing to continue, and
+    any config may follow.
+
+    Raises:
+      ValueError: the run in `workdir` cannot go on with this config; it names the keys.
+    """
+    path = workdir / "config.json"
+    text = config.to_json(indent=2, sort_keys=True) + "\n"
+    if path.exists() and latest_params(workdir) is not None:
+        refused = refused_changes(json.loads(path.read_text()), json.loads(text))
+        if refused:
+            raise ValueError(
+                f"{workdir} holds a run with another config ({'; '.join(refused)}); "
+                "use another --workdir, or the config it began with. What may change is listed in "
+                "docs/launch.md"
+            )
+    write_text(path, text)
+
+
+def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """ "KEY: OLD -> NEW" of each key that differs and may not; both configs as read from JSON."""
+    before, now = dict(leaves(before)), dict(leaves(now))
+    may_change = {key for keys in MAY_CHANGE.values() for key in keys}
+    if now.get("loss.pool") == "device":
+        may_change -= set(FIXED_WITH_DEVICE_POOLS)
+    return [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in may_change
+    ]
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("optim.learning_rate", 1e-5), ..."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def table() -> str:
+    """The two tables in Markdown, as docs/launch.md has them."""
+    lines = ["| may change | decides |", "|---|---|"]
+    lines += [f"| {_listed(keys)} | {what} |" for what, keys in MAY_CHANGE.items()]
+    lines += ["", "| may not change | decides |", "|---|---|"]
+    lines += [f"| {_listed(keys)} | {what} |" for what, keys in FIXED.items()]
+    return "\n".join(lines)
+
+
+def _listed(keys: tuple[str, ...]) -> str:
+    return ", ".join(f"`{key}`" for key in keys)

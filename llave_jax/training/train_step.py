@@ -1,0 +1,291 @@
+"""One optimiser step: from a packed batch to new parameters.
+
+`build_step` is the one place that compiles it: training, compiling ahead, benchmarks and tests run the
+same program.
+
+The whole batch goes through the model in micro-batches; the loss sees one pool of pairs, the whole
+batch (`pool="global"`, exact gradients), each micro-batch by itself (`pool="micro"`, the authors'
+gradient accumulation) or each device's part of a micro-batch (`pool="device"`, no negatives from
+other devices). The loss is the mean over all pairs of the step, whatever pool they are in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llave_jax.inputs.packing import Budget, PackedBatch, empty_batch
+from llave_jax.loss.cross_device import KINDS, contrastive_loss
+from llave_jax.models.llave import VISION_FEATURES, Llave, abstract_params
+from llave_jax.parallel import sharding
+from llave_jax.training import optim
+
+POOLS = ("global", "micro", "device")
+# What is recomputed in the backward pass instead of kept:
+#   none         nothing
+#   attention    each transformer block, from its input and the results of its attention kernel
+#   block        each transformer block, from its input
+#   micro_batch  each micro-batch as a whole, but for the features of a frozen vision tower
+#   both         each micro-batch, and each block within it: the least memory, the most computation
+REMATS = ("none", "attention", "block", "micro_batch", "both")
+# The blocks' policy of each, a key of `models.layers.REMAT_POLICIES`; otherwise they keep everything.
+BLOCK_REMAT = {"attention": "attention", "block": "full", "both": "full"}
+
+
+class TrainState(NamedTuple):
+    """`step` int32 scalar: optimiser steps done; `params` the parameter tree; `opt_state` of the
+    trainable parameters, as a flat dict by path."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    kind: str = "hardness"
+    alpha: float = 9.0
+    temperature: float = 0.02
+    margin: float = 0.3
+    pool: str = "global"
+    mask_false_negatives: bool = False
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"loss.kind is {self.kind!r}; expected one of {KINDS}")
+        if self.pool not in POOLS:
+            raise ValueError(f"loss.pool is {self.pool!r}; expected one of {POOLS}")
+
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, factors: Mapping[str, float | None]
+) -> TrainState:
+    """State before the first step; traceable, so that it can be made in its shards."""
+    trainable, _ = optim.split_params(sharding.flatten(params), factors)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
+
+
+def state_shardings(
+    abstract: TrainState, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.PARAM_RULES
+) -> TrainState:
+    """Where a state lives: optimiser moments beside their parameters, scalars everywhere."""
+    by_path = sharding.flatten(sharding.param_shardings(abstract.params, mesh, rules))
+
+    def place(path: Any, leaf: Any) -> jax.sharding.NamedSharding:
+        return by_path[path[-1].key] if leaf.ndim else sharding.replicated(mesh)
+
+    return TrainState(
+        step=sharding.replicated(mesh),
+        params=sharding.unflatten(by_path),
+        opt_state=jax.tree_util.tree_map_with_path(place, abstract.opt_state),
+    )
+
+
+class Pool(NamedTuple):
+    """Pairs that are each other's negatives. S shards, Z sides, G slots.
+
+    Attributes:
+      embeddings: float32 [S, Z, G, D].
+      present: bool [S, Z, G], False for empty slots and for sides that a group lacks.
+      ids: int32 [S, Z - 1, G], equal for equal targets; None where equal targets are negatives.
+    """
+
+    embeddings: jax.Array
+    present: jax.Array
+    ids: jax.Array | None
+
+
+def make_loss(
+    model: Llave, mesh: jax.sharding.Mesh, config: LossConfig, remat: str
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """`loss(params, batch, target_ids=None) -> (scalar, metrics)`.
+
+    Batch arrays are [M, S, ...] with M micro-batches; `target_ids` int32 [M, S, Z - 1, G] are needed
+    with `mask_false_negatives`. Sides beyond query and target are hard negatives, which every query
+    of the pool sees.
+    """
+    if remat not in REMATS:
+        raise ValueError(f"remat is {remat!r}; expected one of {REMATS}")
+
+    def embed(params: Any, micro_batch: PackedBatch) -> jax.Array:
+        with sharding.use_mesh(mesh):
+            return model.apply({"params": params}, micro_batch)
+
+    if remat in ("micro_batch", "both"):
+        policy = jax.checkpoint_policies.save_only_these_names(
+            *((VISION_FEATURES,) if model.freeze_vision else ())
+        )
+        embed = jax.checkpoint(embed, policy=policy, prevent_cse=False)
+
+    def pool_loss(pool: Pool) -> tuple[jax.Array, dict]:
+        sides = pool.embeddings.shape[1]
+        settings = {}
+        if pool.ids is not None:
+            settings["target_ids"] = pool.ids[:, 0].reshape(-1)
+        if sides > 2:
+            settings["extra_targets"] = _join(pool.embeddings[:, 2:])
+            settings["extra_valid"] = pool.present[:, 2:].reshape(-1)
+            if pool.ids is not None:
+                settings["extra_ids"] = pool.ids[:, 1:].reshape(-1)
+        return contrastive_loss(
+            _join(pool.embeddings[:, 0]),
+            _join(pool.embeddings[:, 1]),
+            pool.present[:, 0].reshape(-1),
+            mesh=mesh,
+            axes=sharding.BATCH_AXES,
+            kind=config.kind,
+            alpha=config.alpha,
+            temperature=config.temperature,
+            margin=config.margin,
+            cross_device=config.pool != "device",
+            **settings,
+        )
+
+    def global_loss(params: Any, batch: PackedBatch, ids: Any) -> tuple[jax.Array, dict]:
+        _, embeddings = jax.lax.scan(
+            lambda carry, micro_batch: (carry, embed(params, micro_batch)), None, batch
+        )
+        pools = Pool(embeddings, _present(batch), ids)
+        return pool_loss(jax.tree.map(_merge_micro_batches, pools))
+
+    def micro_loss(params: Any, batch: PackedBatch, ids: Any) -> tuple[jax.Array, dict]:
+        def one(carry: None, inputs: tuple[PackedBatch, Any]) -> tuple[None, Any]:
+            micro_batch, ids = inputs
+            pool = Pool(embed(params, micro_batch), _present(micro_batch), ids)
+            return carry, (jnp.sum(micro_batch.valid), pool_loss(pool))
+
+        _, (pairs, values) = jax.lax.scan(one, None, (batch, ids))
+        weight = pairs / jnp.maximum(jnp.sum(pairs), 1)
+        return jax.tree.map(lambda x: jnp.sum(x * weight), values)
+
+    pooled_loss = global_loss if config.pool == "global" else micro_loss
+
+    def loss(params: Any, batch: PackedBatch, target_ids: Any = None) -> tuple[jax.Array, dict]:
+        if config.mask_false_negatives and target_ids is None:
+            raise ValueError("mask_false_negatives needs the batch's target_ids")
+        return pooled_loss(params, batch, target_ids if config.mask_false_negatives else None)
+
+    return loss
+
+
+def _present(batch: PackedBatch) -> jax.Array:
+    """bool [..., S, Z, G]: which slots hold a sequence."""
+    return (jnp.asarray(batch.pooled) >= 0) & jnp.asarray(batch.valid)[..., None, :]
+
+
+def _join(embeddings: jax.Array) -> jax.Array:
+    """[S, ..., D] -> [N, D]."""
+    return embeddings.reshape(-1, embeddings.shape[-1])
+
+
+def _merge_micro_batches(x: jax.Array) -> jax.Array:
+    """[M, S, Z, G, ...] -> [S, Z, M * G, ...]: a shard's slots stay on it."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A compiled training step and the state it works on.
+
+    Attributes:
+      run: `(state, batch, target_ids) -> (state, metrics)`, jitted with the shardings of a mesh; the state
+        that is given is used up. Batch and target ids as of `make_loss`; target ids may be None.
+      init: `params -> state`, jitted: the state before the first step, made in its shards.
+      state: shapes, dtypes and shardings of the state.
+    """
+
+    run: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    init: Callable[[Any], TrainState]
+    state: TrainState
+
+
+def build_step(
+    model: Llave,
+    mesh: jax.sharding.Mesh,
+    optimizer: optax.GradientTransformation,
+    factors: Mapping[str, float | None],
+    loss_config: LossConfig,
+    remat: str = "none",
+) -> TrainStep:
+    """The training step of a model on a mesh, of real devices or of a topology.
+
+    Args:
+      optimizer: over the flat dict of trainable parameters.
+      factors: path -> learning-rate factor of each parameter; None where it is frozen.
+      remat: one of REMATS.
+
+    Raises:
+      ValueError: no such `remat`.
+    """
+
+    def init(params: Any) -> TrainState:
+        return init_state(params, optimizer, factors)
+
+    abstract = jax.eval_shape(init, abstract_params(model))
+    places = state_shardings(abstract, mesh)
+    of_batch = sharding.batch_sharding(mesh, leading_axes=1)
+    return TrainStep(
+        run=jax.jit(
+            _train_step(make_loss(model, mesh, loss_config, remat), optimizer, factors),
+            in_shardings=(places, of_batch, of_batch),
+            out_shardings=(places, sharding.replicated(mesh)),
+            donate_argnums=0,
+        ),
+        init=jax.jit(init, out_shardings=places),
+        state=sharding.with_shardings(abstract, places),
+    )
+
+
+def abstract_batch(
+    model: Llave, mesh: jax.sharding.Mesh, budget: Budget, leading: tuple[int, ...]
+) -> tuple[PackedBatch, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch of a budget and of its target ids.
+
+    Args:
+      leading: axes in front of the shards: (micro_batches,) for training, () for embedding.
+    """
+    vision = model.config.vision
+    batch = empty_batch(budget, 1, vision.num_patches, vision.patch_dim)
+    ids = np.zeros((1, budget.sides - 1, budget.groups), np.int32)
+    shards, place = sharding.num_shards(mesh), sharding.batch_sharding(mesh, len(leading))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*leading, shards, *x.shape[1:]), x.dtype, sharding=place),
+        (batch, ids),
+    )
+
+
+def _train_step(
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    optimizer: optax.GradientTransformation,
+    factors: Mapping[str, float | None],
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    def train_step(
+        state: TrainState, batch: PackedBatch, target_ids: jax.Array | None
+    ) -> tuple[TrainState, dict]:
+        flat = sharding.flatten(state.params)
+        trainable, frozen = optim.split_params(flat, factors)
+
+        def trainable_loss(trainable: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
+            return loss(sharding.unflatten({**flat, **trainable}), batch, target_ids)
+
+        (value, metrics), gradient = jax.value_and_grad(trainable_loss, has_aux=True)(trainable)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        params = sharding.unflatten({path: {**frozen, **trainable}[path] for path in flat})
+        metrics = {
+            "loss": value,
+            **metrics,
+            "grad_norm": optax.tree.norm(gradient),
+            "pairs": jnp.sum(batch.valid),
+            "real_tokens": jnp.mean(batch.segment_ids > 0),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step

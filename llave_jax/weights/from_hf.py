@@ -1,0 +1,336 @@
+"""Hugging Face directory -> model directory, tensor by tensor.
+
+Reads safetensors only (nothing is ever unpickled), checks every name, shape and dtype against the
+name table before it writes anything, and keeps whatever is needed to write the same files back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+from llave_jax.common.progress import Progress
+from llave_jax.inputs.chat import IMAGE_MARKER
+from llave_jax.models import parameters as names
+from llave_jax.models.config import LlaveConfig
+from llave_jax.models.parameters import Match
+from llave_jax.weights import hf_config, model_dir
+from llave_jax.weights.safetensors_io import (
+    DTYPE_NAMES,
+    CheckpointError,
+    SafetensorsFile,
+    SafetensorsWriter,
+    encode_header,
+)
+from llave_jax.weights.special_tokens import token_ids
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+# The same weights in other formats, optimiser states and the like: large, and never read.
+_OTHER_WEIGHTS = re.compile(
+    r"pytorch_model.*|.*\.(safetensors|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data)"
+)
+_NOT_OF_THE_MODEL = (".git", ".cache")
+_MAX_LISTED = 20
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class HfWeights:
+    """The safetensors files of a Hugging Face directory.
+
+    Attributes:
+      files: in the order of their names.
+      owner: tensor name -> the file that holds it.
+    """
+
+    files: tuple[SafetensorsFile, ...]
+    owner: dict[str, SafetensorsFile]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: file.tensors[name].shape for name, file in self.owner.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which tensor goes where.
+
+    Attributes:
+      parameters: path of ours -> Hugging Face names, one a layer (one in all if not stacked).
+      matches: Hugging Face name -> its row of the table.
+      carried: names to keep as they are.
+      tied: names that hold the same bytes as the token embedding.
+    """
+
+    parameters: dict[str, list[str]]
+    matches: dict[str, Match]
+    carried: list[str]
+    tied: list[str]
+
+
+def convert_from_hf(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    vision_config: str | os.PathLike | None = None,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> LlaveConfig:
+    """Convert a Hugging Face directory of either layout to a model directory.
+
+    Args:
+      source: directory with config.json, tokenizer and safetensors weights.
+      output: the model directory to make; appears when it is complete.
+      vision_config: the vision tower's config.json where the checkpoint does not tell it.
+      overwrite: replace a model directory that exists.
+
+    Returns:
+      The model's configuration.
+
+    Raises:
+      CheckpointError: naming all tensors that are missing, surplus, doubled or of a wrong shape,
+        or the setting that is not supported.
+      FileExistsError: `output` exists.
+    """
+    source, output = Path(source), Path(output)
+    weights = open_weights(source)
+    model = hf_config.read_hf_model(
+        source, weights.shapes(), Path(vision_config) if vision_config else None
+    )
+    if model.layout == "onevision":
+        hf_config.check_image_processor(source)
+    model_dir.check_tokenizer_files(source)
+    plan = make_plan(weights, model)
+    _warn_of_tokens_without_embedding(source, model.config)
+    with model_dir.staged_directory(output, overwrite=overwrite, keep=source) as staged:
+        _write_parameters(staged / model_dir.WEIGHTS, weights, plan, model.config, show_progress)
+        if plan.carried:
+            _write_carried(staged / model_dir.CARRIED, weights, plan.carried)
+        _copy_source_files(source, staged / model_dir.SOURCE, weights)
+        _write_layout(staged / model_dir.LAYOUT, weights, model.layout, plan.tied)
+        model_dir.copy_tokenizer(source, staged / model_dir.TOKENIZER)
+        model_dir.write_config(staged, model.config)
+    return model.config
+
+
+def open_weights(directory: Path) -> HfWeights:
+    """The headers of all weight files of a Hugging Face directory.
+
+    Raises:
+      CheckpointError: none or only pickled ones, or an index that does not fit the files.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
+    present = {path.name for path in directory.glob("*.safetensors")}
+    if index.is_file():
+        weight_map = hf_config.read_json(index).get("weight_map", {})
+        expected = set(weight_map.values())
+    elif single.is_file():
+        weight_map, expected = None, {SINGLE_FILE}
+    else:
+        _refuse_without_safetensors(directory)
+    if missing := sorted(expected - present):
+        raise CheckpointError(f"{index}: names {', '.join(missing)}, which {directory} lacks")
+    if surplus := sorted(present - expected):
+        raise CheckpointError(
+            f"{directory}: {', '.join(surplus)} beside the weights that "
+            f"{INDEX_FILE if weight_map is not None else SINGLE_FILE} names; move what is not "
+            "part of the model elsewhere"
+        )
+    files = tuple(SafetensorsFile(directory / name) for name in sorted(expected))
+    owner: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.tensors:
+            if name in owner:
+                raise CheckpointError(
+                    f"tensor {name} is in both {owner[name].path} and {file.path}"
+                )
+            owner[name] = file
+    if weight_map is not None:
+        found = {name: file.path.name for name, file in owner.items()}
+        for name in sorted(weight_map.keys() | found.keys()):
+            if weight_map.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"{index}: tensor {name} is listed in {weight_map.get(name)}, but is in "
+                    f"{found.get(name)}"
+                )
+    return HfWeights(files, owner)
+
+
+def _refuse_without_safetensors(directory: Path) -> None:
+    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if not pickled:
+        raise CheckpointError(
+            f"{directory}: no weights; expected {SINGLE_FILE}, or shards with {INDEX_FILE}"
+        )
+    raise CheckpointError(
+        f"{directory}: only pickled weights ({', '.join(pickled[:3])}), which can run code when "
+        "read and are refused. Save them as safetensors with the code that wrote them, where you "
+        "trust them: model = ModelClass.from_pretrained(DIR); "
+        "model.save_pretrained(NEW_DIR, safe_serialization=True)"
+    )
+
+
+def make_plan(weights: HfWeights, model: hf_config.HfModel) -> Plan:
+    """Give every tensor its place, or say everything that is wrong with them.
+
+    Raises:
+      CheckpointError
+    """
+    problems: list[str] = []
+    matches: dict[str, Match] = {}
+    holders: dict[Match, str] = {}
+    for name, shape in weights.shapes().items():
+        hit = names.match(name, model.layout)
+        if hit is None or not _within(hit, model):
+            problems.append(f"surplus: {name} {list(shape)} is not part of the model")
+            continue
+        if hit in holders:
+            problems.append(f"double: {holders[hit]} and {name} are the same tensor of the model")
+            continue
+        expected = names.hf_shape(hit.rule, model.config)
+        if shape != expected:
+            problems.append(f"shape: {name} is {list(shape)}; expected {list(expected)}")
+        holders[hit] = name
+        matches[name] = hit
+    problems += [
+        f"missing: {names.hf_name(hit, model.layout)} {list(names.hf_shape(hit.rule, model.config))}"
+        for hit in names.parameter_matches(model.config)
+        if hit not in holders
+    ]
+    parameters: dict[str, list[str]] = defaultdict(list)
+    for hit in names.parameter_matches(model.config):
+        if hit in holders:
+            parameters[hit.rule.path].append(holders[hit])
+    problems += _mixed_dtypes(weights, parameters)
+    if problems:
+        listed = problems[:_MAX_LISTED]
+        if len(problems) > len(listed):
+            listed.append(f"and {len(problems) - len(listed)} more")
+        raise CheckpointError("the weights do not fit the configuration:\n  " + "\n  ".join(listed))
+    used = {name for group in parameters.values() for name in group}
+    carried = [name for name in matches if name not in used]
+    tied = _tied_heads(weights, holders)
+    return Plan(dict(parameters), matches, [name for name in carried if name not in tied], tied)
+
+
+def _warn_of_tokens_without_embedding(source: Path, config: LlaveConfig) -> None:
+    """Resized checkpoints can have fewer rows than the tokenizer has tokens. It is no fault until
+    such a token occurs; `<image>` never does, visual tokens take its place."""
+    ids, rows = token_ids(source), config.text.vocab_size
+    beyond = sorted((number, token) for token, number in ids.items() if number >= rows)
+    beyond = [(number, token) for number, token in beyond if token != IMAGE_MARKER]
+    if beyond:
+        listed = ", ".join(f"{token!r} ({number})" for number, token in beyond[:3])
+        logger.warning(
+            "%s: the embedding has %d rows, none for %d token(s) of the tokenizer: %s%s. Texts with "
+            "such a token have no embedding; training refuses the tokenizer",
+            *(source, rows, len(beyond), listed, ", ..." if len(beyond) > 3 else ""),
+        )
+
+
+def _within(hit: Match, model: hf_config.HfModel) -> bool:
+    """Whether the layer of a match exists; the tower's last ones exist, though they do not run."""
+    if hit.layer is None:
+        return True
+    if hit.rule.tower == "vision":
+        return hit.layer < model.tower_layers
+    return hit.layer < model.config.text.num_layers
+
+
+def _mixed_dtypes(weights: HfWeights, parameters: dict[str, list[str]]) -> list[str]:
+    problems = []
+    for path, group in parameters.items():
+        by_dtype: dict[str, str] = {}
+        for name in group:
+            by_dtype.setdefault(DTYPE_NAMES[weights.owner[name].tensors[name].dtype], name)
+        if len(by_dtype) > 1:
+            kinds = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
+            problems.append(f"dtype: the layers of {path} must share one dtype, but {kinds}")
+    return problems
+
+
+def _tied_heads(weights: HfWeights, holders: dict[Match, str]) -> list[str]:
+    """A stored LM head with the bytes of the embedding need not be kept: it is the embedding."""
+    head = holders.get(Match(names.LM_HEAD))
+    if head is None:
+        return []
+    embedding = holders[Match(names.EMBEDDING)]
+    head_file, embedding_file = weights.owner[head], weights.owner[embedding]
+    if head_file.tensors[head].dtype != embedding_file.tensors[embedding].dtype:
+        return []
+    pairs = zip(head_file.chunks(head), embedding_file.chunks(embedding), strict=True)
+    return [head] if all(a == b for a, b in pairs) else []
+
+
+def _write_parameters(
+    path: Path, weights: HfWeights, plan: Plan, config: LlaveConfig, show_progress: bool
+) -> None:
+    shapes = names.parameter_shapes(config)
+    tensors = {}
+    for ours, group in plan.parameters.items():
+        tensors[ours] = (weights.owner[group[0]].tensors[group[0]].dtype, shapes[ours])
+    header = encode_header(tensors, model_dir.AS_CONVERTED)
+    total = sum(len(group) for group in plan.parameters.values())
+    with (
+        SafetensorsWriter(path, header) as writer,
+        Progress(total, "converting", unit="tensors", enabled=show_progress) as progress,
+    ):
+        for name, hit in plan.matches.items():
+            if name not in plan.parameters.get(hit.rule.path, ()):
+                continue
+            array = weights.owner[name].read(name)
+            writer.write(hit.rule.path, names.to_ours(hit.rule, array, config), hit.layer)
+            progress.update(1)
+
+
+def _write_carried(path: Path, weights: HfWeights, carried: list[str]) -> None:
+    infos = {name: weights.owner[name].tensors[name] for name in carried}
+    header = encode_header(
+        {name: (info.dtype, info.shape) for name, info in infos.items()}, {"format": "pt"}
+    )
+    with SafetensorsWriter(path, header) as writer:
+        for name in carried:
+            writer.write(name, weights.owner[name].read(name))
+
+
+def _copy_source_files(source: Path, target: Path, weights: HfWeights) -> None:
+    """All files that are not weights, as they are."""
+    target.mkdir()
+    taken = {file.path.name for file in weights.files}
+    left_out = []
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        relative = path.relative_to(source)
+        if str(relative) in taken or relative.parts[0] in _NOT_OF_THE_MODEL:
+            continue
+        if _OTHER_WEIGHTS.fullmatch(path.name):
+            left_out.append(str(relative))
+            continue
+        copy = target / relative
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    if left_out:
+        logger.warning("left out, other weights or training state: %s", ", ".join(left_out))
+    if (target / model_dir.LAYOUT.name).exists():
+        raise CheckpointError(
+            f"{source / model_dir.LAYOUT.name}: this name is taken by the conversion; rename it"
+        )
+
+
+def _write_layout(path: Path, weights: HfWeights, layout: str, tied: list[str]) -> None:
+    """What, with the parameters, makes the weight files again byte for byte."""
+    values = {
+        "layout": layout,
+        "tied": tied,
+        "weights": [{"file": file.path.name, "header": file.header} for file in weights.files],
+    }
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

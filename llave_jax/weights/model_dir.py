@@ -1,0 +1,391 @@
+"""Model directories: the self-contained form of a model that everything else here reads.
+
+    config.json           LlaveConfig, with the key "llave_jax_format"
+    model.safetensors     the parameter tree; names joined by "/", layers stacked on the first axis
+    carried.safetensors   tensors the embedding model does not use, kept for converting back
+    source/               the other files of the Hugging Face checkpoint, and layout.json
+    tokenizer/            for transformers.AutoTokenizer
+
+A training run is a model too: RUN/model is a model directory without model.safetensors, the weights
+are the latest of RUN/checkpoints. The functions that load take either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llave_jax.models import parameters as names
+from llave_jax.models.config import LlaveConfig
+from llave_jax.weights.safetensors_io import (
+    CheckpointError,
+    SafetensorsFile,
+    SafetensorsWriter,
+    encode_header,
+)
+
+if TYPE_CHECKING:
+    import jax
+
+FORMAT_KEY, FORMAT = "llave_jax_format", 1
+RUN_MODEL = Path("model")
+
+CONFIG = Path("config.json")
+WEIGHTS = Path("model.safetensors")
+CARRIED = Path("carried.safetensors")
+SOURCE = Path("source")
+LAYOUT = SOURCE / "layout.json"
+TOKENIZER = Path("tokenizer")
+
+# The metadata in the header of the weights: ours, and ours if a conversion wrote them, so that they are
+# still those of the Hugging Face checkpoint.
+METADATA = {"format": "llave_jax"}
+AS_CONVERTED = {**METADATA, "weights": "as converted"}
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def is_model_dir(path: str | os.PathLike) -> bool:
+    """Whether `path` is a model directory (with or without weights)."""
+    config = Path(path) / CONFIG
+    if not config.is_file():
+        return False
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(values, dict) and FORMAT_KEY in values
+
+
+def is_as_converted(weights: SafetensorsFile) -> bool:
+    """Whether the weights of a model directory are those of the checkpoint it was converted from."""
+    return json.loads(weights.header).get("__metadata__") == AS_CONVERTED
+
+
+def locate(path: str | os.PathLike) -> Path:
+    """The model directory of a model: `path` itself, or the part of a training run.
+
+    Raises:
+      CheckpointError: `path` is neither.
+    """
+    path = Path(path)
+    for candidate in (path, path / RUN_MODEL):
+        if is_model_dir(candidate):
+            return candidate
+    hint = "no config.json in it"
+    if not path.is_dir():
+        hint = "no such directory"
+    elif (path / CONFIG).is_file():
+        hint = (
+            f"its config.json lacks {FORMAT_KEY}. Is it a Hugging Face checkpoint? Convert it: "
+            f"python tools/convert_hf.py --input {path} --output DIR"
+        )
+    raise CheckpointError(f"{path}: neither a model directory nor a training run: {hint}")
+
+
+def load_config(path: str | os.PathLike) -> LlaveConfig:
+    """The configuration of a model.
+
+    Raises:
+      CheckpointError: not a model, or one of another version.
+    """
+    file = locate(path) / CONFIG
+    values = json.loads(file.read_text(encoding="utf-8"))
+    version = values.pop(FORMAT_KEY)
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{file}: {FORMAT_KEY} is {version}; this version reads {FORMAT}. "
+            "Convert the original checkpoint again."
+        )
+    try:
+        return LlaveConfig.from_dict(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a model configuration: {error!r}") from error
+
+
+def write_config(path: Path, config: LlaveConfig) -> None:
+    """Write the config.json of a model directory."""
+    values = {FORMAT_KEY: FORMAT, **config.to_dict()}
+    (path / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(path: str | os.PathLike) -> Any:
+    """The tokenizer of a model, a `transformers` tokenizer."""
+    directory = locate(path) / TOKENIZER
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; expected the model's tokenizer")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointParam:
+    """A parameter of a training run's checkpoint: read when made an array by `np.asarray`."""
+
+    folder: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        import jax
+
+        from llave_jax.training import checkpoint
+
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        wanted = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=host)
+        array = np.asarray(checkpoint.load_param(self.folder, self.name, wanted))
+        return array if dtype is None else array.astype(dtype)
+
+
+def open_params(path: str | os.PathLike) -> dict[str, np.ndarray | CheckpointParam]:
+    """path -> array of all parameters of a model, read only when used.
+
+    Those of a model directory are mapped from the file; of a training run they are read whole by
+    `np.asarray`.
+
+    Raises:
+      CheckpointError: no weights; missing, surplus or mis-shaped parameters.
+    """
+    directory = locate(path)
+    if directory != Path(path):
+        params = _open_run(Path(path))
+        where = f"{path}: latest checkpoint"
+    elif (directory / WEIGHTS).is_file():
+        file = SafetensorsFile(directory / WEIGHTS)
+        params = {name: file.view(name) for name in sorted(file.tensors)}
+        where = str(file.path)
+    else:
+        raise CheckpointError(f"{directory / WEIGHTS}: no such file; this model has no weights")
+    shapes = {name: array.shape for name, array in params.items()}
+    check_shapes(shapes, load_config(directory), where)
+    return params
+
+
+def _open_run(run: Path) -> dict[str, CheckpointParam]:
+    from llave_jax.training import checkpoint
+
+    folder = checkpoint.latest_params(run)
+    if folder is None:
+        raise CheckpointError(f"{run}: this training run has no checkpoint yet")
+    return {
+        name: CheckpointParam(folder, name, tuple(info.shape), np.dtype(info.dtype))
+        for name, info in checkpoint.param_infos(folder).items()
+    }
+
+
+def load_params(
+    path: str | os.PathLike, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
+) -> dict:
+    """The parameter tree of a model as JAX arrays, placed by `sharding.PARAM_RULES`.
+
+    Every process reads the slices its own devices hold, nothing else.
+
+    Args:
+      path: a model directory, or a training run.
+      mesh: where the arrays go; None: to the first local device.
+      dtype: of the arrays; None keeps the stored one.
+
+    Returns:
+      Nested dict of `jax.Array`.
+    """
+    import jax
+
+    from llave_jax.parallel import sharding
+
+    arrays = open_params(path)
+
+    def target(name: str) -> jax.ShapeDtypeStruct:
+        shape = arrays[name].shape
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if mesh is not None:
+            spec = sharding.param_spec(name, shape, mesh, sharding.PARAM_RULES)
+            place = jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, dtype or arrays[name].dtype, sharding=place)
+
+    targets = {name: target(name) for name in arrays}
+    if locate(path) != Path(path):
+        from llave_jax.training import checkpoint
+
+        folder = next(iter(arrays.values())).folder
+        return checkpoint.load_params(folder, sharding.unflatten(targets))
+    return sharding.unflatten({name: _place(arrays[name], targets[name]) for name in arrays})
+
+
+def _place(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    import jax
+
+    return jax.make_array_from_callback(
+        target.shape,
+        target.sharding,
+        lambda index: np.asarray(array[index]).astype(target.dtype),
+    )
+
+
+def write_model_dir(
+    path: str | os.PathLike,
+    config: LlaveConfig,
+    params: Mapping[str, Any] | None = None,
+    *,
+    source: str | os.PathLike | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model directory; it appears when it is complete.
+
+    Args:
+      path: the directory to make.
+      config: the model's configuration.
+      params: parameter tree of arrays, nested or flat; None for a directory without weights.
+      source: the model this one descends from, if any: its tokenizer, its carried tensors and the
+        files of its Hugging Face checkpoint are taken over.
+      tokenizer: without `source`: a transformers tokenizer, or a directory with its files.
+      overwrite: replace a model directory that exists.
+
+    Raises:
+      CheckpointError: `params` do not fit `config`, or no tokenizer.
+      FileExistsError: `path` exists.
+    """
+    if source is None and tokenizer is None:
+        raise ValueError("give a tokenizer, or the source model to take it from")
+    with staged_directory(Path(path), overwrite=overwrite) as staged:
+        write_config(staged, config)
+        if params is not None:
+            _write_params(staged / WEIGHTS, config, params)
+        if source is not None:
+            _take_over(locate(source), staged)
+        elif isinstance(tokenizer, str | os.PathLike):
+            check_tokenizer_files(Path(tokenizer))
+            copy_tokenizer(Path(tokenizer), staged / TOKENIZER)
+        else:
+            tokenizer.save_pretrained(str(staged / TOKENIZER))
+
+
+def _take_over(base: Path, target: Path) -> None:
+    shutil.copytree(base / TOKENIZER, target / TOKENIZER)
+    if (base / SOURCE).is_dir():
+        shutil.copytree(base / SOURCE, target / SOURCE)
+    if (base / CARRIED).is_file():
+        shutil.copyfile(base / CARRIED, target / CARRIED)
+
+
+def _write_params(path: Path, config: LlaveConfig, params: Mapping[str, Any]) -> None:
+    from llave_jax.parallel import sharding
+
+    flat = sharding.flatten(params)
+    check_shapes({name: tuple(array.shape) for name, array in flat.items()}, config, "params")
+    tensors = {name: (np.dtype(array.dtype), array.shape) for name, array in flat.items()}
+    with SafetensorsWriter(path, encode_header(tensors, METADATA)) as writer:
+        for name, array in flat.items():
+            writer.write(name, np.asarray(array))
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], config: LlaveConfig, where: str) -> None:
+    expected = names.parameter_shapes(config)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{where}: parameter {name}: expected shape {expected.get(name, 'none')}, "
+                f"found {found.get(name, 'none')}"
+            )
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """A directory holds what `AutoTokenizer` needs, or a CheckpointError says what is missing."""
+    has = {name for name in _TOKENIZER_FILES if (directory / name).is_file()}
+    if "tokenizer_config.json" not in has or not (
+        "tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has
+    ):
+        raise CheckpointError(
+            f"{directory}: no tokenizer; expected tokenizer_config.json and tokenizer.json (or "
+            "vocab.json with merges.txt). Put the tokenizer's files there."
+        )
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files of one directory into another."""
+    target.mkdir(exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def same_tokenizer(first: Path, second: Path) -> bool:
+    """Whether two directories hold the same tokenizer files, byte for byte."""
+
+    def contents(directory: Path) -> dict[str, bytes]:
+        files = [directory / name for name in _TOKENIZER_FILES]
+        return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+    return contents(first) == contents(second)
+
+
+@contextlib.contextmanager
+def staged_directory(
+    path: Path, *, overwrite: bool = False, keep: Path | None = None
+) -> Iterator[Path]:
+    """A new directory beside `path` to write into, renamed to `path` at the end; removed instead
+    if anything goes wrong.
+
+    Args:
+      overwrite: an existing `path` may be replaced, if it holds a model (a config.json).
+      keep: a directory that must neither be replaced nor contain `path`, the source.
+
+    Raises:
+      FileExistsError: `path` exists, is not empty, and may not be replaced.
+      ValueError: `path` and `keep` are one within the other.
+    """
+    path = path.absolute()
+    if keep is not None:
+        here, there = path.resolve(), keep.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise ValueError(f"the output {path} and the input {keep} lie within one another")
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another output, or give --overwrite")
+    if taken and not (path / CONFIG).is_file():
+        raise FileExistsError(f"{path} holds no model (no config.json) and is not overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        staged.chmod(0o777 & ~mask)
+        yield staged
+        if taken:
+            _replace(path, staged)
+        else:
+            staged.rename(path)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Put directory `new` in the place of `path`, which stays if that fails."""
+    old = new.with_suffix(".replaced")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)

@@ -1,0 +1,113 @@
+"""Measuring and showing training data: figures are those of the real sequences."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import transformers
+
+from llave_jax import config as config_lib
+from llave_jax.data.measure import LayoutBuilder, measure_subset, mixed_sizes
+from llave_jax.data.sources import open_source
+from llave_jax.inputs.sequence import SequenceBuilder
+from llave_jax.inspect_data import inspect
+from llave_jax.models.config import PRESETS
+from tests.data.mmeb_tree import TEMPLATES, make_tree
+
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mmeb") / "tree"
+    make_tree(root, ROWS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def builder(golden):
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(golden / "checkpoint/tokenizer.json"), pad_token="<|endoftext|>"
+    )
+    return SequenceBuilder(tokenizer, PRESETS["tiny"])
+
+
+def test_layout_without_pixels_has_the_sizes_of_real_sequences(tree, builder):
+    layout = LayoutBuilder(builder.tokenizer, builder.config)
+    source = open_source(tree)
+    for index in range(len(source)):
+        pair = source[index]
+        for item in (pair.query, pair.target, *pair.negatives):
+            real, measured = builder(item), layout(item)
+            np.testing.assert_array_equal(measured.tokens, real.tokens)
+            np.testing.assert_array_equal(measured.taps.index, real.taps.index)
+            assert len(measured.crops) == len(real.crops)
+            assert measured.zero_crops == real.zero_crops
+
+
+def test_a_subset_is_measured(tree, builder):
+    source = open_source(tree)
+    part = measure_subset(source, "CIRR", builder, count=6, sides=3)
+    pairs = [source[source.subsets["CIRR"].start + 2 * i] for i in range(6)]
+    items = [[p.query, p.target, *p.negatives] for p in pairs]
+    expected = [[len(builder(i)) for i in row] + [0] * (3 - len(row)) for row in items]
+    np.testing.assert_array_equal(part.lengths, expected)
+    assert part.rows == ROWS
+    assert part.with_negative == 3
+    assert len(part.images) == sum(len(row) for row in items)
+    sizes = mixed_sizes({"CIRR": part}, 50)
+    assert sizes.lengths.shape == sizes.crops.shape == (50, 3)
+    assert {tuple(row) for row in sizes.lengths} <= {tuple(row) for row in part.lengths}
+
+
+def run_config(tree, golden):
+    config = config_lib.default_config()
+    config.model.preset = "tiny"
+    config.model.tokenizer = str(golden / "checkpoint")
+    config.data.path = str(tree)
+    config.batch.pairs = 16
+    config.batch.row_length = 512
+    config.batch.tokens_per_pair = 400.0
+    config.batch.crops_per_pair = 10.0
+    return config
+
+
+def test_the_report_and_the_page_show_every_subset(tree, golden, tmp_path):
+    report = inspect(run_config(tree, golden), tmp_path, rows=4, samples=2, shards=2)
+    page = (tmp_path / "data.html").read_text()
+    for subset in TEMPLATES:
+        assert re.search(rf"^{subset} +{ROWS} ", report, re.MULTILINE)
+        assert f"<h2>{subset}</h2>" in page
+        assert f"{subset}:0 query" in page
+    assert re.search(r"filled, by simulation: [\d.]+% of row tokens", report)
+    assert re.search(
+        rf"an epoch of {ROWS * len(TEMPLATES)} pairs takes about \d+ steps; a run of this config makes "
+        r"6, [\d.]+ epochs \(batch.fill 1 expected\)",
+        report,
+    )
+    assert page.count("<div class='pair'>") == 2 * len(TEMPLATES)
+    assert "visual tokens</span>" in page
+    assert "hard negative" in page
+    assert "|im_start|" in page
+    assert "http" not in page  # self-contained
+
+
+def test_unusable_rows_are_shown_where_they_stand(golden, tmp_path):
+    good = {"qry": "a <b>", "qry_image_path": "", "pos_text": "t", "pos_image_path": ""}
+    rows = [good, {**good, "qry_image_path": "gone.png"}]
+    (tmp_path / "Mine.json").write_text(json.dumps(rows))
+    config = run_config(tmp_path / "Mine.json", golden)
+    report = inspect(config, tmp_path / "out", rows=4, samples=2, shards=2)
+    assert "1 of 2" in report
+    assert "gone.png): the file does not exist" in report
+    page = (tmp_path / "out/data.html").read_text()
+    assert "gone.png" in page.split("<div class='side error'>")[1]
+    assert "a &lt;b&gt;" in page
+
+
+def test_a_budget_that_is_too_small_is_said(tree, golden, tmp_path):
+    config = run_config(tree, golden)
+    config.batch.crops_per_pair = 0.5
+    report = inspect(config, tmp_path, rows=4, samples=0, shards=2)
+    assert re.search(r"TOO SMALL .* need crops \d+", report)

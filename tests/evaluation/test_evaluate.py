@@ -1,0 +1,153 @@
+"""The evaluation's command line: with the reference's model, and with a stand-in for one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llave_jax import evaluate
+from llave_jax.digits import dataset as digits
+from llave_jax.embedding.embedder import Embedder
+from llave_jax.evaluation.mmeb import evaluate_mmeb, read_scores
+from llave_jax.models.config import PRESETS
+from llave_jax.parallel import sharding
+from tests.evaluation.fake_encoder import HashEncoder
+
+
+def check_recorded_results(golden, output):
+    """Score files, predictions and scores below `output` are the authors'."""
+    expected = json.loads((golden / "eval/results.json").read_text())["results"]
+    arrays = np.load(golden / "eval/embeddings.npz")
+    for name, values in expected.items():
+        written = json.loads((output / f"{name}_score.json").read_text())
+        assert written == {key: values[key] for key in ("acc", "num_correct", "num_pred")}
+        lines = (output / f"{name}_predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["prediction"] for line in lines] == values["pred_index"]
+        # Embeddings agree to 1e-5 a component: a cosine to 2e-5 times the norm of 64 signs at worst.
+        scores = np.stack(read_scores(output / f"{name}_scores.npz"))
+        np.testing.assert_allclose(scores, arrays[f"{name}/scores"], atol=2e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_recorded_results_in_python(golden, golden_model, tmp_path, devices):
+    axes = {"data": -1, "fsdp": 1, "tensor": 1}
+    mesh = sharding.make_mesh(axes, jax.devices()[:devices])
+    embedder = Embedder.from_pretrained(golden_model.directory, mesh=mesh)
+    evaluate_mmeb(embedder.encode, golden / "eval", output_dir=tmp_path)
+    check_recorded_results(golden, tmp_path)
+
+
+def test_recorded_results_by_command(golden, golden_model, tmp_path):
+    command = ["--model", str(golden_model.directory), "--benchmark", "mmeb"]
+    evaluate.main([*command, "--data", str(golden / "eval"), "--output", str(tmp_path)])
+    check_recorded_results(golden, tmp_path)
+    assert "TinyT2I" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_recorded_results_with_two_processes(golden, golden_model, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llave_jax.evaluate", "--benchmark", "mmeb"]
+    command += ["--model", str(golden_model.directory), "--data", str(golden / "eval")]
+    command += ["--output", str(tmp_path / "out"), "--coordinator", f"127.0.0.1:{port}"]
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    processes = [
+        subprocess.Popen(
+            [*command, "--num_processes", "2", "--process_id", str(number)],
+            cwd=Path(evaluate.__file__).parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=500) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    check_recorded_results(golden, tmp_path / "out")
+    # The table comes from the first process only.
+    assert "TinyCls" in outputs[0][0]
+    assert "TinyCls" not in outputs[1][0]
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A model directory whose "embedder" is a HashEncoder; returns (directory, encoder)."""
+    directory = tmp_path / "model"
+    (directory / "tokenizer").mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"weights")
+    encoder = HashEncoder()
+    embedder = types.SimpleNamespace(
+        model=types.SimpleNamespace(dtype=np.dtype("float32")),
+        config=PRESETS["tiny"],
+        encode=lambda items, batch_size, show_progress: encoder(items),
+    )
+    monkeypatch.setattr(evaluate.Embedder, "from_pretrained", lambda path, **options: embedder)
+    return str(directory), encoder
+
+
+def test_mmeb_writes_scores_and_a_table(model, golden, tmp_path, capsys):
+    directory, _ = model
+    output = tmp_path / "out"
+    command = ["--model", directory, "--benchmark", "mmeb", "--data", str(golden / "eval")]
+    evaluate.main([*command, "--subsets", "TinyT2I", "--output", str(output)])
+    score = json.loads((output / "TinyT2I_score.json").read_text())
+    assert score["num_pred"] == 12
+    assert not (output / "TinyCls_score.json").exists()
+    assert (output / "table.txt").read_text() in capsys.readouterr().out
+
+
+def test_another_model_does_not_use_the_same_embeddings(model, golden, tmp_path):
+    directory, encoder = model
+    command = ["--model", directory, "--benchmark", "mmeb", "--data", str(golden / "eval")]
+    command += ["--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    evaluate.main(command)
+    count = len(encoder.keys)
+    evaluate.main(command)
+    assert len(encoder.keys) == count
+    (tmp_path / "model/model.safetensors").write_bytes(b"trained")
+    evaluate.main(command)
+    assert len(encoder.keys) == 2 * count
+
+
+def test_digits_are_built_on_first_use(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(digits.Sizes, "__init__", _small_sizes(digits.Sizes.__init__))
+    directory, _ = model
+    output = tmp_path / "out"
+    evaluate.main(["--model", directory, "--benchmark", "digits", "--output", str(output)])
+    for name in digits.SUBSETS:
+        assert (output / f"{name}_score.json").exists()
+    assert "Not scored" not in (output / "table.txt").read_text()
+
+
+def _small_sizes(init):
+    return lambda self, train=20, eval=40: init(self, train, eval)
+
+
+def test_data_is_needed(model, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", model[0], "--benchmark", "mmeb", "--output", str(tmp_path)])
+    assert "needs --data" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    command = ["--model", str(tmp_path / "none"), "--benchmark", "mmeb", "--data", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"^error: .*none: neither a model directory nor"):
+        evaluate.main([*command, "--output", str(tmp_path / "out")])
+
+
+def test_missing_data_are_one_line(model, tmp_path):
+    command = ["--model", model[0], "--benchmark", "mmeb", "--data", str(tmp_path / "none")]
+    with pytest.raises(SystemExit, match=r"^error: .*none does not exist"):
+        evaluate.main([*command, "--output", str(tmp_path / "out")])

@@ -1,0 +1,152 @@
+"""One training run and one embedding job on meshes of several shapes and on several processes.
+
+Each job is started as a user would start it; processes find each other over the loopback network.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llave_jax.parallel import sharding
+from llave_jax.weights import model_dir
+
+STEPS = 20
+# Rounding in another order of summation, carried through 20 steps of Adam.
+LOSS_TOLERANCE = 1e-4
+PARAMETER_TOLERANCE = 1e-3
+
+CONFIG = """
+from configs.quickstart import get_config as quickstart
+
+
+def get_config():
+    config = quickstart()
+    config.log_every = 1
+    config.eval.benchmark = None
+    config.checkpoint.every = 1000
+    return config
+"""
+ENCODE = """
+import sys
+import jax, numpy as np
+coordinator, count, index, workdir, out = sys.argv[1:]
+if int(count) > 1:
+    jax.distributed.initialize(coordinator, int(count), int(index))
+from llave_jax.embedding.embedder import Embedder
+model = Embedder.from_pretrained(workdir)
+texts = [f"how many threes and {i} fours " * (1 + i % 5) for i in range(23)]
+pixels = np.random.default_rng(0).integers(0, 255, (7, 60, 90, 3), np.uint8)
+items = [*texts, *({"text": "a scene", "image": p} for p in map(PIL_image, pixels))]
+np.save(f"{out}.{index}.npy", model.encode(items))
+""".replace("import jax,", "from PIL.Image import fromarray as PIL_image\nimport jax,")
+
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_job(commands, devices):
+    """All processes of a job, each with `devices` simulated devices; the job fails if one does."""
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(root),
+    }
+    options = {"env": environment, "cwd": root, "stderr": subprocess.PIPE, "text": True}
+    jobs = [subprocess.Popen(command, **options) for command in commands]
+    try:
+        for job in jobs:
+            _, errors = job.communicate(timeout=900)
+            assert job.returncode == 0, errors[-4000:]
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+def train(tmp, name, mesh, devices, processes=1):
+    """(losses, final parameters) of a run in tmp/name; the data are built once, by the first run."""
+    workdir = tmp / name
+    workdir.mkdir()
+    if (tmp / "single" / "digits").exists() and name != "single":
+        (workdir / "digits").symlink_to(tmp / "single" / "digits")
+    (tmp / "config.py").write_text(CONFIG)
+    command = [sys.executable, "-m", "llave_jax.train", f"--config={tmp / 'config.py'}"]
+    command += [f"--config.steps={STEPS}", f"--workdir={workdir}"]
+    command += [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    if processes > 1:
+        command += [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
+        commands = [[*command, f"--process_id={i}"] for i in range(processes)]
+    else:
+        commands = [command]
+    run_job(commands, devices)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == STEPS
+    params = model_dir.load_params(
+        workdir, mesh=sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    )
+    return losses, {path: np.asarray(x) for path, x in sharding.flatten(params).items()}
+
+
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def single(tmp):
+    return train(tmp, "single", {"data": 1}, devices=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "devices", "processes"),
+    [
+        ("data", {"data": 8}, 8, 1),
+        ("fsdp", {"data": 2, "fsdp": 4}, 8, 1),
+        ("tensor", {"data": 2, "fsdp": 2, "tensor": 2}, 8, 1),
+        ("two_processes", {"data": 2, "fsdp": 2}, 2, 2),
+        ("four_processes", {"data": 4, "fsdp": 2}, 2, 4),
+    ],
+)
+def test_trajectory_is_that_of_one_device(tmp, single, name, mesh, devices, processes):
+    losses, params = train(tmp, name, mesh, devices, processes)
+    expected_losses, expected_params = single
+    np.testing.assert_allclose(losses, expected_losses, rtol=LOSS_TOLERANCE)
+    for path, expected in expected_params.items():
+        if path == "vision_tower/layers/self_attn/k_proj/bias":
+            # Softmax does not see it: its gradient is rounding, which Adam scales to full steps.
+            continue
+        error = np.linalg.norm(params[path] - expected)
+        assert error < PARAMETER_TOLERANCE * np.linalg.norm(expected), path
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_encoding_is_that_of_one_process(tmp, single, processes):
+    def encode(count):
+        port, out = free_port(), tmp / f"vectors_{count}"
+        arguments = [f"127.0.0.1:{port}", str(count)]
+        run_job(
+            [
+                [sys.executable, "-c", ENCODE, *arguments, str(i), str(tmp / "single"), str(out)]
+                for i in range(count)
+            ],
+            devices=2,
+        )
+        return [np.load(f"{out}.{i}.npy") for i in range(count)]
+
+    (expected,) = encode(1)
+    assert expected.shape[0] == 30
+    for vectors in encode(processes):
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)

@@ -1,0 +1,305 @@
+"""What may change when a run is continued: every key is classified, and every key is tried."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llave_jax import train
+from llave_jax.config import default_config
+from llave_jax.models.config import (
+    InputConfig,
+    LlaveConfig,
+    TextConfig,
+    VisionConfig,
+    grid_pinpoints,
+)
+from llave_jax.models.llave import Llave, example_batch
+from llave_jax.training import resume
+from llave_jax.training.checkpoint import Checkpoints
+from llave_jax.training.metrics import read_metrics
+from llave_jax.weights import model_dir
+
+ROOT = Path(__file__).parents[2]
+MAY_CHANGE = {key for keys in resume.MAY_CHANGE.values() for key in keys}
+FIXED = {key for keys in resume.FIXED.values() for key in keys}
+KEYS = dict(resume.leaves(json.loads(default_config().to_json())))
+MODEL = LlaveConfig(
+    VisionConfig(16, 1, 2, 32, image_size=8, patch_size=4),
+    TextConfig(16, 1, 2, 1, 32, vocab_size=600),
+    InputConfig(pinpoints=grid_pinpoints(8, 1, 1), max_text_length=128, max_length=128),
+)
+
+
+def test_every_key_is_in_one_of_the_tables():
+    listed = [
+        key
+        for table in (resume.MAY_CHANGE, resume.FIXED)
+        for keys in table.values()
+        for key in keys
+    ]
+    assert sorted(listed) == sorted(KEYS)
+
+
+def test_the_docs_show_the_tables():
+    assert resume.table() in (ROOT / "docs/launch.md").read_text()
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A run's folder as far as its config goes."""
+    (tmp_path / "checkpoints/2").mkdir(parents=True)
+    resume.record_config(default_config(), tmp_path)
+    return tmp_path
+
+
+def other(value):
+    """A value that differs, of a kind the field takes."""
+    if value is None or isinstance(value, list):
+        return None
+    return (
+        "other" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
+    )
+
+
+# Fields without a value, or with a tuple, take these.
+VALUES = {
+    "model.inputs.pinpoints": (2, 2),
+    "data.subsets": ("A",),
+    "data.weights": (("A", 1.0),),
+    "optim.rates": ((".*", 1.0),),
+    "eval.datasets": ("A",),
+}
+STRINGS = ("path", "preset", "tokenizer", "newline_position", "pool_mode", "image_root")
+STRINGS += ("best_metric", "benchmark")
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_a_key_is_refused_by_its_name_or_goes_through(key, recorded):
+    config = default_config()
+    value = VALUES.get(key, other(KEYS[key]))
+    if value is None:
+        value = "other" if key.rpartition(".")[2] in STRINGS else 7
+    config.update_from_flattened_dict({key: value})
+    before = (recorded / "config.json").read_text()
+    if key in MAY_CHANGE:
+        resume.record_config(config, recorded)
+        assert (recorded / "config.json").read_text() != before
+        return
+    with pytest.raises(ValueError, match=rf"another config \({re.escape(key)}: [^;]*\)"):
+        resume.record_config(config, recorded)
+    assert (recorded / "config.json").read_text() == before
+
+
+def test_pools_of_a_device_fix_the_number_of_devices(recorded):
+    config = default_config()
+    config.loss.pool = "device"
+    shutil.rmtree(recorded / "checkpoints")
+    resume.record_config(config, recorded)
+    (recorded / "checkpoints/2").mkdir(parents=True)
+    config.mesh.fsdp = 2
+    with pytest.raises(ValueError, match=r"\(mesh\.fsdp: 1 -> 2\)"):
+        resume.record_config(config, recorded)
+
+
+def test_a_key_that_no_table_knows_is_refused():
+    refused = resume.refused_changes({"loss": {"old": 1}}, {"loss": {"new": {"key": 2}}})
+    assert refused == ["loss.new.key: None -> 2", "loss.old: 1 -> None"]
+
+
+# Real runs: a tiny model with weights, text only.
+
+
+@pytest.fixture(scope="module")
+def place(golden, tmp_path_factory):
+    """Model, data and benchmark, and copies of them elsewhere."""
+    root = tmp_path_factory.mktemp("resume")
+    params = Llave(MODEL).init(jax.random.key(0), example_batch(MODEL))["params"]
+    for name, config in {"model": MODEL, "moved": MODEL}.items():
+        model_dir.write_model_dir(root / name, config, params, tokenizer=golden / "checkpoint")
+    rows = [
+        {
+            "qry": f"which is {i}?",
+            "qry_image_path": "",
+            "pos_text": f"it is {i}",
+            "pos_image_path": "",
+        }
+        for i in range(64)
+    ]
+    for folder, count in {"data": 64, "moved_data": 64, "other_data": 63}.items():
+        (root / folder).mkdir()
+        (root / folder / "numbers.json").write_text(json.dumps(rows[:count]))
+    candidates = [
+        {
+            "qry_text": f"which is {i}?",
+            "qry_img_path": "",
+            "tgt_text": [f"it is {i}", f"it is {i + 1}"],
+            "tgt_img_path": ["", ""],
+        }
+        for i in range(4)
+    ]
+    for folder in ("eval", "moved_eval"):
+        (root / folder).mkdir()
+        for name in ("VOC2007", "SUN397"):
+            (root / folder / f"{name}.json").write_text(json.dumps(candidates))
+    return root
+
+
+def make_config(place, changes=()):
+    config = default_config()
+    config.model.path = str(place / "model")
+    config.data.path = str(place / "data")
+    config.data.num_workers = 0
+    config.steps = 4
+    config.batch.pairs = 16
+    config.batch.row_length = 128
+    config.batch.tokens_per_pair = 128.0
+    config.batch.crops_per_pair = 1.0
+    config.optim.learning_rate = 1e-2
+    config.optim.warmup_fraction = 0.0
+    config.dtype = "float32"
+    config.log_every = 1
+    config.eval.benchmark = str(place / "eval")
+    config.update_from_flattened_dict(dict(changes))
+    return config
+
+
+def train_until(step, config, workdir):
+    """As if the machines were taken away after a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "must_stop", lambda self, at: at == step)
+        train.train(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def runs(place, tmp_path_factory):
+    """(a run that was never stopped, the same stopped after its second step)."""
+    root = tmp_path_factory.mktemp("runs")
+    train.train(make_config(place), root / "whole")
+    train_until(2, make_config(place), root / "stopped")
+    return root / "whole", root / "stopped"
+
+
+def continued(runs, place, tmp_path, **changes):
+    workdir = tmp_path / "run"
+    shutil.copytree(runs[1], workdir)
+    train.train(make_config(place, changes), workdir)
+    return workdir
+
+
+def losses(workdir):
+    return [line["loss"] for line in read_metrics(workdir) if "loss" in line]
+
+
+# How far losses may differ from those of the run that was never stopped; None: batches differ.
+EXACT, ROUNDING = 0.0, 1e-5
+CHANGES = {
+    "attention": ("xla", EXACT),
+    "vision_attention": ("xla", EXACT),
+    "remat": ("both", ROUNDING),
+    "data.num_workers": (1, EXACT),
+    "log_every": (2, None),
+    "checkpoint.every": (1, EXACT),
+    "checkpoint.keep": (1, EXACT),
+    "checkpoint.best_metric": ("classification/VOC2007", EXACT),
+    "eval.benchmark": ("moved_eval", EXACT),
+    "eval.datasets": (("VOC2007",), EXACT),
+    "eval.every": (1, EXACT),
+    "batch.row_length": (256, None),
+    "batch.tokens_per_pair": (256.0, None),
+    "batch.crops_per_pair": (2.0, None),
+    "batch.taps": (4, ROUNDING),
+    "mesh.data": (8, EXACT),
+    "mesh.fsdp": (2, ROUNDING),
+    "mesh.tensor": (2, None),
+    "data.on_error": ("skip", EXACT),
+    "data.max_skip_share": (0.5, EXACT),
+    "data.path": ("moved_data", EXACT),
+    "data.image_root": ("moved_data", EXACT),
+    "model.path": ("moved", EXACT),
+    "model.tokenizer": ("model/tokenizer", EXACT),
+}
+
+
+def test_every_key_that_may_change_is_tried():
+    assert set(CHANGES) == MAY_CHANGE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_run_goes_on_with_a_key_changed(key, runs, place, tmp_path):
+    value, tolerance = CHANGES[key]
+    if isinstance(value, str) and (place / value).exists():
+        value = str(place / value)
+    workdir = continued(runs, place, tmp_path, **{key: value})
+    whole = {line["step"]: line for line in read_metrics(runs[0]) if "loss" in line}
+    found = {line["step"]: line for line in read_metrics(workdir) if "loss" in line}
+    assert max(found) == 4
+    for step, line in found.items():
+        assert line["pairs"] == 16
+        # As many rows were read: none is left out, none comes twice.
+        assert line["epoch"] == whole[step]["epoch"]
+        if tolerance is not None:
+            assert line["loss"] == pytest.approx(whole[step]["loss"], rel=tolerance)
+    assert (workdir / "results.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["uniform", "modality"])
+@pytest.mark.parametrize(("key", "value"), [("mesh.fsdp", 2), ("batch.row_length", 256)])
+def test_no_row_comes_twice_when_batches_change(key, value, order, place, tmp_path, monkeypatch):
+    """48 of 64 rows in three of the four steps of the first epoch, each once, though the last step differs."""
+    seen = []
+    add = train.Watch.add
+
+    def note(self, step, metrics, batch):
+        seen.extend(row for pack in batch.ids for shard in pack for row in shard if row)
+        add(self, step, metrics, batch)
+
+    monkeypatch.setattr(train.Watch, "add", note)
+    same = {"data.order": order, "eval.benchmark": None}
+    train_until(2, make_config(place, same), tmp_path / "run")
+    train_until(3, make_config(place, {**same, key: value}), tmp_path / "run")
+    assert len(seen) == len(set(seen)) == 48
+
+
+def test_a_run_goes_on_where_data_and_model_were_moved_to(runs, place, tmp_path):
+    moved = {"data.path": str(place / "moved_data"), "model.path": str(place / "moved")}
+    workdir = continued(runs, place, tmp_path, **moved, **{"data.on_error": "skip"})
+    np.testing.assert_array_equal(losses(workdir), losses(runs[0]))
+
+
+def test_other_data_is_refused(runs, place, tmp_path):
+    with pytest.raises(ValueError, match=r"data position is for .*; resume with the same data"):
+        continued(runs, place, tmp_path, **{"data.path": str(place / "other_data")})
+
+
+def test_another_model_in_its_place_is_refused(runs, place, golden, tmp_path):
+    longer = LlaveConfig(MODEL.vision, MODEL.text, InputConfig(pinpoints=((8, 8),), max_length=64))
+    model_dir.write_model_dir(tmp_path / "longer", longer, tokenizer=golden / "checkpoint")
+    with pytest.raises(ValueError, match=r"describes another \(inputs\.max_text_length: 128 -> "):
+        continued(runs, place, tmp_path, **{"model.path": str(tmp_path / "longer")})
+
+
+def test_another_tokenizer_in_its_place_is_refused(runs, place, golden, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "retokenized")
+    (tmp_path / "retokenized/tokenizer/added_tokens.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"tokenizer of the run; .*retokenized/tokenizer is another"
+    ):
+        continued(runs, place, tmp_path, **{"model.path": str(tmp_path / "retokenized")})
+
+
+def test_a_benchmark_may_join_later(place, tmp_path):
+    """It has not scored the untrained model, and the table says so."""
+    workdir = tmp_path / "run"
+    train_until(2, make_config(place, {"eval.benchmark": None}), workdir)
+    train.train(make_config(place), workdir)
+    rows = [line.split() for line in (workdir / "results.txt").read_text().splitlines()]
+    (row,) = [row for row in rows if row[0] == "VOC2007"]
+    assert row[3] == "-"
+    assert float(row[4]) >= 0
