@@ -19,6 +19,8 @@ IDs 1 to 5 have pools of 4 on 8 devices. On N devices (along data and fsdp) they
 import runpy
 from pathlib import Path
 
+from llave_jax.config import Config
+
 INFO_NCE = {"loss.alpha": 0.0, "loss.pool": "device"}
 GATHERED = {"loss.alpha": 0.0, "loss.pool": "micro"}
 TUNED_TOWER = ((".*", 1.0),)
@@ -37,7 +39,7 @@ CHANGES = {
 }
 
 
-def get_config(number: str = "8"):
+def get_config(number: str = "8") -> Config:
     if number not in CHANGES:
         raise ValueError(f"configs/ablations.py:{number}: expected one of {', '.join(CHANGES)}")
     llave_2b = Path(__file__).with_name("llave_2b.py")

@@ -11,7 +11,7 @@ Parameters are divided within a host, where NVLink is, and repeated between host
 several hosts of 40 GB devices use `--config.mesh.data=1 --config.mesh.fsdp=-1`.
 """
 
-from llave_jax.config import paper_config
+from llave_jax.config import Config, paper_config
 
 # Preset, learning rate of the paper, slots and micro-batches of one host, share of slots that is filled, and
 # what the backward pass recomputes. Block inputs of the whole batch are kept, and of 0.5B, where there
@@ -24,7 +24,7 @@ SIZES = {
 }
 
 
-def get_config(size: str = "0.5b"):
+def get_config(size: str = "0.5b") -> Config:
     if size not in SIZES:
         raise ValueError(f"configs/gpu_h100.py:{size}: expected one of {', '.join(SIZES)}")
     config = paper_config()

@@ -9,10 +9,10 @@ For one pool of all 256 pairs: `--config.loss.pool=global`; for still larger one
 gpu_h100.py.
 """
 
-from llave_jax.config import paper_config
+from llave_jax.config import Config, paper_config
 
 
-def get_config():
+def get_config() -> Config:
     config = paper_config()
     # Sizes for `tools/compile_ahead.py`; training reads them from `model.path`.
     config.model.preset = "llave-0.5b"

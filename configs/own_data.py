@@ -8,10 +8,10 @@ needs larger batches or `model.inputs`, and training says which. `llave_jax.insp
 batch's numbers suit your data.
 """
 
-from llave_jax.config import default_config
+from llave_jax.config import Config, default_config
 
 
-def get_config():
+def get_config() -> Config:
     config = default_config()
     # Sizes for `tools/compile_ahead.py`; training reads them from `model.path`.
     config.model.preset = "llave-0.5b"

@@ -3,10 +3,10 @@
 The vision tower is trained too. Data, tokenizer and benchmark are built on first use.
 """
 
-from llave_jax.config import default_config
+from llave_jax.config import Config, default_config
 
 
-def get_config():
+def get_config() -> Config:
     config = default_config()
     config.model.preset = "tiny"
     config.model.tokenizer = "digits"

@@ -10,7 +10,7 @@ below are for. Memory and speed of each are in docs/scaling.md; `tools/compile_a
 same table for other slices and chips.
 """
 
-from llave_jax.config import paper_config
+from llave_jax.config import Config, paper_config
 
 # Preset, learning rate of the paper, micro-batches (what memory holds: 18, 9 and 6 slots a chip each on
 # the slices above), tokens of a row, and the share of slots that is filled.
@@ -21,7 +21,7 @@ SIZES = {
 }
 
 
-def get_config(size: str = "0.5b"):
+def get_config(size: str = "0.5b") -> Config:
     if size not in SIZES:
         raise ValueError(f"configs/tpu_v4.py:{size}: expected one of {', '.join(SIZES)}")
     config = paper_config()

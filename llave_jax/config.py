@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -21,13 +21,18 @@ from llave_jax.models.config import PRESETS, LlaveConfig, grid_pinpoints
 
 log = logging.getLogger(__name__)
 
+# A run's configuration, an `ml_collections.ConfigDict` with the fields of `default_config`. Type checkers
+# cannot know these fields, as they are set when the program runs, so that they see `Any`. A field that
+# does not exist is an error when it is read: the ConfigDict is locked.
+Config: TypeAlias = Any
 
-def default_config() -> ConfigDict:
+
+def default_config() -> Config:
     """Every field, with the paper's optimiser and loss (section 4.1, appendix A.1) and no data of its own.
 
     What the paper's data and inputs add is `paper_config`.
     """
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.seed = 0
     # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take if batches
     # are as full as `batch.fill` says.
@@ -153,7 +158,7 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
-def paper_config() -> ConfigDict:
+def paper_config() -> Config:
     """`default_config` with the data and inputs of the paper's models, whatever the base model says.
 
     The base models have 36 canvases up to 6 x 6, sequences of 32 768 tokens and other newlines or none
@@ -171,7 +176,7 @@ def paper_config() -> ConfigDict:
     return config
 
 
-def total_steps(config: ConfigDict, rows: int) -> int:
+def total_steps(config: Config, rows: int) -> int:
     """Optimiser steps of a run over `rows` pairs.
 
     By modality an epoch has as many steps as full batches, or one; of a shuffle as many as batches, and
@@ -192,7 +197,7 @@ def total_steps(config: ConfigDict, rows: int) -> int:
     return config.steps or steps
 
 
-def check_modality(config: ConfigDict) -> None:
+def check_modality(config: Config) -> None:
     """Raises ValueError unless the budget is for batches that are full."""
     batch = config.batch
     if batch.fill != 1:
@@ -205,7 +210,7 @@ def check_modality(config: ConfigDict) -> None:
         )
 
 
-def batch_budget(config: ConfigDict, shards: int) -> Budget:
+def batch_budget(config: Config, shards: int) -> Budget:
     """Room of one shard in one micro-batch.
 
     Raises:
@@ -229,7 +234,7 @@ def batch_budget(config: ConfigDict, shards: int) -> Budget:
     )
 
 
-def pairs_per_group(config: ConfigDict, shards: int) -> int:
+def pairs_per_group(config: Config, shards: int) -> int:
     """Pairs of a step for each shard of each micro-batch.
 
     Raises:
@@ -254,7 +259,7 @@ def pairs_per_group(config: ConfigDict, shards: int) -> int:
     return pairs
 
 
-def dealing(config: ConfigDict, shards: int) -> dict[str, int]:
+def dealing(config: Config, shards: int) -> dict[str, int]:
     """What `data.mix.simulate` is told of `data.order`."""
     if config.data.order != "modality":
         return {}
@@ -264,7 +269,7 @@ def dealing(config: ConfigDict, shards: int) -> dict[str, int]:
     }
 
 
-def check_budget(config: ConfigDict, llave_config: LlaveConfig, shards: int) -> None:
+def check_budget(config: Config, llave_config: LlaveConfig, shards: int) -> None:
     """See before the first step that a batch has room for any item the model's inputs allow.
 
     With `data.on_error` "skip", rows that are too large are left out and counted, and a budget too small
@@ -319,13 +324,13 @@ def check_budget(config: ConfigDict, llave_config: LlaveConfig, shards: int) -> 
         )
 
 
-def _share(crops: int, config: ConfigDict, shards: int) -> float:
+def _share(crops: int, config: Config, shards: int) -> float:
     """The `batch.crops_per_pair` that gives a device room for so many crops."""
     pairs = config.batch.pairs / (shards * config.batch.micro_batches)
     return math.ceil(100 * crops / pairs) / 100
 
 
-def model_config(config: ConfigDict) -> LlaveConfig:
+def model_config(config: Config) -> LlaveConfig:
     """Sizes and input settings of the model the run trains.
 
     Raises:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from ml_collections import ConfigDict
 
 from llave_jax import config as config_lib
 from llave_jax import train
 from llave_jax.common.progress import Progress
+from llave_jax.config import Config
 from llave_jax.data.inspection_page import write_page
 from llave_jax.data.measure import Measured, measure_subset, mixed_sizes
 from llave_jax.data.rows import EMPTY_SIDE
@@ -35,7 +35,7 @@ flags.FLAGS.set_default("workdir", "inspected_data")
 _SIMULATED_STEPS = 20
 
 
-def inspect(config: ConfigDict, workdir: Path, *, rows: int, samples: int, shards: int) -> str:
+def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: int) -> str:
     """Measures the data of a config and writes the page; returns the printed report."""
     workdir.mkdir(parents=True, exist_ok=True)
     data_path, tokenizer_path = train.locate_data(config, workdir)
@@ -83,7 +83,7 @@ def subset_lines(measured: dict[str, Measured]) -> list[str]:
 
 
 def packing_lines(
-    config: ConfigDict, source: PairSource, measured: dict[str, Measured], shards: int
+    config: Config, source: PairSource, measured: dict[str, Measured], shards: int
 ) -> list[str]:
     """How the config's batches would be filled, and how many there are in an epoch."""
     budget = config_lib.batch_budget(config, shards)

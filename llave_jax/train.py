@@ -21,10 +21,11 @@ import numpy as np
 import transformers
 from absl import app, flags
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from llave_jax import config as config_lib
 from llave_jax.common.progress import Progress
+from llave_jax.config import Config
 from llave_jax.data.order import Composition
 from llave_jax.data.pipeline import TrainBatch, skip_limit, train_iterator
 from llave_jax.data.rows import EMPTY_SIDE
@@ -57,7 +58,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 DIGITS = "digits"
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: Config, workdir: Path) -> None:
     """Run, or continue, the training that `config` describes."""
     first_process = jax.process_index() == 0
     if first_process:
@@ -143,7 +144,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         evaluation.report(total_steps)
 
 
-def locate_data(config: ConfigDict, workdir: Path) -> tuple[Path, Path | None]:
+def locate_data(config: Config, workdir: Path) -> tuple[Path, Path | None]:
     """Training data and tokenizer directory; the digits benchmark is built if it is asked for."""
     if config.data.path is None:
         raise ValueError('set config.data.path: a directory of training data, or "digits"')
@@ -161,7 +162,7 @@ def locate_data(config: ConfigDict, workdir: Path) -> tuple[Path, Path | None]:
 
 
 def locate_benchmark(
-    config: ConfigDict, workdir: Path
+    config: Config, workdir: Path
 ) -> tuple[Path | None, Sequence[DatasetInfo] | None]:
     """Directory of what the run is scored on, and its datasets where it is not MMEB."""
     if config.eval.benchmark is None:
@@ -176,7 +177,7 @@ def wait_for_first_process(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def load_tokenizer(config: ConfigDict, tokenizer_path: Path | None) -> Any:
+def load_tokenizer(config: Config, tokenizer_path: Path | None) -> Any:
     if config.model.path is not None:
         return model_dir.load_tokenizer(config.model.path)
     if tokenizer_path is None:
@@ -198,7 +199,7 @@ def check_vocabulary(tokenizer: Any, llave_config: LlaveConfig) -> None:
 
 
 def record_model(
-    config: ConfigDict, llave_config: LlaveConfig, tokenizer_path: Path | None, workdir: Path
+    config: Config, llave_config: LlaveConfig, tokenizer_path: Path | None, workdir: Path
 ) -> None:
     """Keep with the run what makes its checkpoints a model: config, tokenizer, source files.
 
@@ -231,7 +232,7 @@ def record_model(
     )
 
 
-def open_training_source(config: ConfigDict, data_path: Path) -> PairSource:
+def open_training_source(config: Config, data_path: Path) -> PairSource:
     data = config.data
     is_digits = data.path == DIGITS
     source = open_source(
@@ -253,7 +254,7 @@ def open_training_source(config: ConfigDict, data_path: Path) -> PairSource:
 
 
 def make_iterator(
-    config: ConfigDict,
+    config: Config,
     source: PairSource,
     builder: SequenceBuilder,
     mesh: jax.sharding.Mesh,
@@ -311,7 +312,7 @@ def check_skipped_rows(
 
 
 def make_state(
-    config: ConfigDict,
+    config: Config,
     training: setup.Training,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
@@ -335,7 +336,7 @@ def make_state(
     return jax.jit(from_seed, out_shardings=places)(jax.random.key(config.seed))
 
 
-def make_best(config: ConfigDict, workdir: Path) -> BestCheckpoint | None:
+def make_best(config: Config, workdir: Path) -> BestCheckpoint | None:
     """The keeper of the best parameters, in a folder that is a model like the run's own."""
     if config.checkpoint.best_metric is None:
         return None
@@ -353,7 +354,7 @@ class Watch:
     """Metrics of the steps on their way: checked, written and shown one step behind the device."""
 
     def __init__(
-        self, config: ConfigDict, writer: MetricsWriter, schedule: Any, total_steps: int, start: int
+        self, config: Config, writer: MetricsWriter, schedule: Any, total_steps: int, start: int
     ):
         self.progress = Progress(
             total_steps,

@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from llave_jax import config as config_lib
+from llave_jax.config import Config
 from llave_jax.embedding.embedding_step import build_embedding_step
 from llave_jax.inputs.packing import Budget
 from llave_jax.models.config import LlaveConfig
@@ -53,7 +53,7 @@ class Compiled:
     kind: str
     budget: Budget
     model: Llave
-    config: ConfigDict
+    config: Config
 
     @property
     def chip(self) -> Chip:
@@ -64,7 +64,7 @@ class DoesNotFit(Exception):
     """The program needs more memory than a device has; says what XLA says, largest buffers too."""
 
 
-def compile_train_step(config: ConfigDict, topology: str) -> Compiled:
+def compile_train_step(config: Config, topology: str) -> Compiled:
     """The whole training step of a config, compiled for a slice.
 
     Raises:
@@ -78,7 +78,7 @@ def compile_train_step(config: ConfigDict, topology: str) -> Compiled:
 
 
 def lower_train_step(
-    config: ConfigDict, mesh: jax.sharding.Mesh
+    config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[jax.stages.Lowered, setup.Training, Budget]:
     """The program that training runs on a mesh, before XLA compiles it."""
     llave_config = config_lib.model_config(config)
@@ -91,7 +91,7 @@ def lower_train_step(
     return training.step.run.lower(training.step.state, *batch), training, budget
 
 
-def compile_embedding_step(config: ConfigDict, topology: str) -> Compiled:
+def compile_embedding_step(config: Config, topology: str) -> Compiled:
     """The forward pass alone, with bfloat16 parameters, on one micro-batch of the config's budget."""
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from llave_jax.common.files import write_text
+from llave_jax.config import Config
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.evaluation import mmeb, similarity
 from llave_jax.evaluation.mmeb_data import DatasetInfo
@@ -28,7 +28,7 @@ class TrainingEvaluation:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Config,
         model: Llave,
         tokenizer: Any,
         mesh: jax.sharding.Mesh,

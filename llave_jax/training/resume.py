@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from llave_jax.common.files import write_text
+from llave_jax.config import Config
 from llave_jax.training.checkpoint import latest_params
 
 # What the keys decide -> the keys. These may change.
@@ -105,7 +104,7 @@ FIXED: dict[str, tuple[str, ...]] = {
 FIXED_WITH_DEVICE_POOLS = ("mesh.data", "mesh.fsdp")
 
 
-def record_config(config: ConfigDict, workdir: Path) -> None:
+def record_config(config: Config, workdir: Path) -> None:
     """Keep the config with the run, as `WORKDIR/config.json`.
 
     What ended before its first checkpoint, as with a path that was mistyped, has nothing to continue, and

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from llave_jax.config import Config
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params
 from llave_jax.ops import attention
@@ -37,7 +37,7 @@ class Training:
 
 
 def build_training(
-    config: ConfigDict, llave_config: LlaveConfig, mesh: jax.sharding.Mesh, total_steps: int
+    config: Config, llave_config: LlaveConfig, mesh: jax.sharding.Mesh, total_steps: int
 ) -> Training:
     """The training that a config describes.
 
@@ -70,5 +70,5 @@ def build_training(
     return Training(model, schedule, step)
 
 
-def _without(values: ConfigDict, *keys: str) -> dict[str, Any]:
+def _without(values: Config, *keys: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
