@@ -161,12 +161,12 @@ def jax_run(config, pairs, batch, args) -> tuple[float, float | None]:
             jax.block_until_ready([embed(params, part) for part in parts])
 
         return timed(run, args.repeats), peak_memory()
-    factors = optim.rate_factors(list(sharding.flatten(params)), FROZEN)
+    multipliers = optim.lr_multipliers(list(sharding.flatten(params)), FROZEN)
     step = train_step.build_step(
         model,
         mesh,
-        optim.make_optimizer(1e-5, factors),
-        factors,
+        optim.make_optimizer(1e-5, multipliers),
+        multipliers,
         train_step.LossConfig(),
         args.remat,
     )

@@ -43,10 +43,11 @@ from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import example_batch
 from llave_jax.parallel import processes, sharding
-from llave_jax.training import resume, setup, train_step
+from llave_jax.training import resume, setup
 from llave_jax.training.checkpoint import BEST, BestCheckpoint, Checkpoints, latest_params
 from llave_jax.training.evaluation import TrainingEvaluation
 from llave_jax.training.metrics import MetricsWriter
+from llave_jax.training.state import TrainState
 from llave_jax.weights import model_dir
 
 log = logging.getLogger(__name__)
@@ -317,7 +318,7 @@ def make_state(
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
     iterator: grain.DatasetIterator,
-) -> train_step.TrainState:
+) -> TrainState:
     """The latest checkpoint's state; else the converted model's; else random parameters.
 
     Every array is made or read directly in its shards.
@@ -329,7 +330,7 @@ def make_state(
     if config.model.path is not None:
         return step.init(model_dir.load_params(config.model.path, mesh=mesh, dtype=jnp.float32))
 
-    def from_seed(key: jax.Array) -> train_step.TrainState:
+    def from_seed(key: jax.Array) -> TrainState:
         return step.init(model.init(key, example_batch(model.config))["params"])
 
     places = jax.tree.map(lambda x: x.sharding, step.state)

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from llave_jax.common.files import write_text
 from llave_jax.parallel import sharding
-from llave_jax.training.train_step import TrainState
+from llave_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
 BEST = "best"

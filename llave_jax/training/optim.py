@@ -10,22 +10,30 @@ from typing import Any
 import jax
 import optax
 
-# (path regex, factor on the learning rate); None freezes. First full match wins.
+# (path regex, multiplier of the learning rate). None freezes. The first rule whose regex matches the
+# whole path decides.
 RateRules = Sequence[tuple[str, float | None]]
 
 
-def rate_factors(paths: Sequence[str], rules: RateRules) -> dict[str, float | None]:
-    """Factor on the learning rate for each parameter; None where it is frozen.
+def lr_multipliers(paths: Sequence[str], rules: RateRules) -> dict[str, float | None]:
+    """The multiplier of the learning rate for each parameter.
+
+    Args:
+      paths: of all parameters, "a/b/c".
+      rules: in the order in which they are tried.
+
+    Returns:
+      path -> multiplier; None for a frozen parameter.
 
     Raises:
       ValueError: a parameter matches no rule, or a rule decides nothing.
     """
-    factors: dict[str, float | None] = {}
+    multipliers: dict[str, float | None] = {}
     used: set[int] = set()
     for path in paths:
-        for i, (pattern, factor) in enumerate(rules):
+        for i, (pattern, multiplier) in enumerate(rules):
             if re.fullmatch(pattern, path):
-                factors[path] = factor
+                multipliers[path] = multiplier
                 used.add(i)
                 break
         else:
@@ -33,22 +41,36 @@ def rate_factors(paths: Sequence[str], rules: RateRules) -> dict[str, float | No
     for i, (pattern, _) in enumerate(rules):
         if i not in used:
             raise ValueError(f"learning-rate rule {pattern!r} decides no parameter; remove it")
-    return factors
+    return multipliers
 
 
 def split_params(
-    flat: Mapping[str, Any], factors: Mapping[str, float | None]
+    flat: Mapping[str, Any], multipliers: Mapping[str, float | None]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flat parameters -> (trainable, frozen)."""
-    trainable = {path: x for path, x in flat.items() if factors[path] is not None}
-    frozen = {path: x for path, x in flat.items() if factors[path] is None}
+    """Divides parameters into those that are trained and those that are frozen.
+
+    Args:
+      flat: path -> array.
+      multipliers: see `lr_multipliers`.
+
+    Returns:
+      (trainable, frozen), both path -> array.
+    """
+    trainable = {path: x for path, x in flat.items() if multipliers[path] is not None}
+    frozen = {path: x for path, x in flat.items() if multipliers[path] is None}
     return trainable, frozen
 
 
 def learning_rate_schedule(peak: float, total_steps: int, warmup_fraction: float) -> optax.Schedule:
-    """Linear warm-up from 0 over a fraction of all steps, then cosine decay to 0.
+    """Linear warm-up from 0, then cosine decay to 0.
 
-    The paper's models: 3% of one epoch's steps.
+    Args:
+      peak: the learning rate at the end of the warm-up.
+      total_steps: optimiser steps of the whole run.
+      warmup_fraction: share of all steps that warm up; 0.03 in the paper (appendix A.1).
+
+    Returns:
+      step -> learning rate.
     """
     warmup = math.ceil(warmup_fraction * total_steps)
     return optax.warmup_cosine_decay_schedule(
@@ -62,7 +84,7 @@ def learning_rate_schedule(peak: float, total_steps: int, warmup_fraction: float
 
 def make_optimizer(
     schedule: optax.ScalarOrSchedule,
-    factors: Mapping[str, float | None],
+    multipliers: Mapping[str, float | None],
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -70,10 +92,17 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW over the flat dict of trainable parameters.
+    """AdamW over the flat dict of trainable parameters (the paper, appendix A.1).
 
-    Gradients are clipped by their global norm first. Weight decay applies to matrices and
-    embeddings, not to biases, norms and the newline.
+    Args:
+      schedule: step -> learning rate.
+      multipliers: see `lr_multipliers`.
+      beta1, beta2, epsilon: of Adam.
+      weight_decay: of matrices and embeddings; biases, norms and the newline do not decay.
+      clip_norm: global norm to which gradients are clipped first; None: they are not.
+
+    Returns:
+      An optax chain whose parts have names, under which checkpoints keep their state.
     """
 
     def decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:
@@ -86,9 +115,8 @@ def make_optimizer(
     if weight_decay:
         steps["weight_decay"] = optax.add_decayed_weights(weight_decay, mask=decayed)
     steps["learning_rate"] = optax.scale_by_learning_rate(schedule)
-    if any(factor not in (None, 1.0) for factor in factors.values()):
+    if any(factor not in (None, 1.0) for factor in multipliers.values()):
         steps["rates"] = optax.stateless(
-            lambda updates, _: {path: u * factors[path] for path, u in updates.items()}
+            lambda updates, _: {path: u * multipliers[path] for path, u in updates.items()}
         )
-    # Checkpoints keep the state under these names.
     return optax.named_chain(*steps.items())

@@ -47,9 +47,11 @@ def build_training(
       total_steps: optimiser steps of the whole run, over which the learning rate decays.
     """
     paths = sharding.flatten(abstract_params(Llave(llave_config)))
-    factors = optim.rate_factors(list(paths), config.optim.rates)
+    multipliers = optim.lr_multipliers(list(paths), config.optim.rates)
     freeze_vision = all(
-        factor is None for path, factor in factors.items() if path.startswith("vision_tower/")
+        multiplier is None
+        for path, multiplier in multipliers.items()
+        if path.startswith("vision_tower/")
     )
     model = Llave(
         llave_config,
@@ -63,10 +65,10 @@ def build_training(
         config.optim.learning_rate, total_steps, config.optim.warmup_fraction
     )
     optimizer = optim.make_optimizer(
-        schedule, factors, **_without(config.optim, "learning_rate", "warmup_fraction", "rates")
+        schedule, multipliers, **_without(config.optim, "learning_rate", "warmup_fraction", "rates")
     )
     loss = train_step.LossConfig(**_without(config.loss, "hard_negatives"))
-    step = train_step.build_step(model, mesh, optimizer, factors, loss, config.remat)
+    step = train_step.build_step(model, mesh, optimizer, multipliers, loss, config.remat)
     return Training(model, schedule, step)
 
 

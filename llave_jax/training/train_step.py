@@ -25,6 +25,7 @@ from llave_jax.loss.cross_device import KINDS, contrastive_loss
 from llave_jax.models.llave import VISION_FEATURES, Llave, abstract_params
 from llave_jax.parallel import sharding
 from llave_jax.training import optim
+from llave_jax.training.state import TrainState, init_state, state_shardings
 
 POOLS = ("global", "micro", "device")
 # What is recomputed in the backward pass instead of kept:
@@ -36,15 +37,6 @@ POOLS = ("global", "micro", "device")
 REMATS = ("none", "attention", "block", "micro_batch", "both")
 # The blocks' policy of each, a key of `models.layers.REMAT_POLICIES`; otherwise they keep everything.
 BLOCK_REMAT = {"attention": "attention", "block": "full", "both": "full"}
-
-
-class TrainState(NamedTuple):
-    """`step` int32 scalar: optimiser steps done; `params` the parameter tree; `opt_state` of the
-    trainable parameters, as a flat dict by path."""
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,30 +53,6 @@ class LossConfig:
             raise ValueError(f"loss.kind is {self.kind!r}; expected one of {KINDS}")
         if self.pool not in POOLS:
             raise ValueError(f"loss.pool is {self.pool!r}; expected one of {POOLS}")
-
-
-def init_state(
-    params: Any, optimizer: optax.GradientTransformation, factors: Mapping[str, float | None]
-) -> TrainState:
-    """State before the first step; traceable, so that it can be made in its shards."""
-    trainable, _ = optim.split_params(sharding.flatten(params), factors)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
-
-
-def state_shardings(
-    abstract: TrainState, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.PARAM_RULES
-) -> TrainState:
-    """Where a state lives: optimiser moments beside their parameters, scalars everywhere."""
-    by_path = sharding.flatten(sharding.param_shardings(abstract.params, mesh, rules))
-
-    def place(path: Any, leaf: Any) -> jax.sharding.NamedSharding:
-        return by_path[path[-1].key] if leaf.ndim else sharding.replicated(mesh)
-
-    return TrainState(
-        step=sharding.replicated(mesh),
-        params=sharding.unflatten(by_path),
-        opt_state=jax.tree_util.tree_map_with_path(place, abstract.opt_state),
-    )
 
 
 class Pool(NamedTuple):
@@ -210,7 +178,7 @@ def build_step(
     model: Llave,
     mesh: jax.sharding.Mesh,
     optimizer: optax.GradientTransformation,
-    factors: Mapping[str, float | None],
+    lr_multipliers: Mapping[str, float | None],
     loss_config: LossConfig,
     remat: str = "none",
 ) -> TrainStep:
@@ -218,7 +186,7 @@ def build_step(
 
     Args:
       optimizer: over the flat dict of trainable parameters.
-      factors: path -> learning-rate factor of each parameter; None where it is frozen.
+      lr_multipliers: path -> learning-rate multiplier of each parameter; None where it is frozen.
       remat: one of REMATS.
 
     Raises:
@@ -226,14 +194,14 @@ def build_step(
     """
 
     def init(params: Any) -> TrainState:
-        return init_state(params, optimizer, factors)
+        return init_state(params, optimizer, lr_multipliers)
 
     abstract = jax.eval_shape(init, abstract_params(model))
     places = state_shardings(abstract, mesh)
     of_batch = sharding.batch_sharding(mesh, leading_axes=1)
     return TrainStep(
         run=jax.jit(
-            _train_step(make_loss(model, mesh, loss_config, remat), optimizer, factors),
+            _train_step(make_loss(model, mesh, loss_config, remat), optimizer, lr_multipliers),
             in_shardings=(places, of_batch, of_batch),
             out_shardings=(places, sharding.replicated(mesh)),
             donate_argnums=0,
@@ -264,13 +232,13 @@ def abstract_batch(
 def _train_step(
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
     optimizer: optax.GradientTransformation,
-    factors: Mapping[str, float | None],
+    lr_multipliers: Mapping[str, float | None],
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     def train_step(
         state: TrainState, batch: PackedBatch, target_ids: jax.Array | None
     ) -> tuple[TrainState, dict]:
         flat = sharding.flatten(state.params)
-        trainable, frozen = optim.split_params(flat, factors)
+        trainable, frozen = optim.split_params(flat, lr_multipliers)
 
         def trainable_loss(trainable: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
             return loss(sharding.unflatten({**flat, **trainable}), batch, target_ids)

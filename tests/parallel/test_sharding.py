@@ -10,7 +10,8 @@ from llave_jax.models.config import PRESETS
 from llave_jax.models.llave import Llave, abstract_params
 from llave_jax.parallel import sharding
 from llave_jax.parallel.sharding import PARAM_RULES, param_spec
-from llave_jax.training import optim, train_step
+from llave_jax.training import optim
+from llave_jax.training.state import init_state, state_shardings
 
 
 def mesh_of(data, fsdp, tensor):
@@ -32,10 +33,10 @@ def test_every_parameter_has_a_place(preset):
 def test_optimizer_state_lies_with_its_parameters():
     mesh = mesh_of(1, 4, 2)
     params = abstract_params(Llave(PRESETS["tiny"]))
-    factors = optim.rate_factors(list(sharding.flatten(params)), ((".*", 1.0),))
-    optimizer = optim.make_optimizer(1e-3, factors)
-    state = jax.eval_shape(lambda p: train_step.init_state(p, optimizer, factors), params)
-    places = train_step.state_shardings(state, mesh)
+    multipliers = optim.lr_multipliers(list(sharding.flatten(params)), ((".*", 1.0),))
+    optimizer = optim.make_optimizer(1e-3, multipliers)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, multipliers), params)
+    places = state_shardings(state, mesh)
     by_path = sharding.flatten(places.params)
     moments = [
         (path[-1].key, place)

@@ -13,7 +13,7 @@ import pytest
 from llave_jax.parallel import sharding
 from llave_jax.training import optim
 from llave_jax.training.checkpoint import Checkpoints
-from llave_jax.training.train_step import TrainState
+from llave_jax.training.state import TrainState
 
 PARAMS = {"a": {"kernel": np.ones((2, 3), np.float32)}, "b": np.ones(3, np.float32)}
 FACTORS = {"a/kernel": 1.0, "b": 0.5}

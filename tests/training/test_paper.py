@@ -115,8 +115,10 @@ def test_training_commands_make_a_run(arguments):
     assert config.model.path.startswith("models/")
     config.model.path = None
     llave = config_lib.model_config(config)
-    factors = optim.rate_factors(paths_of(llave), config.optim.rates)
-    assert any(factor is None for factor in factors.values()) != (config.optim.rates[0][0] == ".*")
+    multipliers = optim.lr_multipliers(paths_of(llave), config.optim.rates)
+    assert any(value is None for value in multipliers.values()) != (
+        config.optim.rates[0][0] == ".*"
+    )
     assert {"0.5b": 896, "2b": 1536, "7b": 3584}[preset[6:]] == llave.text.hidden_size
 
 

@@ -289,12 +289,12 @@ def test_misspelt_config_key_is_an_error():
 def test_rates_by_path():
     paths = ["vision_tower/x", "language_model/y", "image_newline"]
     rules = (("vision_tower/.*", None), ("language_model/.*", 0.1), (".*", 1.0))
-    factors = optim.rate_factors(paths, rules)
-    assert factors == {"vision_tower/x": None, "language_model/y": 0.1, "image_newline": 1.0}
+    multipliers = optim.lr_multipliers(paths, rules)
+    assert multipliers == {"vision_tower/x": None, "language_model/y": 0.1, "image_newline": 1.0}
     with pytest.raises(ValueError, match="'image_newline'; add one"):
-        optim.rate_factors(paths, rules[:2])
+        optim.lr_multipliers(paths, rules[:2])
     with pytest.raises(ValueError, match="decides no parameter"):
-        optim.rate_factors(paths, (*rules, ("projector/.*", 1.0)))
+        optim.lr_multipliers(paths, (*rules, ("projector/.*", 1.0)))
 
 
 def test_schedule():
@@ -306,9 +306,9 @@ def test_schedule():
 
 
 def test_rates_scale_updates():
-    factors = {"a/kernel": 1.0, "b/kernel": 0.1}
-    weights = {path: np.ones((2, 2), np.float32) for path in factors}
-    optimizer = optim.make_optimizer(0.5, factors, clip_norm=None)
+    multipliers = {"a/kernel": 1.0, "b/kernel": 0.1}
+    weights = {path: np.ones((2, 2), np.float32) for path in multipliers}
+    optimizer = optim.make_optimizer(0.5, multipliers, clip_norm=None)
     updates, _ = optimizer.update(weights, optimizer.init(weights), weights)
     np.testing.assert_allclose(updates["a/kernel"], -0.5, rtol=1e-5)
     np.testing.assert_allclose(updates["b/kernel"], -0.05, rtol=1e-5)

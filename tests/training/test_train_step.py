@@ -125,11 +125,11 @@ def run(golden_model, pairs, r):
         remat=train_step.BLOCK_REMAT.get(r.remat),
         freeze_vision=r.rules == FROZEN_VISION,
     )
-    factors = optim.rate_factors(list(sharding.flatten(golden_model.params)), r.rules)
-    optimizer = optax.chain(record_gradient(), optim.make_optimizer(LEARNING_RATE, factors))
+    multipliers = optim.lr_multipliers(list(sharding.flatten(golden_model.params)), r.rules)
+    optimizer = optax.chain(record_gradient(), optim.make_optimizer(LEARNING_RATE, multipliers))
     loss = train_step.LossConfig(alpha=9.0, temperature=0.02, pool=r.pool)
 
-    step = train_step.build_step(model, mesh, optimizer, factors, loss, r.remat)
+    step = train_step.build_step(model, mesh, optimizer, multipliers, loss, r.remat)
     places = jax.tree.map(lambda x: x.sharding, step.state)
     state = step.init(jax.device_put(golden_model.params, places.params))
     batch = sharding.device_put_batch(batch, mesh, leading_axes=1)

@@ -1,0 +1,70 @@
+"""The state of a training run between two steps, and where its arrays lie on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llave_jax.parallel import sharding
+from llave_jax.training import optim
+
+
+class TrainState(NamedTuple):
+    """What an optimiser step reads and replaces.
+
+    Attributes:
+      step: int32 scalar, optimiser steps done.
+      params: the parameter tree, float32.
+      opt_state: the optimiser's state of the trainable parameters, as a flat dict by path.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def init_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    lr_multipliers: Mapping[str, float | None],
+) -> TrainState:
+    """The state before the first step; traceable, so that it can be made in its shards.
+
+    Args:
+      params: the parameter tree.
+      optimizer: over the flat dict of trainable parameters.
+      lr_multipliers: by path, see `optim.lr_multipliers`.
+
+    Returns:
+      Step 0 and an optimiser that has seen no gradient.
+    """
+    trainable, _ = optim.split_params(sharding.flatten(params), lr_multipliers)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
+
+
+def state_shardings(
+    abstract: TrainState, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.PARAM_RULES
+) -> TrainState:
+    """The sharding of every array of a state.
+
+    Args:
+      abstract: shapes and dtypes of the state.
+
+    Returns:
+      Shardings in the state's structure: optimiser moments lie beside their parameters, scalars are
+      replicated.
+    """
+    by_path = sharding.flatten(sharding.param_shardings(abstract.params, mesh, rules))
+
+    def place(path: Any, leaf: Any) -> jax.sharding.NamedSharding:
+        return by_path[path[-1].key] if leaf.ndim else sharding.replicated(mesh)
+
+    return TrainState(
+        step=sharding.replicated(mesh),
+        params=sharding.unflatten(by_path),
+        opt_state=jax.tree_util.tree_map_with_path(place, abstract.opt_state),
+    )
