@@ -1,13 +1,133 @@
-"""Result files: written whole or not at all."""
+"""Files and directories that appear whole or not at all.
+
+Content goes to a temporary name beside the target, is synced to the disk, and the temporary name is
+renamed. A job that dies leaves the target as it was. The temporary file of a killed job is
+overwritten by the next write to the same target. Formats of files are the business of other modules.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 to a temporary name, then rename; makes the folder."""
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file whose library wants a path: the block writes to the path that it is given.
+
+    Args:
+      path: the file to make or replace; its directory is made.
+
+    Yields:
+      The temporary path, `partial_path(path)`. It takes the name `path` at the end of the block, and
+      is removed if the block raises.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    temporary = partial_path(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def partial_path(path: str | os.PathLike) -> Path:
+    """The temporary name of a file: hidden, and without the suffix by which readers find files."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Write one array as a .npy file, whole or not at all."""
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
+def write_arrays(path: str | os.PathLike, *, compress: bool = False, **arrays: np.ndarray) -> None:
+    """Write arrays under their names as a .npz file, whole or not at all."""
+    save = np.savez_compressed if compress else np.savez
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        save(file, **arrays)
+
+
+@contextlib.contextmanager
+def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """An empty directory beside `path`, on the same file system; removed at the end of the block.
+
+    A block that renames the directory keeps it: see `replace_directory`.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_directory(path: str | os.PathLike, new: Path) -> None:
+    """Rename the directory `new`, which lies beside `path`, to `path`.
+
+    What stood at `path` is removed once `new` is in its place, and put back if that fails.
+    """
+    path = Path(path).absolute()
+    if not path.exists():
+        new.rename(path)
+        return
+    old = new.with_suffix(".replaced")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def staged_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """A directory to fill, which takes the name `path` at the end of the block.
+
+    It replaces what stands at `path`: whether it may is for the caller to decide. If the block
+    raises, `path` stays as it was.
+    """
+    with scratch_directory(path) as staged:
+        yield staged
+        replace_directory(path, staged)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file's content, or a directory's names, to the disk."""
+    if path.is_dir():
+        # Windows and some network file systems cannot sync a directory. Its files are synced.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
