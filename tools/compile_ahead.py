@@ -19,6 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from absl import app, flags
 from ml_collections import config_flags
 
+from llave_jax.common.files import write_text
 from llave_jax.planning import compile_ahead
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The run: configs/NAME.py.")
@@ -47,8 +48,7 @@ def main(argv: list[str]) -> int:
             print(f"{_TOPOLOGY.value}: does not fit into memory\n{error}")
         return 1
     if _HLO.value:
-        with open(_HLO.value, "w") as file:
-            file.write(compiled.program.as_text())
+        write_text(_HLO.value, compiled.program.as_text())
     values = {"topology": _TOPOLOGY.value, **compile_ahead.report(compiled, training=training)}
     print(
         json.dumps(values) if _JSON.value else f"{_TOPOLOGY.value}: {compile_ahead.table(values)}"

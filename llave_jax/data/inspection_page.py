@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
+from llave_jax.common.files import write_text
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.anyres import best_canvas
 from llave_jax.inputs.images import image_size
@@ -56,9 +57,7 @@ def write_page(
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
 
 
 def _pair(source: PairSource, index: int, builder: SequenceBuilder) -> str:

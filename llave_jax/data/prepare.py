@@ -26,6 +26,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from llave_jax.common import files
 from llave_jax.common.progress import Progress
 from llave_jax.data.rows import Row
 from llave_jax.data.skips import SkipLog
@@ -157,35 +158,34 @@ def write_shard(source: MmebSource, shard: Shard, check_images: bool, skip: bool
         if _checksum(shard.path) == done["sha256"]:
             return done
     serializer = features()
-    temporary = shard.path.with_name(f".{shard.path.name}.partial")
-    writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     digest = hashlib.blake2b()
     kept, skipped = [], []
-    for index in shard.indices:
-        row_number = source.row_number(index)
-        try:
-            record = _record(source, index, row_number, check_images)
-        except ValueError as error:
-            if not skip:
-                raise
-            skipped.append((row_number, str(error)))
-            continue
-        serialized = serializer.serialize_example(serializer.encode_example(record))
-        digest.update(serialized)
-        writer.write(serialized)
-        kept.append((row_number, source.digest(index)))
-    writer.close()
-    _read_back(temporary, len(kept), digest.hexdigest())
-    record = {
-        "fingerprint": fingerprint,
-        "sha256": _checksum(temporary),
-        "bytes": temporary.stat().st_size,
-        "rows": [row for row, _ in kept],
-        "digests": [f"{value:016x}" for _, value in kept],
-        "skipped": skipped,
-    }
-    temporary.replace(shard.path)
-    _write_atomically(shard.record_path, json.dumps(record).encode())
+    with files.atomic_file(shard.path) as temporary:
+        writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+        for index in shard.indices:
+            row_number = source.row_number(index)
+            try:
+                record = _record(source, index, row_number, check_images)
+            except ValueError as error:
+                if not skip:
+                    raise
+                skipped.append((row_number, str(error)))
+                continue
+            serialized = serializer.serialize_example(serializer.encode_example(record))
+            digest.update(serialized)
+            writer.write(serialized)
+            kept.append((row_number, source.digest(index)))
+        writer.close()
+        _read_back(temporary, len(kept), digest.hexdigest())
+        record = {
+            "fingerprint": fingerprint,
+            "sha256": _checksum(temporary),
+            "bytes": temporary.stat().st_size,
+            "rows": [row for row, _ in kept],
+            "digests": [f"{value:016x}" for _, value in kept],
+            "skipped": skipped,
+        }
+    files.write_text(shard.record_path, json.dumps(record))
     return record
 
 
@@ -243,17 +243,14 @@ def _write_index(
     records = [_read_record(shard) for shard in shards]
     rows = np.array([row for record in records for row in record["rows"]], np.int64)
     digests = [int(value, 16) for record in records for value in record["digests"]]
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        path = Path(scratch) / "rows.npz"
-        kept = np.searchsorted(row_numbers, rows)
-        np.savez(
-            path,
-            row=rows,
-            digest=np.array(digests, np.uint64),
-            left_out=np.array(left_out, np.int64),
-            **{fact: values[kept] for fact, values in facts.items()},
-        )
-        path.replace(folder / f"rows-{split}.npz")
+    kept = np.searchsorted(row_numbers, rows)
+    files.write_arrays(
+        folder / f"rows-{split}.npz",
+        row=rows,
+        digest=np.array(digests, np.uint64),
+        left_out=np.array(left_out, np.int64),
+        **{fact: values[kept] for fact, values in facts.items()},
+    )
 
 
 def _write_description(folder: Path) -> None:
@@ -295,12 +292,6 @@ def _write_description(folder: Path) -> None:
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 # What a worker process writes from; set once, when it starts.

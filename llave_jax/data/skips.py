@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from llave_jax.common.files import write_text
 from llave_jax.data.rows import EMPTY_SIDE
 
 
@@ -99,6 +100,6 @@ class SkipLog:
         text = self.path.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
         if complete != text:  # a run was killed while it wrote the last line
-            self.path.write_text(complete, encoding="utf-8")
+            write_text(self.path, complete)
         rows = [json.loads(line) for line in complete.splitlines()]
         return [f"{row['subset']}:{row['row']}" for row in rows]

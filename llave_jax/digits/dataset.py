@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ import PIL.Image
 import pyarrow
 import pyarrow.parquet
 
+from llave_jax.common.files import replace_directory, scratch_directory
 from llave_jax.digits import scenes as S
 from llave_jax.evaluation.mmeb_data import DatasetInfo
 
@@ -100,16 +100,12 @@ def build(directory: str | os.PathLike, *, seed: int = 0, sizes: Sizes | None = 
     built = {"version": VERSION, "seed": seed, "sizes": dataclasses.asdict(sizes)}
     if _read_marker(directory) == built:
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
-        new = Path(scratch) / "new"
+    with scratch_directory(directory) as new:
         _write(new, seed, sizes)
         (new / "digits.json").write_text(json.dumps(built, indent=1) + "\n", encoding="utf-8")
-        # Another process may have been faster, or an older version may stand there.
+        # Another process may have been faster.
         if _read_marker(directory) != built:
-            if directory.exists():
-                directory.rename(Path(scratch) / "old")
-            new.rename(directory)
+            replace_directory(directory, new)
     return directory
 
 

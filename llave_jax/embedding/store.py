@@ -27,6 +27,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from llave_jax.common.files import atomic_file, partial_path, write_text
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -87,7 +89,7 @@ class Store:
             self._lock()
             # Left by a job that was killed, or by this one if it fails.
             for name in ("embeddings.npy", "ids.jsonl", "skipped.jsonl", "progress.jsonl"):
-                temporary = _temporary(self._directory / name)
+                temporary = partial_path(self._directory / name)
                 self._closing.callback(temporary.unlink, missing_ok=True)
             self._load()
             self._ids = self._list("ids.jsonl")
@@ -159,9 +161,11 @@ class Store:
             self._write_log()
         self._ids.close()
         self._skipped.close()
-        _temporary(self._directory / "ids.jsonl").replace(self._directory / "ids.jsonl")
+        partial_path(self._directory / "ids.jsonl").replace(self._directory / "ids.jsonl")
         if self.num_skipped:
-            _temporary(self._directory / "skipped.jsonl").replace(self._directory / "skipped.jsonl")
+            partial_path(self._directory / "skipped.jsonl").replace(
+                self._directory / "skipped.jsonl"
+            )
         else:
             (self._directory / "skipped.jsonl").unlink(missing_ok=True)
         if self._data is None:
@@ -182,8 +186,7 @@ class Store:
         self._data = None
 
     def _write_in_order(self, chunks: Iterable[Chunk], total: int) -> None:
-        temporary = _temporary(self._final)
-        with open(temporary, "wb") as file:
+        with atomic_file(self._final) as temporary, temporary.open("wb") as file:
             file.write(_header(total, self._dimension))
             for chunk in chunks:
                 self._data.seek(self._offset(chunk.first_row))
@@ -192,8 +195,6 @@ class Store:
                     part = self._data.read(min(left, _COPY_BYTES))
                     file.write(part)
                     left -= len(part)
-            _sync(file)
-        temporary.replace(self._final)
 
     def _lock(self) -> None:
         """Two jobs that write to one directory would mix their vectors."""
@@ -213,7 +214,7 @@ class Store:
 
     def _list(self, name: str) -> IO[str]:
         """A list that is written anew and takes its name in `finish`."""
-        path = _temporary(self._directory / name)
+        path = partial_path(self._directory / name)
         # Half a surrogate pair, which JSON can hold, is written as JSON escapes it.
         return self._closing.enter_context(
             open(path, "w", encoding="utf-8", errors="backslashreplace")
@@ -294,15 +295,11 @@ class Store:
         """progress.jsonl with the lines that count, open for more."""
         if self._log is not None:
             self._log.close()
-        temporary = _temporary(self._progress)
-        file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115
-        self._log = self._closing.enter_context(file)
-        self._log.write(_json_line(self._heading))
+        lines = [_json_line(self._heading)]
         for index in sorted(self.chunks):
-            entry = {"chunk": index, **dataclasses.asdict(self.chunks[index])}
-            self._log.write(_json_line(entry))
-        _sync(self._log)
-        temporary.replace(self._progress)
+            lines.append(_json_line({"chunk": index, **dataclasses.asdict(self.chunks[index])}))
+        write_text(self._progress, "".join(lines))
+        self._log = self._closing.enter_context(self._progress.open("a", encoding="utf-8"))
 
     def _offset(self, row: int) -> int:
         return len(_header(0, self._dimension)) + 4 * self._dimension * row
@@ -356,10 +353,6 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 def _json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
 
 
 def _sync(file: IO) -> None:

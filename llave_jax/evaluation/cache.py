@@ -20,6 +20,7 @@ import safetensors
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
+from llave_jax.common.files import atomic_file
 from llave_jax.inputs.item import ImageLike, Item
 
 if TYPE_CHECKING:
@@ -200,9 +201,9 @@ class EmbeddingCache:
             return
         # A name of its own: two evaluations may share the cache.
         path = self._directory / f"{uuid.uuid4().hex}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        save_file({"keys": key_array, "embeddings": np.ascontiguousarray(embeddings)}, temporary)
-        temporary.replace(path)
+        arrays = {"keys": key_array, "embeddings": np.ascontiguousarray(embeddings)}
+        with atomic_file(path) as temporary:
+            save_file(arrays, temporary)
         self._register(key_array, path)
 
     def gather(self, keys: Sequence[bytes]) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llave_jax.common.files import write_text
+from llave_jax.common.files import write_arrays, write_text
 from llave_jax.evaluation import mmeb_data
 from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed, from_first_process
 from llave_jax.evaluation.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, EvalImages
@@ -179,14 +179,13 @@ def _prediction_rows(dataset: EvalDataset, result: DatasetResult) -> list[dict]:
 
 def _write_scores(path: Path, result: DatasetResult) -> None:
     """All rows in one file: `scores`, `candidates` [total] and `offsets` int64 [rows + 1]."""
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(
-        temporary,
+    write_arrays(
+        path,
+        compress=True,
         scores=np.concatenate(result.scores),
         candidates=np.concatenate(result.candidates),
         offsets=np.cumsum([0, *map(len, result.scores)]),
     )
-    temporary.replace(path)
 
 
 def read_scores(path: str | os.PathLike, values: str = "scores") -> tuple[np.ndarray, ...]:

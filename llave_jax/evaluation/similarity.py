@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llave_jax.common.files import write_text
+from llave_jax.common.files import atomic_file, write_text
 from llave_jax.evaluation import published
 from llave_jax.evaluation.mmeb import read_scores
 from llave_jax.evaluation.results import align
@@ -183,12 +183,9 @@ def plot_histograms(stats: Mapping[str, SimilarityStats], path: str | os.PathLik
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=3, frameon=False)
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    # Without the version of matplotlib in it, the same numbers give the same file.
-    figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        # Without the version of matplotlib in it, the same numbers give the same file.
+        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
 
 
 def _draw_panel(axes: Axes, label: str, stats: SimilarityStats) -> None:

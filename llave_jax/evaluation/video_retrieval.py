@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llave_jax.common.files import write_text
+from llave_jax.common.files import write_array, write_text
 from llave_jax.evaluation import published
 from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed, from_first_process
 from llave_jax.evaluation.results import align
@@ -108,9 +108,7 @@ def evaluate_video(
         record_run(output_dir, dataset.name, None)
         scores = {"text_to_video": result.text_to_video, "video_to_text": result.video_to_text}
         write_text(output_dir / f"{dataset.name}_score.json", json.dumps(scores, indent=2) + "\n")
-        temporary = output_dir / f"{dataset.name}_similarity.tmp.npy"
-        np.save(temporary, similarity)
-        temporary.replace(output_dir / f"{dataset.name}_similarity.npy")
+        write_array(output_dir / f"{dataset.name}_similarity.npy", similarity)
         record_run(output_dir, dataset.name, settings)
     return result
 

@@ -92,7 +92,7 @@ class TrainingEvaluation:
             for name, entry in last.items()
         ]
         table = "precision@1 in percent\n" + align(rows)
-        (self._workdir / "results.txt").write_text(table + "\n")
+        write_text(self._workdir / "results.txt", table + "\n")
         stats = {"trained": self._similarity(last_step, list(last))}
         if last.keys() <= first.keys():
             stats = {"untrained": self._similarity(0, list(last)), **stats}

@@ -15,6 +15,7 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
+from llave_jax.common.files import staged_directory
 from llave_jax.common.progress import Progress
 from llave_jax.inputs.chat import IMAGE_MARKER
 from llave_jax.models import parameters as names
@@ -110,7 +111,8 @@ def convert_from_hf(
     model_dir.check_tokenizer_files(source)
     plan = make_plan(weights, model)
     _warn_of_tokens_without_embedding(source, model.config)
-    with model_dir.staged_directory(output, overwrite=overwrite, keep=source) as staged:
+    model_dir.check_output(output, overwrite=overwrite, keep=source)
+    with staged_directory(output) as staged:
         _write_parameters(staged / model_dir.WEIGHTS, weights, plan, model.config, show_progress)
         if plan.carried:
             _write_carried(staged / model_dir.CARRIED, weights, plan.carried)

@@ -12,18 +12,17 @@ are the latest of RUN/checkpoints. The functions that load take either.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llave_jax.common.files import staged_directory
 from llave_jax.models import parameters as names
 from llave_jax.models.config import LlaveConfig
 from llave_jax.weights.safetensors_io import (
@@ -266,7 +265,8 @@ def write_model_dir(
     """
     if source is None and tokenizer is None:
         raise ValueError("give a tokenizer, or the source model to take it from")
-    with staged_directory(Path(path), overwrite=overwrite) as staged:
+    check_output(Path(path), overwrite=overwrite)
+    with staged_directory(path) as staged:
         write_config(staged, config)
         if params is not None:
             _write_params(staged / WEIGHTS, config, params)
@@ -338,14 +338,11 @@ def same_tokenizer(first: Path, second: Path) -> bool:
     return contents(first) == contents(second)
 
 
-@contextlib.contextmanager
-def staged_directory(
-    path: Path, *, overwrite: bool = False, keep: Path | None = None
-) -> Iterator[Path]:
-    """A new directory beside `path` to write into, renamed to `path` at the end; removed instead
-    if anything goes wrong.
+def check_output(path: Path, *, overwrite: bool = False, keep: Path | None = None) -> None:
+    """Check that a model may be written to a directory.
 
     Args:
+      path: the directory.
       overwrite: an existing `path` may be replaced, if it holds a model (a config.json).
       keep: a directory that must neither be replaced nor contain `path`, the source.
 
@@ -363,29 +360,3 @@ def staged_directory(
         raise FileExistsError(f"{path} exists; choose another output, or give --overwrite")
     if taken and not (path / CONFIG).is_file():
         raise FileExistsError(f"{path} holds no model (no config.json) and is not overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        mask = os.umask(0)
-        os.umask(mask)
-        staged.chmod(0o777 & ~mask)
-        yield staged
-        if taken:
-            _replace(path, staged)
-        else:
-            staged.rename(path)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-
-
-def _replace(path: Path, new: Path) -> None:
-    """Put directory `new` in the place of `path`, which stays if that fails."""
-    old = new.with_suffix(".replaced")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)

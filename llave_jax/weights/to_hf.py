@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from llave_jax.common.files import staged_directory
 from llave_jax.common.progress import Progress
 from llave_jax.models import parameters as names
 from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig
@@ -159,9 +160,8 @@ def convert_to_hf(
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
     model = _Model(source)
-    with model_dir.staged_directory(
-        Path(output), overwrite=overwrite, keep=model.directory
-    ) as staged:
+    model_dir.check_output(Path(output), overwrite=overwrite, keep=model.directory)
+    with staged_directory(output) as staged:
         if layout == model.origin.layout:
             same = _write_original(staged, model, show_progress)
         else:

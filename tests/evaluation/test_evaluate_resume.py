@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llave_jax.common.files import partial_path
 from llave_jax.evaluation import mmeb, mmeb_data
 from llave_jax.evaluation.cache import EmbeddingCache, item_key
 from tests.evaluation.fake_encoder import HashEncoder, hash_vector
@@ -129,7 +130,7 @@ def test_a_broken_shard_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{shard.name}: not a readable shard"):
         EmbeddingCache(tmp_path / "cache", "model")
     # What a killed writer leaves behind is no shard.
-    shard.rename(shard.with_suffix(".tmp"))
+    shard.rename(partial_path(shard))
     assert len(EmbeddingCache(tmp_path / "cache", "model")) == 0
 
 
