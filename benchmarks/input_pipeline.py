@@ -34,11 +34,13 @@ import transformers
 from llave_jax.data.pipeline import train_iterator
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs import anyres, chat
+from llave_jax.inputs.batch import Budget
+from llave_jax.inputs.config import InputSpec
 from llave_jax.inputs.images import load_image
 from llave_jax.inputs.item import Item, Pair
-from llave_jax.inputs.packing import Budget, Packer
+from llave_jax.inputs.packing import Packer
 from llave_jax.inputs.sequence import SequenceBuilder
-from llave_jax.models.config import PRESETS, LlaveConfig
+from llave_jax.models.config import PRESETS
 from llave_jax.planning import workload
 
 TEXT = "a red tram stands beside the old harbour wall while two people walk their dog at dawn"
@@ -117,8 +119,8 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def budget_for(config: LlaveConfig, pairs: int) -> Budget:
-    sizes = workload.sample_pairs(config, 2000)
+def budget_for(spec: InputSpec, pairs: int) -> Budget:
+    sizes = workload.sample_pairs(spec, 2000)
     rows = -(-int(1.1 * pairs * sizes.lengths.sum(1).mean()) // 4096)
     crops = int(1.1 * pairs * sizes.crops.sum(1).mean())
     return Budget(rows=max(rows, 4), row_length=4096, crops=max(crops, 10), groups=pairs)
@@ -126,16 +128,16 @@ def budget_for(config: LlaveConfig, pairs: int) -> Budget:
 
 def compare(source: MixedPairs, builder: SequenceBuilder, repeats: int) -> None:
     """One core: our path by stages, then the peer's on the same items."""
-    config = builder.config
+    spec = builder.spec
     items = [item for i in range(len(source)) for item in (source[i].query, source[i].target)]
     images = [image for item in items for image in item.images]
     decoded = [load_image(image) for image in images]
     sequences = [builder(item) for item in items]
-    size, side = config.vision.image_size, config.vision.patches_per_side
-    budget = budget_for(config, 8)
+    layout = (spec.config, spec.crop)
+    budget = budget_for(spec, 8)
 
     def pack() -> None:
-        packer = Packer(budget, 1, config)
+        packer = Packer(budget, 1, spec.crop)
         for query, target in zip(sequences[::2], sequences[1::2], strict=True):
             if not packer.add([query, target]):
                 packer.emit()
@@ -145,8 +147,8 @@ def compare(source: MixedPairs, builder: SequenceBuilder, repeats: int) -> None:
     tokenizer = builder.tokenizer
     stages = {
         "decode": lambda: [load_image(image) for image in images],
-        "resize and tile": lambda: [anyres.image_crops(i, config.inputs, size) for i in decoded],
-        "layout": lambda: [anyres.image_taps(*i.size, config.inputs, size, side) for i in decoded],
+        "resize and tile": lambda: [anyres.image_crops(i, *layout) for i in decoded],
+        "layout": lambda: [anyres.image_taps(*i.size, *layout) for i in decoded],
         "tokenise": lambda: [chat.chat_ids(tokenizer, content) for content in contents],
         "all of a sequence": lambda: [builder(item) for item in items],
         "pack": pack,
@@ -178,12 +180,12 @@ def compare_peers(source, items, images, builder, repeats, ours) -> None:
             return type(argument)
 
     torch.set_num_threads(1)
-    for name, image_processor in peers(builder.config):
+    for name, image_processor in peers(builder.spec):
         processor = Peer(
             image_processor=image_processor,
             tokenizer=builder.tokenizer,
             video_processor=None,
-            num_image_tokens=builder.config.vision.num_patches,
+            num_image_tokens=builder.spec.crop.num_patches,
             vision_feature_select_strategy="full",
             image_token="<image>",
         )
@@ -196,19 +198,19 @@ def compare_peers(source, items, images, builder, repeats, ours) -> None:
 
         seconds = cpu_seconds(run, repeats)
         report(f"LlavaOnevisionProcessor, {name}", seconds, len(images), len(source), ours)
-        print(f"  {same_crops(images, image_processor, builder.config)}")
+        print(f"  {same_crops(images, image_processor, builder.spec)}")
 
 
-def peers(config: LlaveConfig) -> list[tuple[str, object]]:
-    size = {"height": config.vision.image_size, "width": config.vision.image_size}
-    options = {"size": size, "image_grid_pinpoints": [list(p) for p in config.inputs.pinpoints]}
+def peers(spec: InputSpec) -> list[tuple[str, object]]:
+    size = {"height": spec.crop.size, "width": spec.crop.size}
+    options = {"size": size, "image_grid_pinpoints": [list(p) for p in spec.config.pinpoints]}
     found = [("Pillow", transformers.LlavaOnevisionImageProcessorPil(**options))]
     if transformers.utils.is_torchvision_available():
         found.append(("torchvision", transformers.LlavaOnevisionImageProcessor(**options)))
     return found
 
 
-def same_crops(images: list[bytes], image_processor, config: LlaveConfig) -> str:
+def same_crops(images: list[bytes], image_processor, spec: InputSpec) -> str:
     """How many uint8 crops of the peer equal ours."""
     equal = total = largest = 0
     for data in images:
@@ -216,7 +218,7 @@ def same_crops(images: list[bytes], image_processor, config: LlaveConfig) -> str
         pixels = np.asarray(image_processor(image, return_tensors="np")["pixel_values"])[0]
         mean, std = np.float32(image_processor.image_mean), np.float32(image_processor.image_std)
         theirs = np.rint((np.moveaxis(pixels, 1, -1) * std + mean) * 255).astype(int)
-        ours = anyres.image_crops(image, config.inputs, config.vision.image_size).astype(int)
+        ours = anyres.image_crops(image, spec.config, spec.crop).astype(int)
         difference = np.abs(theirs[: len(ours)] - ours).reshape(len(ours), -1).max(1)
         equal += int((difference == 0).sum())
         total += len(ours)
@@ -231,7 +233,7 @@ def scale(source: MixedPairs, builder: SequenceBuilder, workers: list[int], pair
     """
     for count in workers:
         iterator = train_iterator(
-            source, builder, budget_for(builder.config, 8), seed=0, num_shards=1, num_workers=count
+            source, builder, budget_for(builder.spec, 8), seed=0, num_shards=1, num_workers=count
         )
         for _ in range(3):
             next(iterator)
@@ -263,7 +265,7 @@ def memory(builder: SequenceBuilder, rows: int, workers: int) -> None:
     Of this process, and of each of its worker processes (pages they share count in each).
     """
     source = MixedPairs(rows, 4, shrink=8)
-    budget = budget_for(builder.config, 8)
+    budget = budget_for(builder.spec, 8)
     iterator = train_iterator(
         source, builder, budget, seed=0, num_shards=1, epochs=1, num_workers=workers
     )
@@ -288,8 +290,10 @@ def resident() -> str:
 
 def make_builder(name: str, tokenizer: Path | None) -> SequenceBuilder:
     if tokenizer is None:
-        return SequenceBuilder(words_tokenizer(), PRESETS[name])
-    return SequenceBuilder(transformers.AutoTokenizer.from_pretrained(tokenizer), PRESETS[name])
+        return SequenceBuilder(words_tokenizer(), PRESETS[name].input_spec)
+    return SequenceBuilder(
+        transformers.AutoTokenizer.from_pretrained(tokenizer), PRESETS[name].input_spec
+    )
 
 
 def words_tokenizer() -> transformers.PreTrainedTokenizerFast:

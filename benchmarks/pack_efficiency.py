@@ -23,7 +23,7 @@ import numpy as np
 
 from configs import gpu_h100, llave_0_5b, llave_7b, tpu_v4
 from llave_jax import config as config_lib
-from llave_jax.inputs.packing import Budget
+from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import PRESETS
 from llave_jax.ops import gpu_attention, tpu_attention
 from llave_jax.planning import workload
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=4, help="devices of a process")
     parser.add_argument("--row-lengths", action="store_true", help="compare lengths of rows")
     args = parser.parse_args()
-    sizes = workload.sample_pairs(PRESETS["llave-0.5b"], args.pairs)
+    sizes = workload.sample_pairs(PRESETS["llave-0.5b"].input_spec, args.pairs)
     print(
         f"{args.pairs} pairs: mean {sizes.lengths.sum(1).mean():.0f} tokens and "
         f"{sizes.crops.sum(1).mean():.2f} crops a pair, longest {sizes.lengths.max()}"

@@ -18,10 +18,12 @@ import jax
 import numpy as np
 import PIL.Image
 
+from llave_jax.inputs.batch import Budget
+from llave_jax.inputs.config import grid_pinpoints
 from llave_jax.inputs.item import Item
-from llave_jax.inputs.packing import Budget, Packer
-from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder
-from llave_jax.models.config import LlaveConfig, grid_pinpoints
+from llave_jax.inputs.packing import Packer
+from llave_jax.inputs.sequence import VISUAL_SLOT, SequenceBuilder, TokenSequence
+from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf
@@ -81,7 +83,7 @@ def save(model, directory: Path, **options) -> Path:
     return directory
 
 
-def torch_stages(model, sequence: Sequence, item: Item) -> dict[str, np.ndarray]:
+def torch_stages(model, sequence: TokenSequence, item: Item) -> dict[str, np.ndarray]:
     """transformers' results for a sequence of ours with one image or video, or none."""
     import torch
 
@@ -107,7 +109,7 @@ def torch_stages(model, sequence: Sequence, item: Item) -> dict[str, np.ndarray]
     return stages
 
 
-def our_stages(config: LlaveConfig, params: dict, sequence: Sequence) -> dict[str, np.ndarray]:
+def our_stages(config: LlaveConfig, params: dict, sequence: TokenSequence) -> dict[str, np.ndarray]:
     """The same results from the converted model."""
     budget = Budget(
         rows=1,
@@ -117,7 +119,7 @@ def our_stages(config: LlaveConfig, params: dict, sequence: Sequence) -> dict[st
         sides=1,
         taps=sequence.taps.width,
     )
-    packer = Packer(budget, 1, config)
+    packer = Packer(budget, 1, config.vision.crop)
     if not packer.add([sequence]):
         raise ValueError(f"a batch for {len(sequence)} tokens does not take them")
     batch, _ = packer.emit()
@@ -169,7 +171,7 @@ def main() -> None:
     try:
         model = random_model(values.size)
         config = convert_from_hf(save(model, work / "hf"), work / "converted")
-        builder = SequenceBuilder(model_dir.load_tokenizer(work / "converted"), config)
+        builder = SequenceBuilder(model_dir.load_tokenizer(work / "converted"), config.input_spec)
         sequences = {name: builder(item) for name, item in items(config.vision.image_size).items()}
         theirs = {
             name: torch_stages(model, sequences[name], item)

@@ -32,7 +32,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from llave_jax.inputs.packing import Budget  # noqa: E402
+from llave_jax.inputs.batch import Budget  # noqa: E402
 from llave_jax.models.config import PRESETS, LlaveConfig  # noqa: E402
 from llave_jax.ops import tpu_attention  # noqa: E402
 from llave_jax.planning import chips, compile_ahead, workload  # noqa: E402
@@ -54,7 +54,7 @@ def main() -> None:
     config = PRESETS[args.model]
     budget = Budget(4, args.row_length, crops=40, groups=8)
     packing = workload.simulate(
-        workload.sample_pairs(config, 2000), budget, compile_ahead.SHARDS_PER_PROCESS
+        workload.sample_pairs(config.input_spec, 2000), budget, compile_ahead.SHARDS_PER_PROCESS
     )
     rows = {
         "causal": packing.segment_ids.reshape(-1, args.row_length)[:64],

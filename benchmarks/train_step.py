@@ -24,8 +24,9 @@ import numpy as np
 
 from llave_jax.embedding.embedding_step import build_embedding_step
 from llave_jax.inputs.anyres import image_taps
-from llave_jax.inputs.packing import Budget, PackedBatch, Packer, stack_batches
-from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence
+from llave_jax.inputs.batch import Budget, PackedBatch, stack_batches
+from llave_jax.inputs.packing import Packer
+from llave_jax.inputs.sequence import VISUAL_SLOT, TokenSequence
 from llave_jax.inputs.taps import newlines
 from llave_jax.models.config import PRESETS, LlaveConfig
 from llave_jax.models.llave import Llave, example_batch
@@ -91,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_pair(config: LlaveConfig, seed: int) -> tuple[Sequence, Sequence]:
+def random_pair(config: LlaveConfig, seed: int) -> tuple[TokenSequence, TokenSequence]:
     """Query and target of MMEB's sizes with random content."""
     rng = np.random.default_rng(seed)
     shares = np.array([subset.rows for subset in workload.SUBSETS.values()], float)
@@ -99,25 +100,29 @@ def random_pair(config: LlaveConfig, seed: int) -> tuple[Sequence, Sequence]:
     return random_side(config, subset.query, rng), random_side(config, subset.target, rng)
 
 
-def random_side(config: LlaveConfig, side: workload.Side, rng: np.random.Generator) -> Sequence:
+def random_side(
+    config: LlaveConfig, side: workload.Side, rng: np.random.Generator
+) -> TokenSequence:
     vision = config.vision
     size = vision.image_size
     text = rng.integers(1, config.text.vocab_size - 8, workload.CHAT_TOKENS + round(side.text))
     if side.images is None:
-        return Sequence(text.astype(np.int32), np.zeros((0, size, size, 3), np.uint8), newlines(0))
+        return TokenSequence(
+            text.astype(np.int32), np.zeros((0, size, size, 3), np.uint8), newlines(0)
+        )
     shares = [share for *_, share in side.images]
     width, height, _ = side.images[rng.choice(len(shares), p=shares)]
-    taps = image_taps(width, height, config.inputs, size, vision.patches_per_side)
-    _, count = workload.image_cost(width, height, config)
+    taps = image_taps(width, height, config.inputs, config.vision.crop)
+    _, count = workload.image_cost(width, height, config.input_spec)
     tokens = np.concatenate([np.full(taps.shape, VISUAL_SLOT), text]).astype(np.int32)
     crops = rng.integers(0, 256, (count, size, size, 3), np.uint8)
-    return Sequence(tokens, crops, taps, name=f"{width}x{height}")
+    return TokenSequence(tokens, crops, taps, name=f"{width}x{height}")
 
 
 def pack(config: LlaveConfig, pairs: list, args: argparse.Namespace) -> PackedBatch:
     """All pairs in micro-batches of one row, as long as the longest needs: arrays [M, 1, ...]."""
 
-    def tokens(pair: tuple[Sequence, Sequence]) -> int:
+    def tokens(pair: tuple[TokenSequence, TokenSequence]) -> int:
         return sum(len(s) for s in pair)
 
     # Dealt by size, so that none is much longer than the others.
@@ -126,7 +131,7 @@ def pack(config: LlaveConfig, pairs: list, args: argparse.Namespace) -> PackedBa
     longest = max(sum(map(tokens, part)) for part in parts)
     crops = max(sum(len(s.crops) for pair in part for s in pair) for part in parts)
     budget = Budget(1, -(-longest // ROW_TILE) * ROW_TILE, crops, max(map(len, parts)))
-    packers = [Packer(budget, 1, config) for _ in parts]
+    packers = [Packer(budget, 1, config.vision.crop) for _ in parts]
     for packer, part in zip(packers, parts, strict=True):
         if not all(packer.add(pair) for pair in part):
             raise ValueError(f"a micro-batch does not fit {budget}")
@@ -249,7 +254,7 @@ def torch_model(config: LlaveConfig):
     )
 
 
-def torch_inputs(model, sequences: list[Sequence], device: str) -> dict:
+def torch_inputs(model, sequences: list[TokenSequence], device: str) -> dict:
     """Sequences padded on the right to the longest, their crops to the most."""
     import torch
 

@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from llave_jax.inputs.anyres import image_taps
-from llave_jax.inputs.packing import Budget
-from llave_jax.models.config import PRESETS, LlaveConfig, grid_pinpoints
+from llave_jax.inputs.anyres import largest_image
+from llave_jax.inputs.batch import Budget
+from llave_jax.inputs.config import grid_pinpoints
+from llave_jax.models.config import PRESETS, LlaveConfig
 
 log = logging.getLogger(__name__)
 
@@ -279,13 +280,9 @@ def check_budget(config: Config, llave_config: LlaveConfig, shards: int) -> None
       ValueError: with `data.on_error` "raise", no room for the longest sequence, for the image of most
         crops or for its taps; it says which number to change, and to what.
     """
-    inputs, vision = llave_config.inputs, llave_config.vision
+    inputs = llave_config.inputs
     budget = batch_budget(config, shards)
-    crops = 1 + max((h * w // vision.image_size**2 for h, w in inputs.pinpoints), default=0)
-    taps = max(
-        image_taps(w, h, inputs, vision.image_size, vision.patches_per_side).width
-        for h, w in inputs.pinpoints or [(vision.image_size, vision.image_size)]
-    )
+    crops, taps = largest_image(inputs, llave_config.vision.crop)
     short = []
     if inputs.max_length > budget.row_length:
         short.append(

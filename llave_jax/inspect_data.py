@@ -40,7 +40,7 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
     workdir.mkdir(parents=True, exist_ok=True)
     data_path, tokenizer_path = train.locate_data(config, workdir)
     tokenizer = train.load_tokenizer(config, tokenizer_path)
-    builder = SequenceBuilder(tokenizer, config_lib.model_config(config))
+    builder = SequenceBuilder(tokenizer, config_lib.model_config(config).input_spec)
     source = train.open_training_source(config, data_path)
     sides = 3 if config.loss.hard_negatives else 2
     measured = {}

@@ -39,6 +39,7 @@ from llave_jax.data.sources import (
 from llave_jax.digits import dataset as digits
 from llave_jax.digits import tokenizer as digits_tokenizer
 from llave_jax.evaluation.mmeb_data import DatasetInfo
+from llave_jax.inputs.chat import check_vocabulary
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import example_batch
@@ -71,7 +72,7 @@ def train(config: Config, workdir: Path) -> None:
     data_path, tokenizer_path = locate_data(config, workdir)
     llave_config = config_lib.model_config(config)
     tokenizer = load_tokenizer(config, tokenizer_path)
-    check_vocabulary(tokenizer, llave_config)
+    check_vocabulary(tokenizer, llave_config.text.vocab_size)
     config_lib.check_budget(config, llave_config, sharding.num_shards(mesh))
     if first_process:
         record_model(config, llave_config, tokenizer_path, workdir)
@@ -82,7 +83,7 @@ def train(config: Config, workdir: Path) -> None:
         left_out = listed(source.left_out)
         log.info("skipped %d rows: %s (%s)", len(left_out), EMPTY_SIDE, by_subset(left_out))
     iterator = make_iterator(
-        config, source, SequenceBuilder(tokenizer, llave_config), mesh, workdir
+        config, source, SequenceBuilder(tokenizer, llave_config.input_spec), mesh, workdir
     )
 
     training = setup.build_training(config, llave_config, mesh, total_steps)
@@ -187,16 +188,6 @@ def load_tokenizer(config: Config, tokenizer_path: Path | None) -> Any:
             "with a Qwen2 tokenizer"
         )
     return transformers.AutoTokenizer.from_pretrained(tokenizer_path)
-
-
-def check_vocabulary(tokenizer: Any, llave_config: LlaveConfig) -> None:
-    """Raises ValueError for tokens without an embedding: the first of them would make the loss NaN."""
-    tokens, embeddings = max(tokenizer.get_vocab().values()) + 1, llave_config.text.vocab_size
-    if tokens > embeddings:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path} has {tokens} tokens, the model has embeddings "
-            f"for {embeddings}; name a tokenizer that belongs to the model (config.model.tokenizer)"
-        )
 
 
 def record_model(

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 
 from llave_jax.inputs import chat, video
 from llave_jax.inputs.anyres import best_canvas
+from llave_jax.inputs.batch import Budget
+from llave_jax.inputs.config import grid_pinpoints
 from llave_jax.inputs.item import Item, missing_image
-from llave_jax.inputs.packing import Budget, Packer
+from llave_jax.inputs.packing import Packer
 from llave_jax.inputs.sequence import VISUAL_SLOT, SequenceBuilder
-from llave_jax.models.config import grid_pinpoints
 from llave_jax.models.llave import Llave
 
 EMBEDDING_TOLERANCE = 1e-5  # absolute; the reference's own float32 noise is 5e-6
@@ -90,7 +91,9 @@ def case_config(config, name):
 
 def build(golden_model, case, golden):
     config = case_config(golden_model.config, case["name"])
-    return config, SequenceBuilder(golden_model.tokenizer, config)(make_item(case, golden))
+    return config, SequenceBuilder(golden_model.tokenizer, config.input_spec)(
+        make_item(case, golden)
+    )
 
 
 def pack_alone(sequence, config):
@@ -105,7 +108,7 @@ def pack_alone(sequence, config):
     )
     if len(sequence.crops) > budget.crops:
         budget = dataclasses.replace(budget, crops=16)
-    packer = Packer(budget, 1, config)
+    packer = Packer(budget, 1, config.vision.crop)
     assert packer.add([sequence])
     return packer.emit()[0]
 
@@ -164,13 +167,23 @@ def test_case(name, golden, golden_model, cases, embeddings, pixels):
 def crop_hashes(item, config):
     """sha256 of each image's crops as the reference stores them: uint8 [n, 3, S, S]."""
     from llave_jax.inputs import anyres
+    from llave_jax.inputs.crops import resize_to_crop
     from llave_jax.inputs.images import load_image
 
-    size = config.vision.image_size
     if item.video is not None:
-        groups = [np.stack([anyres.squash(frame.convert("RGB"), size) for frame in item.video])]
+        groups = [
+            np.stack(
+                [
+                    resize_to_crop(frame.convert("RGB"), config.vision.image_size)
+                    for frame in item.video
+                ]
+            )
+        ]
     else:
-        groups = [anyres.image_crops(load_image(path), config.inputs, size) for path in item.images]
+        groups = [
+            anyres.image_crops(load_image(path), config.inputs, config.vision.crop)
+            for path in item.images
+        ]
     return [
         hashlib.sha256(np.ascontiguousarray(g.transpose(0, 3, 1, 2)).tobytes()).hexdigest()
         for g in groups
@@ -209,7 +222,7 @@ def test_batch(batch, golden, golden_model, cases, embeddings):
     members = [m for m in info["members"] if m not in IMAGE_IN_FRONT]
     sequences = [build(golden_model, cases[m], golden)[1] for m in members]
     budget = Budget(rows=2, row_length=1024, crops=16, groups=len(members), sides=1)
-    packer = Packer(budget, 1, golden_model.config)
+    packer = Packer(budget, 1, golden_model.config.vision.crop)
     for sequence in sequences:
         assert packer.add([sequence])
     actual = jitted(golden_model.config)({"params": golden_model.params}, packer.emit()[0])
@@ -225,7 +238,7 @@ def test_the_zero_picture_is_no_grey_picture(golden_model, cases, embeddings):
     config = dataclasses.replace(
         golden_model.config, inputs=dataclasses.replace(golden_model.config.inputs, pinpoints=())
     )
-    builder = SequenceBuilder(golden_model.tokenizer, config)
+    builder = SequenceBuilder(golden_model.tokenizer, config.input_spec)
     for value in (127, 128):
         grey = PIL.Image.new("RGB", (size, size), (value,) * 3)
         batch = pack_alone(builder(Item(text, images=(grey,))), config)
@@ -242,7 +255,7 @@ def test_refused(name, golden, golden_model, cases):
 
 
 def test_pad_in_text_is_dropped(golden_model):
-    builder = SequenceBuilder(golden_model.tokenizer, golden_model.config)
+    builder = SequenceBuilder(golden_model.tokenizer, golden_model.config.input_spec)
     tokens = builder(Item("A brown dog<|endoftext|> looks")).tokens
     assert golden_model.tokenizer.pad_token_id not in tokens
     assert len(tokens) == len(builder(Item("A brown dog")).tokens) + len(
@@ -275,7 +288,7 @@ def test_order_of_a_batch_changes_nothing(golden, golden_model, cases):
     sequences = {n: build(golden_model, cases[n], golden)[1] for n in names}
 
     def embed(order):
-        packer = Packer(Budget(2, 400, 12, len(names), sides=1), 1, golden_model.config)
+        packer = Packer(Budget(2, 400, 12, len(names), sides=1), 1, golden_model.config.vision.crop)
         for name in order:
             assert packer.add([sequences[name]], name)
         batch, ids = packer.emit()

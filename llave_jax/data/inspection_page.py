@@ -17,10 +17,10 @@ import PIL.ImageDraw
 
 from llave_jax.common.files import write_text
 from llave_jax.data.sources import PairSource
-from llave_jax.inputs.anyres import best_canvas
+from llave_jax.inputs.anyres import tile_grid
 from llave_jax.inputs.images import image_size
 from llave_jax.inputs.item import Item
-from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder
+from llave_jax.inputs.sequence import VISUAL_SLOT, SequenceBuilder, TokenSequence
 
 _THUMBNAIL = 300
 _STYLE = """
@@ -82,7 +82,7 @@ def _side(title: str, item: Item, builder: SequenceBuilder) -> str:
     )
 
 
-def _chat(sequence: Sequence, builder: SequenceBuilder) -> str:
+def _chat(sequence: TokenSequence, builder: SequenceBuilder) -> str:
     """The token ids as text, with a mark where visual tokens stand."""
     special = set(builder.tokenizer.all_special_tokens)
     parts = []
@@ -98,20 +98,19 @@ def _chat(sequence: Sequence, builder: SequenceBuilder) -> str:
     return "".join(parts)
 
 
-def _figures(item: Item, sequence: Sequence, builder: SequenceBuilder) -> str:
+def _figures(item: Item, sequence: TokenSequence, builder: SequenceBuilder) -> str:
     """For each image its tiles, put together with the cuts drawn in, and its base crop."""
-    pinpoints = builder.config.inputs.pinpoints
-    size = builder.config.vision.image_size
+    config, crop = builder.spec.config, builder.spec.crop
     figures, first = [], 0
     for image in item.images:
         if image is None:
             if first in sequence.zero_crops:
-                grey = PIL.Image.new("RGB", (size, size), (128, 128, 128))
+                grey = PIL.Image.new("RGB", (crop.size, crop.size), (128, 128, 128))
                 figures.append(_figure(grey, "zero picture: a marker without an image"))
             first += 1
             continue
         width, height = image_size(image, item.name)
-        rows, columns = (n // size for n in best_canvas(width, height, pinpoints))
+        rows, columns = tile_grid(width, height, config, crop)
         tiles = sequence.crops[first + 1 : first + 1 + rows * columns]
         if len(tiles) == rows * columns:  # a cut sequence has lost its last crops
             figures.append(

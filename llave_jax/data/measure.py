@@ -13,11 +13,10 @@ import numpy as np
 
 from llave_jax.data.pipeline import sides_of
 from llave_jax.data.sources import PairSource
-from llave_jax.inputs import taps as T
-from llave_jax.inputs.anyres import best_canvas, image_taps
+from llave_jax.inputs.anyres import image_taps, num_crops
 from llave_jax.inputs.images import image_size
 from llave_jax.inputs.item import ImageLike, Item, VideoLike
-from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder, Visual
+from llave_jax.inputs.sequence import VISUAL_SLOT, SequenceBuilder, TokenSequence, Visual
 from llave_jax.planning.workload import PairSizes
 
 
@@ -25,8 +24,8 @@ class LayoutBuilder(SequenceBuilder):
     """Builds sequences whose crops have no pixels: [C, 0, 0, 3]; images are read to their header."""
 
     def _image(self, source: ImageLike, name: str) -> Visual:
-        size = image_size(source, name)
-        return Visual(_no_pixels(self.num_crops(*size)), self._taps(*size))
+        layout = (*image_size(source, name), self.spec.config, self.spec.crop)
+        return Visual(_no_pixels(num_crops(*layout)), image_taps(*layout))
 
     def _zero_picture(self) -> Visual:
         return super()._zero_picture()._replace(crops=_no_pixels(1))
@@ -34,20 +33,6 @@ class LayoutBuilder(SequenceBuilder):
     def _video(self, source: VideoLike, name: str) -> Visual:
         visual = super()._video(source, name)
         return visual._replace(crops=_no_pixels(len(visual.crops)))
-
-    def num_crops(self, width: int, height: int) -> int:
-        """Crops of an image: the whole and its tiles."""
-        pinpoints = self.config.inputs.pinpoints
-        if not pinpoints:
-            return 1
-        rows, columns = best_canvas(width, height, pinpoints)
-        return 1 + rows * columns // self.config.vision.image_size**2
-
-    def _taps(self, width: int, height: int) -> T.Taps:
-        vision = self.config.vision
-        return image_taps(
-            width, height, self.config.inputs, vision.image_size, vision.patches_per_side
-        )
 
 
 def _no_pixels(count: int) -> np.ndarray:
@@ -87,10 +72,10 @@ def measure_subset(
     source: PairSource, subset: str, builder: SequenceBuilder, count: int, sides: int = 2
 ) -> Measured:
     """Measures at most `count` rows of a subset, evenly spread over it, with `sides` of each."""
-    layout = LayoutBuilder(builder.tokenizer, builder.config)
+    layout = LayoutBuilder(builder.tokenizer, builder.spec)
     indices = source.subsets[subset]
     chosen = indices[:: -(-len(indices) // count)]
-    sequences: list[list[Sequence | None]] = []
+    sequences: list[list[TokenSequence | None]] = []
     queries: list[Item] = []
     images: list[tuple[int, int]] = []
     unusable: dict[str, str] = {}
@@ -108,7 +93,7 @@ def measure_subset(
         queries.append(pair.query)
         with_negative += bool(pair.negatives)
 
-    def table(value: Callable[[Sequence], int]) -> np.ndarray:
+    def table(value: Callable[[TokenSequence], int]) -> np.ndarray:
         values = [[0 if s is None else value(s) for s in pair] for pair in sequences]
         return np.array(values, int).reshape(len(sequences), sides)
 

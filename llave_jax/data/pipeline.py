@@ -46,18 +46,12 @@ from llave_jax.data.order import (
 )
 from llave_jax.data.skips import SkipLog, TooManySkips
 from llave_jax.data.sources import PairSource
+from llave_jax.inputs.batch import Budget, PackedBatch, stack_batches
 from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.images import read_image_file
 from llave_jax.inputs.item import Item, Pair
-from llave_jax.inputs.packing import (
-    Budget,
-    PackedBatch,
-    Packer,
-    default_lookahead,
-    place_dealt,
-    stack_batches,
-)
-from llave_jax.inputs.sequence import Sequence, SequenceBuilder
+from llave_jax.inputs.packing import Packer, default_lookahead, place_dealt
+from llave_jax.inputs.sequence import SequenceBuilder, TokenSequence
 from llave_jax.inputs.taps import Taps
 
 log = logging.getLogger(__name__)
@@ -198,7 +192,9 @@ def train_iterator(
         batches,
         order,
         load=_Load(source, builder, budget.sides, skip=on_error == "skip"),
-        packers=lambda: [Packer(budget, num_shards, builder.config) for _ in range(micro_batches)],
+        packers=lambda: [
+            Packer(budget, num_shards, builder.spec.crop) for _ in range(micro_batches)
+        ],
         lookahead=lookahead or default_lookahead(budget, num_shards),
         num_workers=num_workers,
         contents=contents,
@@ -276,7 +272,7 @@ def content_id(item: Item | None) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def _to_arrays(sequence: Sequence) -> dict[str, Any]:
+def _to_arrays(sequence: TokenSequence) -> dict[str, Any]:
     """grain moves arrays of dictionaries between processes in shared memory, objects it pickles."""
     return {
         "tokens": sequence.tokens,
@@ -289,8 +285,8 @@ def _to_arrays(sequence: Sequence) -> dict[str, Any]:
     }
 
 
-def _to_sequence(arrays: dict[str, Any]) -> Sequence:
-    return Sequence(
+def _to_sequence(arrays: dict[str, Any]) -> TokenSequence:
+    return TokenSequence(
         tokens=arrays["tokens"],
         crops=arrays["crops"],
         taps=Taps(arrays["tap_index"], arrays["tap_weight"]),

@@ -22,10 +22,11 @@ from jax.experimental import multihost_utils
 
 from llave_jax.common.progress import Progress
 from llave_jax.embedding.embedding_step import build_embedding_step
+from llave_jax.inputs.batch import Budget, PackedBatch, empty_batch
 from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.item import Item, ItemLike, as_item
-from llave_jax.inputs.packing import Budget, PackedBatch, Packer, Planner, empty_batch
-from llave_jax.inputs.sequence import Sequence, SequenceBuilder
+from llave_jax.inputs.packing import Packer, Planner
+from llave_jax.inputs.sequence import SequenceBuilder, TokenSequence
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave
 from llave_jax.ops.attention import on_mesh
@@ -70,7 +71,7 @@ class Embedder:
         self.config = model.config
         self.params = params
         self.mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-        self.builder = SequenceBuilder(tokenizer, model.config)
+        self.builder = SequenceBuilder(tokenizer, model.config.input_spec)
         self._cuts = CutWarnings()
         self._tokens_per_batch = tokens_per_batch
         self._apply = build_embedding_step(model, self.mesh)
@@ -188,7 +189,9 @@ class Embedder:
         if running is not None:
             yield np.asarray(running[0])[:, 0], running[1]
 
-    def _sequences(self, items: Iterable[ItemLike], work: _Work) -> Iterator[tuple[int, Sequence]]:
+    def _sequences(
+        self, items: Iterable[ItemLike], work: _Work
+    ) -> Iterator[tuple[int, TokenSequence]]:
         """Read and lay out this process's share of the items, in threads, a bounded number ahead."""
         workers = os.cpu_count() or 1
         waiting: collections.deque = collections.deque()
@@ -201,12 +204,14 @@ class Embedder:
                 yield from self._checked(waiting.popleft().result())
         self._cuts.report()
 
-    def _checked(self, group: list[tuple[int, Sequence]]) -> list[tuple[int, Sequence]]:
+    def _checked(self, group: list[tuple[int, TokenSequence]]) -> list[tuple[int, TokenSequence]]:
         for _, sequence in group:
             self._cuts.note(sequence)
         return group
 
-    def _lay_out(self, group: list[tuple[int, Item]], work: _Work) -> list[tuple[int, Sequence]]:
+    def _lay_out(
+        self, group: list[tuple[int, Item]], work: _Work
+    ) -> list[tuple[int, TokenSequence]]:
         sequences = []
         for index, item in group:
             try:
@@ -216,11 +221,11 @@ class Embedder:
         return sequences
 
     def _batches(
-        self, sequences: Iterable[tuple[int, Sequence]], batch_size: int | None
+        self, sequences: Iterable[tuple[int, TokenSequence]], batch_size: int | None
     ) -> Iterator[Indexed]:
         """Sequences of a kind in batches of a fixed shape, the last ones in smaller ones."""
         packers: dict[Budget, Packer] = {}
-        members: dict[Budget, list[tuple[int, Sequence]]] = collections.defaultdict(list)
+        members: dict[Budget, list[tuple[int, TokenSequence]]] = collections.defaultdict(list)
         emitted: collections.Counter[Budget] = collections.Counter()
         budgets: dict[tuple[int, int, int], Budget] = {}
         for index, sequence in sequences:
@@ -229,7 +234,7 @@ class Embedder:
                 budgets[kind] = self._budget(*kind, batch_size)
             budget = budgets[kind]
             if budget not in packers:
-                packers[budget] = Packer(budget, self._num_shards, self.config)
+                packers[budget] = Packer(budget, self._num_shards, self.config.vision.crop)
             if not packers[budget].add([sequence], str(index)):
                 yield _emit(packers[budget])
                 emitted[budget] += 1
@@ -240,7 +245,7 @@ class Embedder:
             packer = packers[budget]
             if emitted[budget] < FULL_BATCHES_BEFORE_REST:
                 small = self._smallest([sequence for _, sequence in rest], budget)
-                packer = Packer(small, self._num_shards, self.config)
+                packer = Packer(small, self._num_shards, self.config.vision.crop)
                 for index, sequence in rest:
                     packer.add([sequence], str(index))
             yield _emit(packer)
@@ -249,7 +254,7 @@ class Embedder:
     def _num_shards(self) -> int:
         return len(sharding.local_shards(self.mesh))
 
-    def _kind(self, sequence: Sequence) -> tuple[int, int, int]:
+    def _kind(self, sequence: TokenSequence) -> tuple[int, int, int]:
         """What decides a sequence's batch: row length, room for crops (0: none), width of taps."""
         longest = _power_of_two(self.config.inputs.max_length)
         crops = len(sequence.crops)
@@ -269,7 +274,7 @@ class Embedder:
         groups = batch_size or rows * max(1, row_length // 16)
         return Budget(rows, row_length, crops, groups, sides=1, taps=taps)
 
-    def _smallest(self, sequences: list[Sequence], full: Budget) -> Budget:
+    def _smallest(self, sequences: list[TokenSequence], full: Budget) -> Budget:
         """A budget that just holds all of these, from few enough shapes to compile each once."""
         lengths = [len(sequence) for sequence in sequences]
         crops = [len(sequence.crops) for sequence in sequences]
@@ -371,7 +376,7 @@ def _in_step(batches: Iterator[Indexed], num_shards: int, config: LlaveConfig) -
         else:
             budget = Budget(*map(int, shape[:-2]), sides=1, taps=int(shape[-1]))
             vision = config.vision
-            packed = empty_batch(budget, num_shards, vision.num_patches, vision.patch_dim)
+            packed = empty_batch(budget, num_shards, vision.crop)
             indices = np.full((num_shards, budget.groups), -1, np.int32)
         everyone = multihost_utils.process_allgather(indices)
         yield Indexed(packed, everyone.reshape(-1, everyone.shape[-1]))

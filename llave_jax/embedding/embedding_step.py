@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from llave_jax.inputs.packing import PackedBatch
+from llave_jax.inputs.batch import PackedBatch
 from llave_jax.models.llave import Llave
 from llave_jax.parallel import sharding
 

@@ -12,7 +12,8 @@ import numpy as np
 import PIL.Image
 
 from llave_jax.inputs import taps as T
-from llave_jax.models.config import InputConfig
+from llave_jax.inputs.config import InputConfig
+from llave_jax.inputs.crops import CropGeometry, resize_to_crop
 
 
 def best_canvas(width: int, height: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
@@ -47,45 +48,87 @@ def letterbox(image: PIL.Image.Image, canvas: tuple[int, int]) -> PIL.Image.Imag
     return boxed
 
 
-def squash(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """The whole image as one crop, ignoring its aspect ratio: uint8 [size, size, 3]."""
-    return np.asarray(image.resize((size, size), PIL.Image.Resampling.BICUBIC))
+def tile_grid(width: int, height: int, config: InputConfig, crop: CropGeometry) -> tuple[int, int]:
+    """(rows, columns) of an image's tiles; (0, 0) for a model without tiles.
 
-
-def image_crops(image: PIL.Image.Image, config: InputConfig, size: int) -> np.ndarray:
-    """Crops of an RGB image: uint8 [1 + tiles, size, size, 3], the base crop first."""
-    base = squash(image, size)[None]
-    if not config.pinpoints:
-        return base
-    boxed = np.asarray(letterbox(image, best_canvas(*image.size, config.pinpoints)))
-    rows, columns = boxed.shape[0] // size, boxed.shape[1] // size
-    tiles = boxed.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
-    return np.concatenate([base, tiles.reshape(rows * columns, size, size, 3)])
-
-
-def image_taps(width: int, height: int, config: InputConfig, size: int, side: int) -> T.Taps:
-    """Visual tokens of an image of width x height pixels, over the crops of `image_crops`: [V].
-
-    Base tokens row by row; then the tiles' map without its padding, shrunk to the limit of
-    `anyres_max`, a newline at the end of every row. Without tiles: base tokens and one newline.
+    With the base crop, the image has 1 + rows * columns crops. This is the only place that says so.
 
     Args:
-      size: a crop's side in pixels.
-      side: a crop's side in patches.
+      width: of the image, in pixels, as is `height`.
+      config: the model's input settings.
+      crop: the geometry of its crops.
     """
     if not config.pinpoints:
-        return single_crop_taps(side)
-    base = T.crop_map(0, 1, 1, side).reshape(-1)
-    canvas = best_canvas(width, height, config.pinpoints)
-    tiles = T.crop_map(1, canvas[0] // size, canvas[1] // size, side)
-    tiles = shrink(unpad(tiles, width, height), config.anyres_max, side)
+        return 0, 0
+    canvas_height, canvas_width = best_canvas(width, height, config.pinpoints)
+    return canvas_height // crop.size, canvas_width // crop.size
+
+
+def num_crops(width: int, height: int, config: InputConfig, crop: CropGeometry) -> int:
+    """How many crops an image has. Arguments are those of `tile_grid`."""
+    return 1 + math.prod(tile_grid(width, height, config, crop))
+
+
+def num_visual_tokens(width: int, height: int, config: InputConfig, crop: CropGeometry) -> int:
+    """How many visual tokens an image has. Arguments are those of `tile_grid`."""
+    return image_taps(width, height, config, crop).shape[0]
+
+
+def image_crops(image: PIL.Image.Image, config: InputConfig, crop: CropGeometry) -> np.ndarray:
+    """The crops of an image: the base crop (all of it), then its tiles row by row.
+
+    Args:
+      image: of mode "RGB".
+      config: the model's input settings.
+      crop: the geometry of its crops.
+
+    Returns:
+      uint8 [1 + tiles, size, size, 3].
+    """
+    base = resize_to_crop(image, crop.size)[None]
+    rows, columns = tile_grid(*image.size, config, crop)
+    if not rows:
+        return base
+    boxed = np.asarray(letterbox(image, (rows * crop.size, columns * crop.size)))
+    tiles = boxed.reshape(rows, crop.size, columns, crop.size, 3).swapaxes(1, 2)
+    return np.concatenate([base, tiles.reshape(-1, crop.size, crop.size, 3)])
+
+
+def image_taps(width: int, height: int, config: InputConfig, crop: CropGeometry) -> T.Taps:
+    """Visual tokens of an image over the crops of `image_crops`. Arguments are those of `tile_grid`.
+
+    Base tokens come first, row by row. Then comes the tiles' map without its padding, resized to the
+    limit of `anyres_max`, with a newline at the end of every row. Without tiles there are the base
+    tokens and one newline.
+
+    Returns:
+      Taps [V].
+    """
+    rows, columns = tile_grid(width, height, config, crop)
+    if not rows:
+        return single_crop_taps(crop)
+    base = T.crop_map(0, 1, 1, crop.patches_per_side).reshape(-1)
+    tiles = unpad(T.crop_map(1, rows, columns, crop.patches_per_side), width, height)
+    tiles = shrink(tiles, config.anyres_max, crop.num_patches)
     tiles = T.concatenate([tiles, T.newlines(tiles.shape[0], 1)], axis=1)
     return T.concatenate([base, tiles.reshape(-1)])
 
 
-def single_crop_taps(side: int) -> T.Taps:
-    """Visual tokens of an image of one crop, side x side patches: its patches and one newline."""
-    return T.concatenate([T.crop_map(0, 1, 1, side).reshape(-1), T.newlines(1)])
+def single_crop_taps(crop: CropGeometry) -> T.Taps:
+    """Visual tokens of an image of one crop: its patches row by row, and one newline. Taps [P + 1]."""
+    return T.concatenate([T.crop_map(0, 1, 1, crop.patches_per_side).reshape(-1), T.newlines(1)])
+
+
+def largest_image(config: InputConfig, crop: CropGeometry) -> tuple[int, int]:
+    """The most crops of any image, and the most taps of any image's visual token.
+
+    An image that fills a canvas keeps all of its map, so that it has the most of both.
+    """
+    sizes = [(width, height) for height, width in config.pinpoints] or [(crop.size, crop.size)]
+    return (
+        max(num_crops(*size, config, crop) for size in sizes),
+        max(image_taps(*size, config, crop).width for size in sizes),
+    )
 
 
 def unpad(tiles: T.Taps, width: int, height: int) -> T.Taps:
@@ -101,12 +144,12 @@ def unpad(tiles: T.Taps, width: int, height: int) -> T.Taps:
     return tiles[:, pad : columns - pad]
 
 
-def shrink(tiles: T.Taps, anyres_max: int | None, side: int) -> T.Taps:
+def shrink(tiles: T.Taps, anyres_max: int | None, num_patches: int) -> T.Taps:
     """Resize a map that holds clearly more tokens than `anyres_max` crops would."""
     rows, columns = tiles.shape
     if anyres_max is None:
         return tiles
-    times = math.sqrt(rows * columns / (anyres_max * side**2))
+    times = math.sqrt(rows * columns / (anyres_max * num_patches))
     if times <= 1.1:
         return tiles
     return T.resize_bilinear(tiles, int(rows // times), int(columns // times))

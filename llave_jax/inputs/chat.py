@@ -57,6 +57,28 @@ def chat_text(content: str) -> str:
     return _BEFORE + content + _AFTER
 
 
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Refuses a tokenizer with tokens that the model has no embedding for.
+
+    The first such token in the data would make the loss NaN. `<image>` may have any id: the marker is
+    taken out of the text before the tokenizer reads it.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      vocab_size: rows of the model's token embedding.
+
+    Raises:
+      ValueError: it has such tokens.
+    """
+    ids = {id: token for token, id in tokenizer.get_vocab().items() if token != IMAGE_MARKER}
+    if max(ids) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has tokens up to id {max(ids)} "
+            f"({ids[max(ids)]!r}), the model has embeddings for {vocab_size}; name a tokenizer that "
+            "belongs to the model (config.model.tokenizer)"
+        )
+
+
 def chat_ids(tokenizer: Any, content: str) -> np.ndarray:
     """Token ids of the whole prompt: int32 [T], one IMAGE_TOKEN for each `<image>`.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from llave_jax.inputs.sequence import Sequence
+from llave_jax.inputs.sequence import TokenSequence
 
 NAMED_ITEMS = 10
 
@@ -21,7 +21,7 @@ class CutWarnings:
         self._named: list[str] = []
         self._unnamed = self._reported = 0
 
-    def note(self, sequence: Sequence) -> None:
+    def note(self, sequence: TokenSequence) -> None:
         """Warns, or counts, if the model's limits cut the sequence."""
         if not sequence.num_cut or (self._items_repeat and sequence.name in self._named):
             return

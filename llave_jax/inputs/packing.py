@@ -7,72 +7,17 @@ pair share a shard. What does not fit is left to the caller, to put into the nex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from llave_jax.inputs import taps as T
-from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence
-from llave_jax.models.config import LlaveConfig
+from llave_jax.inputs.batch import Budget, PackedBatch, empty_batch
+from llave_jax.inputs.crops import CropGeometry, patchify
+from llave_jax.inputs.sequence import VISUAL_SLOT, TokenSequence
 
 Group = TypeVar("Group")
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What one shard of one batch has room for; fixed by config, so one program is compiled.
-
-    Attributes:
-      rows: rows of tokens.
-      row_length: tokens a row.
-      crops: crops, over all sequences.
-      groups: groups of sequences: pairs in training, single items in embedding.
-      sides: sequences in a group (2 in training: query and target).
-      taps: taps a visual token may have (1 for plain tiles, 4 where maps are resized).
-    """
-
-    rows: int
-    row_length: int
-    crops: int
-    groups: int
-    sides: int = 2
-    taps: int = 1
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value < (0 if field.name == "crops" else 1):
-                raise ValueError(f"budget: {field.name} is {value}; expected a positive number")
-
-
-class PackedBatch(NamedTuple):
-    """Arrays of one batch. S shards, R rows of L tokens, C crops, G groups of Z sequences, K taps.
-
-    Attributes:
-      patches: uint8 [S, C, P, patch * patch * 3], pixels of each patch by row, column, channel.
-      zero_crops: bool [S, C], True for crops that are 0 after normalisation whatever `patches` says:
-        the zero pictures of markers without an image.
-      tokens: int32 [S, R, L], VISUAL_SLOT where a visual token goes.
-      segment_ids: int32 [S, R, L], 1, 2, ... for the sequences of a row, 0 for unused tokens.
-      positions: int32 [S, R, L], from 0 for each sequence.
-      tap_index: int32 [S, R, L, K] into the shard's C * P patch features, or C * P for the newline.
-      tap_weight: float32 [S, R, L, K]; None with one tap, whose weight is 1.
-      pooled: int32 [S, Z, G], index in R * L of each sequence's last token; -1 for a side that a
-        group lacks.
-      valid: bool [S, G], False for slots left empty.
-    """
-
-    patches: np.ndarray
-    zero_crops: np.ndarray
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    tap_index: np.ndarray
-    tap_weight: np.ndarray | None
-    pooled: np.ndarray
-    valid: np.ndarray
 
 
 @dataclasses.dataclass
@@ -124,7 +69,9 @@ class Planner:
     def num_groups(self) -> int:
         return sum(shard.groups_used for shard in self.shards)
 
-    def place(self, lengths: Seq[int], crops: int, shard: int | None = None) -> Placement | None:
+    def place(
+        self, lengths: Sequence[int], crops: int, shard: int | None = None
+    ) -> Placement | None:
         """A place for sequences of these lengths with `crops` crops in all; None if no room is left.
 
         `shard`: look in this one only.
@@ -148,7 +95,9 @@ class Planner:
         (_, _, index), rows = best
         return self._take(index, rows, lengths, crops)
 
-    def _take(self, index: int, rows: Seq[int], lengths: Seq[int], crops: int) -> Placement:
+    def _take(
+        self, index: int, rows: Sequence[int], lengths: Sequence[int], crops: int
+    ) -> Placement:
         shard = self.shards[index]
         spans = []
         for row, length in zip(rows, lengths, strict=True):
@@ -169,7 +118,7 @@ class Planner:
             shard.groups_used / budget.groups,
         )
 
-    def _choose_rows(self, row_used: Seq[int], lengths: Seq[int]) -> list[int] | None:
+    def _choose_rows(self, row_used: Sequence[int], lengths: Sequence[int]) -> list[int] | None:
         """A row for each sequence, the longest first into the row where it leaves least room."""
         used = list(row_used)
         rows = [0] * len(lengths)
@@ -182,7 +131,7 @@ class Planner:
             used[rows[side]] += lengths[side]
         return rows
 
-    def check(self, lengths: Seq[int], crops: int, taps: int, name: str) -> None:
+    def check(self, lengths: Sequence[int], crops: int, taps: int, name: str) -> None:
         """Raises ValueError if a group would not fit in an empty batch either."""
         budget = self.budget
         if len(lengths) != budget.sides:
@@ -243,17 +192,15 @@ def place_dealt(
 class Packer:
     """Fills one batch after another: `add` groups until `full` or refused, then `emit`."""
 
-    def __init__(self, budget: Budget, num_shards: int, config: LlaveConfig):
+    def __init__(self, budget: Budget, num_shards: int, crop: CropGeometry):
         self.budget = budget
         self.num_shards = num_shards
-        self._vision = config.vision
+        self._crop = crop
         self._start()
 
     def _start(self) -> None:
         self.planner = Planner(self.budget, self.num_shards)
-        self._batch = empty_batch(
-            self.budget, self.num_shards, self._vision.num_patches, self._vision.patch_dim
-        )
+        self._batch = empty_batch(self.budget, self.num_shards, self._crop)
         self._ids = [[""] * self.budget.groups for _ in range(self.num_shards)]
 
     @property
@@ -267,7 +214,7 @@ class Packer:
         return self.planner.num_groups
 
     def add(
-        self, group: Seq[Sequence | None], group_id: str = "", shard: int | None = None
+        self, group: Sequence[TokenSequence | None], group_id: str = "", shard: int | None = None
     ) -> bool:
         """Place a group of `budget.sides` sequences; False if it has no room in this batch.
 
@@ -305,14 +252,14 @@ class Packer:
 
     def _write(
         self,
-        sequence: Sequence,
+        sequence: TokenSequence,
         placement: Placement,
         side: int,
         span: tuple[int, int, int],
         first_crop: int,
     ) -> None:
         batch, budget, shard = self._batch, self.budget, placement.shard
-        num_patches = self._vision.num_patches
+        num_patches = self._crop.num_patches
         row, start, segment = span
         end = start + len(sequence)
         batch.tokens[shard, row, start:end] = sequence.tokens
@@ -322,7 +269,7 @@ class Packer:
         if not len(sequence.crops):
             return
         batch.patches[shard, first_crop : first_crop + len(sequence.crops)] = patchify(
-            sequence.crops, self._vision.patch_size
+            sequence.crops, self._crop.patch_size
         )
         for crop in sequence.zero_crops:
             batch.zero_crops[shard, first_crop + crop] = True
@@ -335,36 +282,3 @@ class Packer:
         )
         if batch.tap_weight is not None:
             batch.tap_weight[shard, row, slots] = taps.weight
-
-
-def empty_batch(budget: Budget, num_shards: int, num_patches: int, patch_dim: int) -> PackedBatch:
-    """A batch with nothing in it: all slots invalid, all tokens unused."""
-    tokens = (num_shards, budget.rows, budget.row_length)
-    newline = budget.crops * num_patches
-    return PackedBatch(
-        patches=np.zeros((num_shards, budget.crops, num_patches, patch_dim), np.uint8),
-        zero_crops=np.zeros((num_shards, budget.crops), bool),
-        tokens=np.zeros(tokens, np.int32),
-        segment_ids=np.zeros(tokens, np.int32),
-        positions=np.zeros(tokens, np.int32),
-        tap_index=np.full((*tokens, budget.taps), newline, np.int32),
-        tap_weight=None if budget.taps == 1 else np.zeros((*tokens, budget.taps), np.float32),
-        pooled=np.zeros((num_shards, budget.sides, budget.groups), np.int32),
-        valid=np.zeros((num_shards, budget.groups), bool),
-    )
-
-
-def stack_batches(batches: Seq[PackedBatch]) -> PackedBatch:
-    """Micro-batches as one batch with a leading axis."""
-    return PackedBatch(*(None if x[0] is None else np.stack(x) for x in zip(*batches, strict=True)))
-
-
-def patchify(crops: np.ndarray, patch: int) -> np.ndarray:
-    """uint8 [C, S, S, 3] -> [C, P, patch * patch * 3]; pixels beyond the last whole patch are dropped.
-
-    Done on the host: on a TPU an array with a last axis of 3 would take 40 times its size.
-    """
-    count, size = crops.shape[:2]
-    side = size // patch
-    grid = crops[:, : side * patch, : side * patch].reshape(count, side, patch, side, patch, 3)
-    return grid.swapaxes(2, 3).reshape(count, side * side, patch * patch * 3)

@@ -13,15 +13,16 @@ import numpy as np
 
 from llave_jax.inputs import anyres, chat, images, video
 from llave_jax.inputs import taps as T
+from llave_jax.inputs.config import InputSpec
+from llave_jax.inputs.crops import resize_to_crop
 from llave_jax.inputs.item import ImageLike, Item, VideoLike
-from llave_jax.models.config import LlaveConfig
 
-# Stands in `Sequence.tokens` where a visual token goes.
+# Stands in `TokenSequence.tokens` where a visual token goes.
 VISUAL_SLOT = -1
 
 
 @dataclasses.dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """One item, ready to pack.
 
     Attributes:
@@ -57,27 +58,28 @@ class Visual(NamedTuple):
 
 
 class SequenceBuilder:
-    """`builder(item) -> Sequence` for one model: its tokenizer, sizes and input settings.
+    """`builder(item) -> TokenSequence` for one model: its tokenizer, sizes and input settings.
 
     What is too long is cut without a warning: `cuts.CutWarnings` gives it. Picklable (data workers
     hold one each) and without state that changes.
     """
 
-    def __init__(self, tokenizer: Any, config: LlaveConfig):
+    def __init__(self, tokenizer: Any, spec: InputSpec):
         self.tokenizer = tokenizer
-        self.config = config
+        self.spec = spec
         # Kept, since the tokenizer takes long to say it.
         self._pad_token_id = tokenizer.pad_token_id
-        size = config.vision.image_size
+        size = spec.crop.size
         self._no_crops = np.zeros((0, size, size, 3), np.uint8)
 
-    def __call__(self, item: Item) -> Sequence:
+    def __call__(self, item: Item) -> TokenSequence:
         """What is too long is cut at its end, and `num_cut` says so.
 
         Raises:
-          ValueError: an image cannot be read, or a marker is misplaced; it names the item.
+          ValueError: an image cannot be read, a marker is misplaced, or the text has a token that the
+            model has no embedding for; it names the item.
         """
-        inputs, vision = self.config.inputs, self.config.vision
+        config, crop = self.spec.config, self.spec.crop
         visuals = self._visuals(item)
         content = chat.place_markers(item.text, len(visuals), item.name)
         ids = chat.chat_ids(self.tokenizer, content)
@@ -85,7 +87,8 @@ class SequenceBuilder:
         # out by its id, as the authors' image path does.
         is_token = ids != self._pad_token_id
         whole = np.count_nonzero(is_token) + sum(visual.taps.shape[0] - 1 for visual in visuals)
-        ids = ids[: inputs.max_text_length][is_token[: inputs.max_text_length]]
+        ids = ids[: config.max_text_length][is_token[: config.max_text_length]]
+        self._check_ids(ids, item.name)
 
         tokens: list[np.ndarray] = []
         taps: list[T.Taps] = []
@@ -97,24 +100,34 @@ class SequenceBuilder:
             if follows_marker:
                 visual = next(remaining)
                 tokens.append(np.full(visual.taps.shape, VISUAL_SLOT, np.int32))
-                taps.append(_shift(visual.taps, num_crops * vision.num_patches))
+                taps.append(_shift(visual.taps, num_crops * crop.num_patches))
                 crops.append(visual.crops)
                 if visual.is_zero:
                     zero_crops.append(num_crops)
                 num_crops += len(visual.crops)
             tokens.append(piece)
         length = sum(map(len, tokens))
-        sequence = Sequence(
+        sequence = TokenSequence(
             tokens=np.concatenate(tokens),
             crops=np.concatenate(crops) if crops else self._no_crops,
             taps=T.concatenate(taps) if taps else T.newlines(0),
             name=item.name,
             zero_crops=tuple(zero_crops),
-            num_cut=whole - min(length, inputs.max_length),
+            num_cut=whole - min(length, config.max_length),
         )
-        if length > inputs.max_length:
-            sequence = _truncate(sequence, inputs.max_length, vision.num_patches)
+        if length > config.max_length:
+            sequence = _truncate(sequence, config.max_length, crop.num_patches)
         return sequence
+
+    def _check_ids(self, ids: np.ndarray, name: str) -> None:
+        """Raises ValueError for a token that has no embedding: it would make the result NaN."""
+        unknown = ids[ids >= self.spec.vocab_size]
+        if len(unknown):
+            raise ValueError(
+                f"{name or 'item'}: the text has the token {self.tokenizer.decode(unknown[:1])!r} "
+                f"(id {unknown[0]}), but the model has embeddings for {self.spec.vocab_size} tokens "
+                "only; take it out of the text, or use the tokenizer that belongs to the model"
+            )
 
     def _visuals(self, item: Item) -> list[Visual]:
         """The item's images, one for each marker, or its video."""
@@ -128,21 +141,20 @@ class SequenceBuilder:
         ]
 
     def _image(self, source: ImageLike, name: str) -> Visual:
-        inputs, vision = self.config.inputs, self.config.vision
         image = images.load_image(source, name)
-        taps = anyres.image_taps(*image.size, inputs, vision.image_size, vision.patches_per_side)
-        return Visual(anyres.image_crops(image, inputs, vision.image_size), taps)
+        taps = anyres.image_taps(*image.size, self.spec.config, self.spec.crop)
+        return Visual(anyres.image_crops(image, self.spec.config, self.spec.crop), taps)
 
     def _zero_picture(self) -> Visual:
-        vision = self.config.vision
-        crops = np.zeros((1, vision.image_size, vision.image_size, 3), np.uint8)
-        return Visual(crops, anyres.single_crop_taps(vision.patches_per_side), is_zero=True)
+        crop = self.spec.crop
+        crops = np.zeros((1, crop.size, crop.size, 3), np.uint8)
+        return Visual(crops, anyres.single_crop_taps(crop), is_zero=True)
 
     def _video(self, source: VideoLike, name: str) -> Visual:
-        inputs, vision = self.config.inputs, self.config.vision
-        frames = video.load_frames(source, inputs, name)
-        crops = np.stack([anyres.squash(frame, vision.image_size) for frame in frames])
-        return Visual(crops, video.video_taps(len(frames), inputs, vision.patches_per_side))
+        config, crop = self.spec.config, self.spec.crop
+        frames = video.load_frames(source, config, name)
+        crops = np.stack([resize_to_crop(frame, crop.size) for frame in frames])
+        return Visual(crops, video.video_taps(len(frames), config, crop))
 
 
 def _split_at_markers(ids: np.ndarray) -> list[tuple[np.ndarray, bool]]:
@@ -158,7 +170,7 @@ def _shift(taps: T.Taps, offset: int) -> T.Taps:
     return T.Taps(np.where(taps.index == T.NEWLINE, T.NEWLINE, taps.index + offset), taps.weight)
 
 
-def _truncate(sequence: Sequence, length: int, num_patches: int) -> Sequence:
+def _truncate(sequence: TokenSequence, length: int, num_patches: int) -> TokenSequence:
     """Cut the tail, and the crops that no remaining token looks at."""
     tokens = sequence.tokens[:length]
     taps = sequence.taps[: np.count_nonzero(tokens == VISUAL_SLOT)]

@@ -13,8 +13,9 @@ import PIL.Image
 
 from llave_jax.inputs import images
 from llave_jax.inputs import taps as T
+from llave_jax.inputs.config import InputConfig
+from llave_jax.inputs.crops import CropGeometry
 from llave_jax.inputs.item import VideoLike
-from llave_jax.models.config import InputConfig
 
 
 def sample_frame_indices(
@@ -55,13 +56,14 @@ def load_frames(video: VideoLike, config: InputConfig, name: str = "") -> list[P
     return frames
 
 
-def video_taps(num_frames: int, config: InputConfig, side: int) -> T.Taps:
+def video_taps(num_frames: int, config: InputConfig, crop: CropGeometry) -> T.Taps:
     """Visual tokens of a video over one crop for each frame: [V].
 
     Each frame's map of side x side patches is pooled by `pool_stride`; newlines go where
     `newline_position` says: after every row (`grid`), after every frame (`frame`), at the very end
     (`one_token`) or nowhere (`no_token`).
     """
+    side = crop.patches_per_side
     frame = T.crop_map(0, 1, 1, side)
     if config.pool_mode == "bilinear":
         pooled_side = math.ceil(side / config.pool_stride)

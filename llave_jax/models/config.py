@@ -10,8 +10,8 @@ import dataclasses
 import json
 from typing import Any
 
-NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
-POOL_MODES = ("bilinear", "average", "max")
+from llave_jax.inputs.config import InputConfig, InputSpec, grid_pinpoints
+from llave_jax.inputs.crops import CropGeometry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +27,14 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     @property
-    def patches_per_side(self) -> int:
-        """The patch convolution is "valid": remaining pixels at the right and bottom are dropped."""
-        return self.image_size // self.patch_size
+    def crop(self) -> CropGeometry:
+        """What inputs must know of the tower."""
+        return CropGeometry(self.image_size, self.patch_size)
 
     @property
     def num_patches(self) -> int:
-        return self.patches_per_side**2
-
-    @property
-    def patch_dim(self) -> int:
-        return self.patch_size**2 * 3
+        """Patches of a crop: the tower's sequence length."""
+        return self.crop.num_patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,40 +57,15 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class InputConfig:
-    """How items become token sequences (LLaVE section 4.1; LLaVA-OneVision, Higher AnyRes).
-
-    `pinpoints` are the candidate canvases as (height, width) in pixels, in the order of the
-    checkpoint's `image_grid_pinpoints`: it decides ties. `anyres_max` is the 9 of `anyres_max_9`
-    (None: no limit, as in plain `anyres`).
-    `max_text_length` cuts the token ids before the visual tokens are inserted
-    (the tokenizer's `model_max_length`), `max_length` cuts the sequence afterwards.
-    """
-
-    pinpoints: tuple[tuple[int, int], ...]
-    anyres_max: int | None = 9
-    newline_position: str = "one_token"
-    pool_mode: str = "bilinear"
-    pool_stride: int = 2
-    max_text_length: int = 32768
-    max_length: int = 4096
-    max_frames: int = 32
-    frames_per_second: int = 3
-
-    def __post_init__(self):
-        if self.newline_position not in NEWLINE_POSITIONS:
-            raise ValueError(
-                f"newline_position is {self.newline_position!r}; expected one of {NEWLINE_POSITIONS}"
-            )
-        if self.pool_mode not in POOL_MODES:
-            raise ValueError(f"pool_mode is {self.pool_mode!r}; expected one of {POOL_MODES}")
-
-
-@dataclasses.dataclass(frozen=True)
 class LlaveConfig:
     vision: VisionConfig
     text: TextConfig
     inputs: InputConfig
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What `llave_jax.inputs` must know of the model."""
+        return InputSpec(self.inputs, self.vision.crop, self.text.vocab_size)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -110,14 +82,6 @@ class LlaveConfig:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
-
-
-def grid_pinpoints(tile: int, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
-    """All canvases of 1..rows by 1..columns tiles, as (height, width), in the authors' order.
-
-    They list (width, height) with the height running fastest.
-    """
-    return tuple((r * tile, c * tile) for c in range(1, columns + 1) for r in range(1, rows + 1))
 
 
 SIGLIP_SO400M = VisionConfig(

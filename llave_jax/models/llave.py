@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llave_jax.inputs.packing import Budget, PackedBatch, empty_batch
+from llave_jax.inputs.batch import Budget, PackedBatch, empty_batch
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.layers import Dtype
 from llave_jax.models.projector import Projector
@@ -141,7 +141,7 @@ class Llave(nn.Module):
 def example_batch(config: LlaveConfig) -> PackedBatch:
     """The smallest batch that touches every parameter: for initialising and for shapes."""
     budget = Budget(rows=1, row_length=8, crops=1, groups=1, sides=1)
-    return empty_batch(budget, 1, config.vision.num_patches, config.vision.patch_dim)
+    return empty_batch(budget, 1, config.vision.crop)
 
 
 def abstract_params(model: Llave) -> dict:

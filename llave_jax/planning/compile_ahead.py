@@ -21,7 +21,7 @@ import numpy as np
 from llave_jax import config as config_lib
 from llave_jax.config import Config
 from llave_jax.embedding.embedding_step import build_embedding_step
-from llave_jax.inputs.packing import Budget
+from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params
 from llave_jax.ops import gpu_attention, tpu_attention
@@ -143,7 +143,7 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     cost = hlo.cost(compiled.program.as_text(), devices)
     micro_batches = config.batch.micro_batches if training else 1
     packing = workload.simulate(
-        workload.sample_pairs(model.config, SAMPLE),
+        workload.sample_pairs(model.config.input_spec, SAMPLE),
         compiled.budget,
         SHARDS_PER_PROCESS,
         **(config_lib.dealing(config, sharding.num_shards(mesh)) if training else {}),
@@ -212,7 +212,7 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
 
 def flops_per_pair(model: Llave, *, training: bool) -> float:
     """Necessary operations of an average pair of the mix."""
-    sizes = workload.sample_pairs(model.config, SAMPLE)
+    sizes = workload.sample_pairs(model.config.input_spec, SAMPLE)
     lengths, crops = sizes.lengths.ravel(), float(sizes.crops.sum())
     if training:
         total = flops.training(model.config, lengths, crops, freeze_vision=model.freeze_vision)

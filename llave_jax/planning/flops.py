@@ -38,7 +38,7 @@ def vision_forward(config: LlaveConfig, crops: float) -> float:
     width, patches = vision.hidden_size, vision.num_patches
     linear = 4 * width**2 + 2 * width * vision.intermediate_size
     layer = 2 * patches * linear + 4 * patches**2 * width
-    return crops * (vision.num_layers * layer + 2 * patches * vision.patch_dim * width)
+    return crops * (vision.num_layers * layer + 2 * patches * vision.crop.patch_dim * width)
 
 
 def projector_forward(config: LlaveConfig, crops: float) -> float:

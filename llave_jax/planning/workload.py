@@ -12,9 +12,10 @@ import functools
 import numpy as np
 
 from llave_jax.data.order import IMAGE, MIXED, TEXT, ModalityOrder
-from llave_jax.inputs.anyres import best_canvas, image_taps
-from llave_jax.inputs.packing import Budget, Placement, Planner, default_lookahead, place_dealt
-from llave_jax.models.config import LlaveConfig
+from llave_jax.inputs.anyres import num_crops, num_visual_tokens
+from llave_jax.inputs.batch import Budget
+from llave_jax.inputs.config import InputSpec
+from llave_jax.inputs.packing import Placement, Planner, default_lookahead, place_dealt
 
 # (width, height, share) of the image sizes of a source. COCO, VOC and ImageNet are published as
 # files; the others are what their papers or hosts say they scaled images to.
@@ -116,7 +117,7 @@ class PairSizes:
     words: np.ndarray
 
 
-def sample_pairs(config: LlaveConfig, count: int, seed: int = 0) -> PairSizes:
+def sample_pairs(spec: InputSpec, count: int, seed: int = 0) -> PairSizes:
     """Sizes of pairs drawn uniformly from all rows of the mix, as the model's inputs lay them out."""
     rng = np.random.default_rng(seed)
     rows = np.array([subset.rows for subset in SUBSETS.values()], float)
@@ -130,21 +131,18 @@ def sample_pairs(config: LlaveConfig, count: int, seed: int = 0) -> PairSizes:
             if content.images is not None:
                 shares = [share for *_, share in content.images]
                 width, height, _ = content.images[rng.choice(len(shares), p=shares)]
-                visual, crops[i, side] = image_cost(width, height, config)
+                visual, crops[i, side] = image_cost(width, height, spec)
                 length += visual
-            lengths[i, side] = min(length, config.inputs.max_length)
+            lengths[i, side] = min(length, spec.config.max_length)
     # A word is about a token.
     return PairSizes(lengths, crops, crops[:, 0] > 0, texts[:, 0])
 
 
 @functools.lru_cache
-def image_cost(width: int, height: int, config: LlaveConfig) -> tuple[int, int]:
+def image_cost(width: int, height: int, spec: InputSpec) -> tuple[int, int]:
     """(tokens, crops) of an image."""
-    vision = config.vision
-    taps = image_taps(width, height, config.inputs, vision.image_size, vision.patches_per_side)
-    canvas_height, canvas_width = best_canvas(width, height, config.inputs.pinpoints)
-    tiles = canvas_height * canvas_width // vision.image_size**2
-    return taps.shape[0], 1 + tiles
+    layout = width, height, spec.config, spec.crop
+    return num_visual_tokens(*layout), num_crops(*layout)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llave_jax.inputs.packing import Budget, PackedBatch, empty_batch
+from llave_jax.inputs.batch import Budget, PackedBatch, empty_batch
 from llave_jax.loss.cross_device import KINDS, contrastive_loss
 from llave_jax.models.llave import VISION_FEATURES, Llave, abstract_params
 from llave_jax.parallel import sharding
@@ -220,7 +220,7 @@ def abstract_batch(
       leading: axes in front of the shards: (micro_batches,) for training, () for embedding.
     """
     vision = model.config.vision
-    batch = empty_batch(budget, 1, vision.num_patches, vision.patch_dim)
+    batch = empty_batch(budget, 1, vision.crop)
     ids = np.zeros((1, budget.sides - 1, budget.groups), np.int32)
     shards, place = sharding.num_shards(mesh), sharding.batch_sharding(mesh, len(leading))
     return jax.tree.map(

@@ -15,15 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llave_jax.inputs.config import InputConfig, grid_pinpoints
 from llave_jax.models import parameters as names
-from llave_jax.models.config import (
-    SIGLIP_SO400M,
-    InputConfig,
-    LlaveConfig,
-    TextConfig,
-    VisionConfig,
-    grid_pinpoints,
-)
+from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig, TextConfig, VisionConfig
 from llave_jax.models.parameters import Match
 from llave_jax.weights.safetensors_io import CheckpointError
 

@@ -5,14 +5,11 @@ import re
 
 import numpy as np
 import pytest
-import transformers
 
 from llave_jax import config as config_lib
 from llave_jax.data.measure import LayoutBuilder, measure_subset, mixed_sizes
 from llave_jax.data.sources import open_source
-from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.inspect_data import inspect
-from llave_jax.models.config import PRESETS
 from tests.data.mmeb_tree import TEMPLATES, make_tree
 
 ROWS = 12
@@ -25,16 +22,8 @@ def tree(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def builder(golden):
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(golden / "checkpoint/tokenizer.json"), pad_token="<|endoftext|>"
-    )
-    return SequenceBuilder(tokenizer, PRESETS["tiny"])
-
-
 def test_layout_without_pixels_has_the_sizes_of_real_sequences(tree, builder):
-    layout = LayoutBuilder(builder.tokenizer, builder.config)
+    layout = LayoutBuilder(builder.tokenizer, builder.spec)
     source = open_source(tree)
     for index in range(len(source)):
         pair = source[index]

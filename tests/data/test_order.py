@@ -10,7 +10,6 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import transformers
 
 from llave_jax.config import batch_budget, default_config, total_steps
 from llave_jax.data.order import (
@@ -25,9 +24,7 @@ from llave_jax.data.order import (
 from llave_jax.data.pipeline import train_iterator
 from llave_jax.data.rows import Row
 from llave_jax.data.sources import PairSource, make_pair, open_source, split_held_out
-from llave_jax.inputs.packing import Budget
-from llave_jax.inputs.sequence import SequenceBuilder
-from llave_jax.models.config import PRESETS
+from llave_jax.inputs.batch import Budget
 
 MODALITY = Composition(order="modality")
 
@@ -64,14 +61,6 @@ class Rows(PairSource):
 
     def row_of(self, pair_id):
         return int(pair_id.rpartition(":")[2])
-
-
-@pytest.fixture(scope="module")
-def builder(golden) -> SequenceBuilder:
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(golden / "checkpoint/tokenizer.json"), pad_token="<|endoftext|>"
-    )
-    return SequenceBuilder(tokenizer, PRESETS["tiny"])
 
 
 def deal_by_authors(words, groups):

@@ -10,7 +10,6 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import transformers
 
 from llave_jax.data import order as order_lib
 from llave_jax.data import pipeline
@@ -26,11 +25,9 @@ from llave_jax.data.pipeline import train_iterator
 from llave_jax.data.rows import EMPTY_SIDE, Row, RowError
 from llave_jax.data.skips import SkipLog, TooManySkips
 from llave_jax.data.sources import PairSource, make_pair, open_source
+from llave_jax.inputs.batch import Budget
 from llave_jax.inputs.images import ImageError
 from llave_jax.inputs.item import Item
-from llave_jax.inputs.packing import Budget
-from llave_jax.inputs.sequence import SequenceBuilder
-from llave_jax.models.config import PRESETS
 from tests.data.mmeb_tree import encode, make_tree, picture
 
 # grain's shuffle takes 10 ms a row for a handful of rows and 5 us for thousands: sources here have
@@ -70,14 +67,6 @@ class Pairs(PairSource):
             f"query {index} " * (index % 7), paths[0], f"a {index % 4}", paths[1], negative, ""
         )
         return make_pair(self.pair_id(index), f"rows.json row {index}", row, (image, image, b""))
-
-
-@pytest.fixture(scope="module")
-def builder(golden) -> SequenceBuilder:
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(golden / "checkpoint/tokenizer.json"), pad_token="<|endoftext|>"
-    )
-    return SequenceBuilder(tokenizer, PRESETS["tiny"])
 
 
 def make(source, builder, **options):

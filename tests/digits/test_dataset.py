@@ -437,7 +437,7 @@ def test_pictures_fit_the_tiny_model(built, tokenizer):
     """Digits and crops take one tile, scenes one for each cell, and no text is cut."""
     config = PRESETS["tiny"]
     assert config.vision.image_size == scenes.CELL_PIXELS
-    builder = SequenceBuilder(tokenizer, config)
+    builder = SequenceBuilder(tokenizer, config.input_spec)
     for subset in digits.SUBSETS:
         for query, image, texts, paths in all_rows(built, subset, "train"):
             for text, path in [(query, image), *zip(texts, paths, strict=True)]:

@@ -51,3 +51,21 @@ def test_an_image_is_one_token(golden_model):
     pieces = chat.chat_text(content).split(chat.IMAGE_MARKER)
     lengths = [len(golden_model.tokenizer.encode(p, add_special_tokens=False)) for p in pieces]
     assert len(ids) == sum(lengths) + 2
+
+
+class Vocabulary:
+    """As much of a tokenizer as the check reads."""
+
+    name_or_path = "some/tokenizer"
+
+    def __init__(self, **ids):
+        self._ids = {"a": 0, "b": 1, **ids}
+
+    def get_vocab(self):
+        return self._ids
+
+
+def test_a_tokenizer_may_have_the_image_marker_beyond_the_vocabulary():
+    chat.check_vocabulary(Vocabulary(c=2, **{"<image>": 3}), 3)
+    with pytest.raises(ValueError, match=r"some/tokenizer has tokens up to id 3 \('d'\)"):
+        chat.check_vocabulary(Vocabulary(c=2, d=3), 3)

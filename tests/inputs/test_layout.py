@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from llave_jax.inputs import anyres, video
 from llave_jax.inputs import taps as T
-from llave_jax.models.config import InputConfig, grid_pinpoints
+from llave_jax.inputs.config import InputConfig, grid_pinpoints
+from llave_jax.inputs.crops import CropGeometry
 
 sizes = st.integers(1, 40)
+CROP = CropGeometry(size=28, patch_size=4)
+SIGLIP_CROP = CropGeometry(size=384, patch_size=14)
 
 
 def combine(taps, features):
@@ -69,11 +72,11 @@ def test_pooled_windows(side, stride, take_max):
 
 @given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 6), st.sampled_from([None, 1, 9]))
 def test_image_taps_stay_within_their_crops(width, height, grid, anyres_max):
-    size, side = 28, 7
+    size, side = CROP.size, CROP.patches_per_side
     config = InputConfig(pinpoints=grid_pinpoints(size, grid, grid), anyres_max=anyres_max)
     image = PIL.Image.new("RGB", (width, height))
-    crops = anyres.image_crops(image, config, size)
-    taps = anyres.image_taps(width, height, config, size, side)
+    crops = anyres.image_crops(image, config, CROP)
+    taps = anyres.image_taps(width, height, config, CROP)
     assert crops.shape[1:] == (size, size, 3)
     assert taps.index.max() < len(crops) * side**2
     assert taps.index.min() >= T.NEWLINE
@@ -86,14 +89,14 @@ def test_image_taps_stay_within_their_crops(width, height, grid, anyres_max):
 
 def test_taps_point_at_the_pixels_of_the_image():
     """Colour every patch of a 2 x 1 tiled image differently; the map must show them in order."""
-    size, side = 28, 7
+    side = CROP.patches_per_side
     config = InputConfig(pinpoints=((28, 56),))
     colours = np.arange(side * 2 * side, dtype=np.uint8).reshape(side, 2 * side)
     image = PIL.Image.fromarray(np.kron(colours, np.ones((4, 4), np.uint8))).convert("RGB")
-    crops = anyres.image_crops(image, config, size)
+    crops = anyres.image_crops(image, config, CROP)
     features = crops[:, ::4, ::4, 0].reshape(-1, 1).astype(float)
     features = np.concatenate([features, [[-1.0]]])
-    tokens = combine(anyres.image_taps(56, 28, config, size, side), features)[side**2 :, 0]
+    tokens = combine(anyres.image_taps(56, 28, config, CROP), features)[side**2 :, 0]
     expected = np.concatenate([colours, np.full((side, 1), -1.0)], axis=1)
     np.testing.assert_array_equal(tokens.reshape(side, -1), expected)
 
@@ -105,8 +108,8 @@ def test_taps_point_at_the_pixels_of_the_image():
 def test_known_token_counts(size, crops, tokens):
     """Typical pictures, and the most that 2 x 2 tiles give, with the released models' settings."""
     config = InputConfig(pinpoints=grid_pinpoints(384, 2, 2))
-    assert anyres.image_taps(*size, config, 384, 27).shape == (tokens,)
-    assert len(anyres.image_crops(PIL.Image.new("RGB", size), config, 384)) == crops
+    assert anyres.image_taps(*size, config, SIGLIP_CROP).shape == (tokens,)
+    assert len(anyres.image_crops(PIL.Image.new("RGB", size), config, SIGLIP_CROP)) == crops
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "average", "max"])
@@ -117,15 +120,15 @@ def test_video_token_count(mode, newline):
     pooled = math.ceil(side / 2) if mode == "bilinear" else side // 2
     per_frame = {"grid": pooled * (pooled + 1), "frame": pooled**2 + 1}.get(newline, pooled**2)
     expected = 5 * per_frame + (newline == "one_token")
-    assert video.video_taps(5, config, side).shape == (expected,)
+    assert video.video_taps(5, config, CropGeometry(27, 1)).shape == (expected,)
 
 
 def test_single_crop_has_one_newline():
     config = InputConfig(pinpoints=())
-    taps = anyres.image_taps(100, 50, config, 28, 7)
+    taps = anyres.image_taps(100, 50, config, CROP)
     assert taps.shape == (50,)
     assert taps.index[-1, 0] == T.NEWLINE
-    assert len(anyres.image_crops(PIL.Image.new("RGB", (100, 50)), config, 28)) == 1
+    assert len(anyres.image_crops(PIL.Image.new("RGB", (100, 50)), config, CROP)) == 1
 
 
 def test_widening_keeps_the_sum():

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llave_jax.inputs import packing
 from llave_jax.inputs import taps as T
+from llave_jax.inputs.batch import Budget
+from llave_jax.inputs.crops import patchify
 from llave_jax.inputs.item import Item
-from llave_jax.inputs.packing import Budget, Packer, Planner
-from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder
+from llave_jax.inputs.packing import Packer, Planner
+from llave_jax.inputs.sequence import VISUAL_SLOT, SequenceBuilder, TokenSequence
 from llave_jax.models.llave import Llave
 
 WORDS = [
@@ -45,7 +46,7 @@ def make_items():
 
 @pytest.fixture(scope="module")
 def sequences(golden_model):
-    builder = SequenceBuilder(golden_model.tokenizer, golden_model.config)
+    builder = SequenceBuilder(golden_model.tokenizer, golden_model.config.input_spec)
     return [builder(item) for item in make_items()]
 
 
@@ -60,7 +61,7 @@ def alone(sequences, embed, golden_model):
     """Each item's embedding in a batch of its own."""
     rows = []
     for sequence in sequences:
-        packer = Packer(Budget(1, 512, 8, 1, sides=1, taps=4), 1, golden_model.config)
+        packer = Packer(Budget(1, 512, 8, 1, sides=1, taps=4), 1, golden_model.config.vision.crop)
         assert packer.add([sequence])
         rows.append(embed(packer.emit()[0])[0, 0, 0])
     return rows
@@ -85,7 +86,7 @@ def test_packing_changes_nothing(data, sequences, alone, embed, golden_model):
             st.tuples(*[st.integers(0, len(sequences) - 1)] * budget.sides), min_size=1, max_size=8
         )
     )
-    packer = Packer(budget, shards, golden_model.config)
+    packer = Packer(budget, shards, golden_model.config.vision.crop)
     placed = [
         i for i, group in enumerate(chosen) if packer.add([sequences[g] for g in group], str(i))
     ]
@@ -106,7 +107,7 @@ def test_packing_changes_nothing(data, sequences, alone, embed, golden_model):
 def fake(length, crops=0):
     """A sequence of sizes only."""
     tokens = np.arange(length, dtype=np.int32)
-    return Sequence(tokens, np.zeros((crops, 1, 1, 3), np.uint8), T.newlines(0))
+    return TokenSequence(tokens, np.zeros((crops, 1, 1, 3), np.uint8), T.newlines(0))
 
 
 sizes = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(0, 3)), max_size=60)
@@ -134,7 +135,7 @@ def test_planner_keeps_to_its_budget(groups, shards, rows):
 
 
 def test_segments_and_positions(golden_model, sequences):
-    packer = Packer(Budget(1, 512, 8, 3, sides=1, taps=4), 1, golden_model.config)
+    packer = Packer(Budget(1, 512, 8, 3, sides=1, taps=4), 1, golden_model.config.vision.crop)
     for sequence in sequences[:3]:
         assert packer.add([sequence])
     batch, _ = packer.emit()
@@ -155,19 +156,19 @@ def test_segments_and_positions(golden_model, sequences):
     ],
 )
 def test_what_never_fits_is_an_error(sequence, message, golden_model):
-    packer = Packer(Budget(1, 64, 4, 5, sides=1), 1, golden_model.config)
+    packer = Packer(Budget(1, 64, 4, 5, sides=1), 1, golden_model.config.vision.crop)
     with pytest.raises(ValueError, match=f"row 3: needs {message}"):
         packer.add([sequence], "row 3")
 
 
 def test_wrong_number_of_sides(golden_model):
-    packer = Packer(Budget(1, 64, 4, 5, sides=2), 1, golden_model.config)
+    packer = Packer(Budget(1, 64, 4, 5, sides=2), 1, golden_model.config.vision.crop)
     with pytest.raises(ValueError, match="1 sequences; the budget has 2 sides"):
         packer.add([fake(3)], "row 3")
 
 
 def test_pair_that_never_fits_together(golden_model):
-    packer = Packer(Budget(1, 64, 4, 5, sides=2), 1, golden_model.config)
+    packer = Packer(Budget(1, 64, 4, 5, sides=2), 1, golden_model.config.vision.crop)
     with pytest.raises(ValueError, match="do not fit together"):
         packer.add([fake(40), fake(40)], "row 3")
 
@@ -178,7 +179,7 @@ def test_patchify(count, size, patch):
         return
     crops = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
     side = size // patch
-    patches = packing.patchify(crops, patch)
+    patches = patchify(crops, patch)
     assert patches.shape == (count, side * side, patch * patch * 3)
     for y, x in ((0, 0), (side - 1, 0), (side // 2, side - 1)):
         block = crops[:, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch]
@@ -187,7 +188,7 @@ def test_patchify(count, size, patch):
 
 def test_visual_slots_point_into_the_shard(golden_model, sequences):
     budget = Budget(2, 512, 16, 6, sides=1, taps=4)
-    packer = Packer(budget, 1, golden_model.config)
+    packer = Packer(budget, 1, golden_model.config.vision.crop)
     for sequence in sequences[5:]:
         packer.add([sequence])
     batch, _ = packer.emit()

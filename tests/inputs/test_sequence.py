@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 
 import numpy as np
 import PIL.Image
@@ -13,7 +14,7 @@ from llave_jax.inputs import taps as T
 from llave_jax.inputs.chat import chat_ids
 from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.item import Item
-from llave_jax.inputs.sequence import VISUAL_SLOT, Sequence, SequenceBuilder
+from llave_jax.inputs.sequence import VISUAL_SLOT, SequenceBuilder, TokenSequence
 
 LONG = "the red bicycle by the harbour wall " * 200
 
@@ -28,7 +29,7 @@ def picture(width, height, value=40):
 
 @pytest.fixture(scope="module")
 def builder(golden_model):
-    return SequenceBuilder(golden_model.tokenizer, golden_model.config)
+    return SequenceBuilder(golden_model.tokenizer, golden_model.config.input_spec)
 
 
 ITEMS = [
@@ -49,11 +50,11 @@ def test_tokens_that_are_cut_are_counted(golden_model, builder, limits):
     """A text beyond its own limit as well as a sequence beyond the model's."""
     whole = SequenceBuilder(
         golden_model.tokenizer,
-        with_inputs(golden_model.config, max_text_length=10**6, max_length=10**6),
+        with_inputs(golden_model.config, max_text_length=10**6, max_length=10**6).input_spec,
     )
     text_length, length = limits
     config = with_inputs(golden_model.config, max_text_length=text_length, max_length=length)
-    cutting = SequenceBuilder(golden_model.tokenizer, config)
+    cutting = SequenceBuilder(golden_model.tokenizer, config.input_spec)
     for item in ITEMS:
         expected, sequence = whole(item), cutting(item)
         assert expected.num_cut == 0
@@ -66,17 +67,19 @@ def test_tokens_that_are_cut_are_counted(golden_model, builder, limits):
 def test_a_cut_takes_zero_pictures_with_it(golden_model):
     text, images = "<image> a <image> b <image>", (None, picture(20, 20), None)
     patches = golden_model.config.vision.num_patches
-    whole = SequenceBuilder(golden_model.tokenizer, golden_model.config)(Item(text, images))
+    whole = SequenceBuilder(golden_model.tokenizer, golden_model.config.input_spec)(
+        Item(text, images)
+    )
     assert len(whole.crops) == 4
     assert whole.zero_crops == (0, 3)
     visual = np.flatnonzero(whole.tokens == VISUAL_SLOT)
     assert len(visual) == 2 * (patches + 1) + 2 * patches + 8 - 1
     for end, crops, zero in ((visual[-1] - 3, 4, (0, 3)), (visual[-patches - 1], 3, (0,))):
         config = with_inputs(golden_model.config, max_length=int(end))
-        sequence = SequenceBuilder(golden_model.tokenizer, config)(Item(text, images))
+        sequence = SequenceBuilder(golden_model.tokenizer, config.input_spec)(Item(text, images))
         assert (len(sequence.crops), sequence.zero_crops) == (crops, zero)
     config = with_inputs(golden_model.config, max_length=int(visual[0]) + 5)
-    sequence = SequenceBuilder(golden_model.tokenizer, config)(Item(text, images))
+    sequence = SequenceBuilder(golden_model.tokenizer, config.input_spec)(Item(text, images))
     assert (len(sequence.crops), sequence.zero_crops) == (1, (0,))
 
 
@@ -92,8 +95,20 @@ def test_a_text_beyond_its_limit_is_cut_with_a_warning(golden_model, caplog):
         assert "the embedding is read at the last one that remains" in message
 
 
+def test_a_token_without_embedding_is_an_error_that_names_the_item(golden_model):
+    tokenizer = golden_model.tokenizer
+    largest = max(tokenizer.get_vocab().values())
+    spec = golden_model.config.input_spec
+    build = SequenceBuilder(tokenizer, dataclasses.replace(spec, vocab_size=largest))
+    text = tokenizer.convert_ids_to_tokens(largest)
+    with pytest.raises(ValueError, match=rf"row 7: .*{re.escape(text)}.*id {largest}"):
+        build(Item(f"a dog {text}", name="row 7"))
+    build = SequenceBuilder(tokenizer, dataclasses.replace(spec, vocab_size=largest + 1))
+    assert largest in build(Item(f"a dog {text}")).tokens
+
+
 def cut_sequence(name):
-    return Sequence(
+    return TokenSequence(
         np.zeros(4, np.int32), np.zeros((0, 1, 1, 3), np.uint8), T.newlines(0), name, num_cut=3
     )
 

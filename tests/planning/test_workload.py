@@ -8,7 +8,7 @@ import pytest
 
 from llave_jax import config as config_lib
 from llave_jax.data.sources import MMEB_TRAIN_SUBSETS
-from llave_jax.inputs.packing import Budget
+from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import PRESETS
 from llave_jax.planning import workload
 
@@ -17,7 +17,7 @@ CONFIG = PRESETS["llave-0.5b"]
 
 @pytest.fixture(scope="module")
 def sizes():
-    return workload.sample_pairs(CONFIG, 3000)
+    return workload.sample_pairs(CONFIG.input_spec, 3000)
 
 
 def test_the_mix_is_the_papers():
@@ -31,12 +31,13 @@ def test_the_mix_is_the_papers():
 
 
 def test_sizes_are_those_of_the_models_inputs(sizes):
-    assert workload.image_cost(640, 480, CONFIG) == (2929, 5)
-    assert workload.image_cost(500, 375, CONFIG) == (1728, 3)
+    assert workload.image_cost(640, 480, CONFIG.input_spec) == (2929, 5)
+    assert workload.image_cost(500, 375, CONFIG.input_spec) == (1728, 3)
     assert sizes.lengths.min() > workload.CHAT_TOKENS
     assert sizes.lengths.max() <= CONFIG.inputs.max_length
     np.testing.assert_array_equal(
-        workload.sample_pairs(CONFIG, 50).lengths, workload.sample_pairs(CONFIG, 50).lengths
+        workload.sample_pairs(CONFIG.input_spec, 50).lengths,
+        workload.sample_pairs(CONFIG.input_spec, 50).lengths,
     )
 
 

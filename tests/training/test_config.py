@@ -14,7 +14,7 @@ from llave_jax.config import (
     model_config,
     paper_config,
 )
-from llave_jax.models.config import grid_pinpoints
+from llave_jax.inputs.config import grid_pinpoints
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf
 from tests.weights.convert_checkpoints import write_hf

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llave_jax.models.config import grid_pinpoints
+from llave_jax.inputs.config import grid_pinpoints
 from llave_jax.training.checkpoint import latest_params
 from llave_jax.weights import model_dir
 from tests.data import mmeb_tree

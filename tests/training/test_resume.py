@@ -11,13 +11,8 @@ import pytest
 
 from llave_jax import train
 from llave_jax.config import default_config
-from llave_jax.models.config import (
-    InputConfig,
-    LlaveConfig,
-    TextConfig,
-    VisionConfig,
-    grid_pinpoints,
-)
+from llave_jax.inputs.config import InputConfig, grid_pinpoints
+from llave_jax.models.config import LlaveConfig, TextConfig, VisionConfig
 from llave_jax.models.llave import Llave, example_batch
 from llave_jax.training import resume
 from llave_jax.training.checkpoint import Checkpoints

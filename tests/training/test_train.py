@@ -55,7 +55,8 @@ def test_a_step_of_the_quickstart_has_room_for_its_pairs_on_any_devices(digits_d
     config = runpy.run_path(str(CONFIGS / "quickstart.py"))["get_config"]()
     data, tokenizer = train.locate_data(config, digits_data.parent)
     source = train.open_training_source(config, data)
-    builder = SequenceBuilder(train.load_tokenizer(config, tokenizer), model_config(config))
+    spec = model_config(config).input_spec
+    builder = SequenceBuilder(train.load_tokenizer(config, tokenizer), spec)
     measured = {name: measure_subset(source, name, builder, 100) for name in source.subsets}
     sizes = mixed_sizes(measured, 300 * 32)
     pairs = list(zip(sizes.lengths, sizes.crops.sum(1), strict=True))

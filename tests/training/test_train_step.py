@@ -14,8 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+from llave_jax.inputs.batch import Budget, empty_batch, stack_batches
 from llave_jax.inputs.item import Item, missing_image
-from llave_jax.inputs.packing import Budget, Packer, empty_batch, stack_batches
+from llave_jax.inputs.packing import Packer
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models import parameters as names
 from llave_jax.models.llave import Llave
@@ -69,7 +70,7 @@ def recorded(reference, kind, config):
 @pytest.fixture(scope="module")
 def pairs(golden, golden_model):
     """The recorded run's four pairs, as sequences."""
-    builder = SequenceBuilder(golden_model.tokenizer, golden_model.config)
+    builder = SequenceBuilder(golden_model.tokenizer, golden_model.config.input_spec)
 
     def sequence(text, image):
         return builder(Item(text, images=(golden / image,) if image else ()))
@@ -90,7 +91,7 @@ def make_batch(pairs, config, shards, micro_batches=1):
     per_micro_batch = -(-len(pairs) // micro_batches)
     batches = []
     for i in range(micro_batches):
-        packer = Packer(budget, shards, config)
+        packer = Packer(budget, shards, config.vision.crop)
         for pair in pairs[i * per_micro_batch : (i + 1) * per_micro_batch]:
             assert packer.add(pair)
         batches.append(packer.emit()[0])
@@ -186,7 +187,7 @@ def test_a_marker_without_an_image_is_trained_on(golden, golden_model):
     queries = ("quirk_token_without_image", "image_wide", "text_caption", "image_tiny")
     targets = ("image_square", "text_dataset", "two_images", "text_unicode")
     cases = {c["name"]: c for c in json.loads((golden / "cases.json").read_text())["cases"]}
-    builder = SequenceBuilder(golden_model.tokenizer, golden_model.config)
+    builder = SequenceBuilder(golden_model.tokenizer, golden_model.config.input_spec)
 
     def sequence(name):
         text, images = cases[name]["text"], cases[name]["images"]
@@ -291,7 +292,7 @@ def test_pools_in_value_and_gradient(pool, kind, golden_model):
     valid = random.random((micro_batches, shards, groups)) < 0.7
     ids = random.integers(0, 12, (micro_batches, shards, sides - 1, groups)).astype(np.int32)
     vision = golden_model.config.vision
-    one = empty_batch(Budget(1, 8, 0, groups, sides), shards, vision.num_patches, vision.patch_dim)
+    one = empty_batch(Budget(1, 8, 0, groups, sides), shards, vision.crop)
     batch = stack_batches([one] * micro_batches)._replace(pooled=pooled, valid=valid)
 
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1}, jax.devices()[:4])

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from llave_jax.inputs.config import InputConfig
 from llave_jax.models import parameters as names
-from llave_jax.models.config import PRESETS, InputConfig, LlaveConfig, TextConfig, VisionConfig
+from llave_jax.models.config import PRESETS, LlaveConfig, TextConfig, VisionConfig
 from llave_jax.models.llave import Llave, abstract_params
 from llave_jax.parallel.sharding import flatten
 from llave_jax.weights import hf_config, model_dir

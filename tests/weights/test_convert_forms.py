@@ -19,7 +19,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.inputs.packing import Budget, Packer
+from llave_jax.inputs.batch import Budget
+from llave_jax.inputs.packing import Packer
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models import parameters as names
 from llave_jax.models.llave import Llave
@@ -53,10 +54,10 @@ def jitted(config):
 def embed(directory, golden, golden_model):
     """Embeddings of CASES as the model directory says they are laid out, float32 [n, D]."""
     config = model_dir.load_config(directory)
-    builder = SequenceBuilder(model_dir.load_tokenizer(directory), config)
+    builder = SequenceBuilder(model_dir.load_tokenizer(directory), config.input_spec)
     cases = {case["name"]: case for case in load_cases(golden)["cases"]}
     budget = Budget(rows=2, row_length=512, crops=32, groups=len(CASES), sides=1, taps=4)
-    packer = Packer(budget, 1, config)
+    packer = Packer(budget, 1, config.vision.crop)
     for name in CASES:
         assert packer.add([builder(make_item(cases[name], golden))])
     # Neither what the host does with items nor tying is part of the program: forms share one.

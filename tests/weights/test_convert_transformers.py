@@ -80,7 +80,7 @@ def test_values(model, converted):
 def test_hidden_states(model, converted, name):
     path, config = converted
     item = parity.items(config.vision.image_size)[name]
-    sequence = SequenceBuilder(model_dir.load_tokenizer(path), config)(item)
+    sequence = SequenceBuilder(model_dir.load_tokenizer(path), config.input_spec)(item)
     theirs = parity.torch_stages(model, sequence, item)
     ours = parity.our_stages(config, model_dir.load_params(path), sequence)
     assert ours.keys() == theirs.keys()
@@ -94,7 +94,7 @@ def test_a_llave_checkpoint_works_in_transformers(golden, exported):
     model = load(exported / "onevision")
     config = model_dir.load_config(exported / "ours")
     item = parity.items(config.vision.image_size)["wide"]
-    sequence = SequenceBuilder(model_dir.load_tokenizer(exported / "ours"), config)(item)
+    sequence = SequenceBuilder(model_dir.load_tokenizer(exported / "ours"), config.input_spec)(item)
     theirs = parity.torch_stages(model, sequence, item)
     ours = parity.our_stages(config, model_dir.load_params(exported / "ours"), sequence)
     for stage, expected in theirs.items():
@@ -136,7 +136,7 @@ def test_image_processor_of_the_exported_directory(exported):
     processor = LlavaOnevisionImageProcessorPil.from_pretrained(exported / "onevision")
     item = parity.items(config.vision.image_size)["scaled"]
     theirs = processor(item.images[0], return_tensors="np")["pixel_values"][0]
-    ours = anyres.image_crops(item.images[0], config.inputs, config.vision.image_size)
+    ours = anyres.image_crops(item.images[0], config.inputs, config.vision.crop)
     ours = (ours.transpose(0, 3, 1, 2).astype(np.float32) / 255 - 0.5) / 0.5
     assert theirs.shape == ours.shape
     # Base crop and tiles: transformers resizes with the same filter, but rounds on its own.

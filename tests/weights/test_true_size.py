@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hub_checkpoints import FORMS, ROWS, write_checkpoint
-from llave_jax.models.config import PRESETS, grid_pinpoints
+from llave_jax.inputs.config import grid_pinpoints
+from llave_jax.models.config import PRESETS
 from llave_jax.weights import model_dir
 from tests.weights.convert_checkpoints import assert_same_files
 from tools import convert_hf
