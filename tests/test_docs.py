@@ -26,13 +26,16 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+# A Python file, with or without its folders.
+FILE = re.compile(r"(?<![\w/.<-])[\w/]+\.py\b")
 TREE = ("llave_jax", "tests", "tools", "configs", "benchmarks", "docs", ".ci")
 
 # Runs each program given on the command line with --help, forked from one process that has imported what
 # all of them need, and prints {program: what it said}.
 HELP = """
 import json, os, runpy, sys, tempfile, traceback
-import jax, optax, flax.linen, orbax.checkpoint, transformers, ml_collections
+import absl.flags, flax.linen, grain.python, jax, matplotlib.pyplot, ml_collections, optax
+import orbax.checkpoint, pyarrow.parquet, sklearn.metrics, tensorboardX, transformers
 said = {}
 
 def ask(program, flag):
@@ -143,7 +146,9 @@ def test_paths_exist(page):
         for code in code_of(page)
         for path in re.findall(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, TREE))})/[\w./*-]*", code)
     }
-    named |= {name for code in code_of(page) for name in re.findall(r"(?<!\S)[\w/]+\.py\b", code)}
+    if page.name == "architecture.md":
+        named |= {n for image in page.parent.glob("*.svg") for n in FILE.findall(text_of(image))}
+    named |= {name for code in code_of(page) for name in FILE.findall(code)}
     # NAME stands for a name of the reader's choice.
     missing = {path for path in named if not re.search(r"[A-Z]{4}", path) and not exists(path)}
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
