@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from llave_jax.common.files import write_text
+from llave_jax.common.tables import percent
 from llave_jax.evaluation import mmeb_data, published
 from llave_jax.evaluation import report_html as html
+from llave_jax.evaluation.drawing import histograms_svg
 from llave_jax.evaluation.report_html import Bar, Candidate, Card, Example
-from llave_jax.evaluation.results import DatasetResult, Results, percent
+from llave_jax.evaluation.results import DatasetResult, Results
 from llave_jax.evaluation.retrieval import RetrievalResult, RetrievalTask
-from llave_jax.evaluation.similarity import SimilarityStats, similarity_overlap
+from llave_jax.evaluation.similarity import HEADING, SimilarityStats, similarity_overlap
 from llave_jax.evaluation.video_data import VideoDataset
 from llave_jax.evaluation.video_retrieval import VideoResult
 from llave_jax.inputs import video_decode
@@ -100,14 +102,11 @@ def _dataset_bars(results: Results) -> str:
 
 
 def _similarities(results: Results) -> str:
-    kinds = ("positive", "hard", "easy")
-    rows = [["dataset", *kinds, "overlap of positive and hard"]]
+    rows = [["dataset", *HEADING]]
     for result in results.datasets:
         stats = _stats([result])
         if stats is not None:
-            # Adding zero makes a rounded -0.00 plain.
-            means = [f"{round(stats.mean(kind), 2) + 0.0:.2f}" for kind in kinds]
-            rows.append([result.info.name, *means, f"{stats.overlap('positive', 'hard'):.2f}"])
+            rows.append([result.info.name, *stats.cells()])
     total = _stats(results.datasets)
     if total is None:
         return html.paragraph("No query has a candidate besides its positive.")
@@ -115,7 +114,8 @@ def _similarities(results: Results) -> str:
         "Cosine of queries with their positive, their 5 most similar other candidates (hard) and "
         "their 5 least similar ones (easy), over all datasets."
     )
-    return note + html.histogram(total) + html.folded("Means per dataset", html.table(rows))
+    picture = histograms_svg({"all datasets": total})
+    return note + picture + html.folded("Means per dataset", html.table(rows))
 
 
 def _stats(results: Sequence[DatasetResult]) -> SimilarityStats | None:
@@ -226,7 +226,9 @@ def write_video_report(
     sections = [("Metrics", html.table(result.rows()))]
     if len(dataset.videos) > 1:
         stats = similarity_overlap(similarity, owners)
-        sections.append(("Similarity of positives and negatives", html.histogram(stats)))
+        sections.append(
+            ("Similarity of positives and negatives", histograms_svg({dataset.name: stats}))
+        )
     sections.append(("Answers", _gallery("Text to video", note, right, make, shown=True)))
     subtitle = f"{model}: {len(dataset.captions)} captions, {len(dataset.videos)} videos"
     write_text(Path(path), html.page(dataset.name, subtitle, sections))

@@ -1,4 +1,4 @@
-"""Pieces of a self-contained HTML page: tables, bars, histograms, galleries of answers.
+"""Pieces of a self-contained HTML page: tables, bars, galleries of answers.
 
 Owns how things look; what is shown is decided in `report.py`. Pages load nothing from elsewhere:
 style, drawings (SVG) and thumbnails (data URIs) are in them.
@@ -12,17 +12,11 @@ import io
 from collections.abc import Mapping, Sequence
 from html import escape
 
-import numpy as np
-
-from llave_jax.evaluation.similarity import EDGES, SimilarityStats
 from llave_jax.inputs.images import load_image
 from llave_jax.inputs.item import ImageLike
 
 THUMBNAIL_PIXELS = 144
 _TEXT_LIMIT = 320
-
-# The colours of `similarity.plot_histograms`.
-_SIMILARITY_COLOURS = {"positive": "#1b6ca8", "hard": "#d95f02", "easy": "#8a8f98"}
 
 _STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --fill: #f5f7f9; --good: #1b7f5c;
@@ -199,45 +193,6 @@ def _tick(x: float, y: float, colour: str, width: int) -> str:
     return (
         f'<line x1="{x:.1f}" y1="{y - 3}" x2="{x:.1f}" y2="{y + 19}" stroke="{colour}" '
         f'stroke-width="{width}"/>'
-    )
-
-
-def histogram(stats: SimilarityStats) -> str:
-    """Distributions of the cosine with positives, hard and easy negatives, over one another."""
-    shares = {kind: stats.histogram(kind) for kind in _SIMILARITY_COLOURS}
-    used = np.flatnonzero(np.max(list(shares.values()), axis=0) > 0)
-    # Whole ticks of 0.2 around the bins in use.
-    low = np.floor(EDGES[used[0]] * 5 + 1e-6) / 5
-    high = np.ceil(EDGES[used[-1] + 1] * 5 - 1e-6) / 5
-    top = max(float(share.max()) for share in shares.values())
-    left, width, height = 20, 640, 190
-
-    def x(cosine: float) -> float:
-        return left + width * (cosine - low) / (high - low)
-
-    parts = [
-        f'<line x1="{x(tick):.1f}" y1="0" x2="{x(tick):.1f}" y2="{height}" stroke="#e8ecf0"/>'
-        f'<text x="{x(tick):.1f}" y="{height + 16}" text-anchor="middle">{tick + 0.0:.1f}</text>'
-        for tick in np.round(np.arange(low, high + 0.1, 0.2), 1)
-    ]
-    for number, (kind, colour) in enumerate(_SIMILARITY_COLOURS.items()):
-        points = [f"{x(EDGES[used[0]]):.1f},{height}"]
-        for i in range(used[0], used[-1] + 1):
-            y = height - (height - 8) * shares[kind][i] / top
-            points += [f"{x(EDGES[i]):.1f},{y:.1f}", f"{x(EDGES[i + 1]):.1f},{y:.1f}"]
-        points.append(f"{x(EDGES[used[-1] + 1]):.1f},{height}")
-        legend = left + width + 16
-        parts.append(
-            f'<polygon points="{" ".join(points)}" fill="{colour}" fill-opacity=".35" '
-            f'stroke="{colour}"/>'
-            f'<rect x="{legend}" y="{8 + 24 * number}" width="14" height="14" fill="{colour}" '
-            f'fill-opacity=".6"/><text x="{legend + 20}" y="{20 + 24 * number}">{kind}, mean '
-            f"{stats.mean(kind):.2f}</text>"
-        )
-    label = "Distributions of the cosine with positives, hard and easy negatives"
-    return (
-        f'<svg viewBox="0 0 {left + width + 170} {height + 24}" role="img" '
-        f'aria-label="{label}">{"".join(parts)}</svg>\n'
     )
 
 

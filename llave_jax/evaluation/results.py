@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llave_jax.common.tables import align, percent
 from llave_jax.evaluation import published
 from llave_jax.evaluation.mmeb_data import META_TASKS, MMEB_DATASETS, DatasetInfo
 
@@ -174,19 +175,3 @@ class Results:
             rows.append([row.model, *(percent(value, 1) for value in values)])
         rows.append(["this run", *(percent(own[label]) for label in labels)])
         return rows
-
-
-def percent(value: float | None, scale: float = 100) -> str:
-    """One decimal, or "-" for what is not known."""
-    return "-" if value is None else f"{scale * value:.1f}"
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -14,11 +14,14 @@ from typing import Any
 import jax
 
 from llave_jax.common.files import write_text
+from llave_jax.common.tables import align
 from llave_jax.config import Config
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.evaluation import mmeb, similarity
+from llave_jax.evaluation import drawing, mmeb
 from llave_jax.evaluation.mmeb_data import DatasetInfo
-from llave_jax.evaluation.results import Results, align
+from llave_jax.evaluation.results import Results
+from llave_jax.evaluation.similarity import SimilarityStats
+from llave_jax.evaluation.similarity_comparison import read_similarity
 from llave_jax.models.llave import Llave
 from llave_jax.training.metrics import MetricsWriter
 
@@ -97,11 +100,11 @@ class TrainingEvaluation:
         if last.keys() <= first.keys():
             stats = {"untrained": self._similarity(0, list(last)), **stats}
         picture = self._workdir / "similarity.png"
-        similarity.plot_histograms(stats, picture)
+        drawing.write_histograms(stats, picture)
         print(f"\n{table}\n\nsimilarity of positives and of hard and easy negatives: {picture}")
 
-    def _similarity(self, step: int, names: list[str]) -> similarity.SimilarityStats:
-        return similarity.read_similarity(self._summary(step).parent, names)
+    def _similarity(self, step: int, names: list[str]) -> SimilarityStats:
+        return read_similarity(self._summary(step).parent, names)
 
     def _summary(self, step: int) -> Path:
         return self._directory / f"step_{step}" / "summary.json"

@@ -135,7 +135,8 @@ def test_a_broken_shard_is_named(tmp_path):
 
 
 def test_scores_are_kept_for_the_similarity_analysis(tmp_path):
-    from llave_jax.evaluation import similarity
+    from llave_jax import similarity
+    from llave_jax.evaluation.similarity_comparison import read_similarity
 
     make_tree(tmp_path / "data")
     for label in ("a", "b"):
@@ -149,7 +150,7 @@ def test_scores_are_kept_for_the_similarity_analysis(tmp_path):
     assert f"{numbers['a/GQA']['positive']['mean']:.2f}" in table
     assert (tmp_path / "out/similarity.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(FileNotFoundError, match="evaluate EDIS into"):
-        similarity.read_similarity(tmp_path / "a", ["EDIS"])
+        read_similarity(tmp_path / "a", ["EDIS"])
     with pytest.raises(SystemExit, match=r"^error: .*EDIS_scores\.npz does not exist"):
         similarity.main(
             ["--evaluations", *runs, "--subsets", "EDIS", "--output", str(tmp_path / "out")]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import xml.etree.ElementTree
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,15 +11,14 @@ import pytest
 from hypothesis import given
 
 from llave_jax.evaluation import published
+from llave_jax.evaluation.drawing import histograms_svg, write_histograms
 from llave_jax.evaluation.similarity import (
     EDGES,
     NEGATIVES,
     SimilarityStats,
-    comparison_rows,
-    plot_histograms,
     similarity_overlap,
-    write_numbers,
 )
+from llave_jax.evaluation.similarity_comparison import comparison_rows, write_numbers
 
 KINDS = ("positive", "hard", "easy")
 
@@ -153,8 +153,8 @@ def stats_like(positive: float, hard: float, easy: float, seed: int = 0) -> Simi
 @pytest.mark.parametrize("panels", [1, 4, 5])
 def test_picture(tmp_path, panels):
     stats = {f"model {i}": stats_like(0.7, 0.5, 0.1 * i) for i in range(panels)}
-    plot_histograms(stats, tmp_path / "new" / "a.png")
-    plot_histograms(stats, tmp_path / "new" / "b.png")
+    write_histograms(stats, tmp_path / "new" / "a.png")
+    write_histograms(stats, tmp_path / "new" / "b.png")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["a.png", "b.png"]
     first, second = ((tmp_path / "new" / name).read_bytes() for name in ("a.png", "b.png"))
     assert first == second
@@ -171,7 +171,7 @@ def test_picture(tmp_path, panels):
 
 def test_picture_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="at least one label"):
-        plot_histograms({}, tmp_path / "a.png")
+        write_histograms({}, tmp_path / "a.png")
 
 
 def test_numbers(tmp_path):
@@ -209,3 +209,18 @@ def test_published_means_stand_below_a_run_s():
             by_loss["LLaVE"][0] - by_loss["LLaVE"][1]
             > by_loss["InfoNCE"][0] - by_loss["InfoNCE"][1]
         )
+
+
+def test_the_page_has_the_same_picture_as_text():
+    stats = {"InfoNCE": stats_like(0.7, 0.6, 0.4), "LLaVE": stats_like(0.65, 0.5, 0.0)}
+    first, second = histograms_svg(stats), histograms_svg(stats)
+    assert first == second
+    root = xml.etree.ElementTree.fromstring(first)
+    assert root.tag.endswith("svg")
+    texts = " ".join(" ".join(root.itertext()).split())
+    for label, values in stats.items():
+        means = ", ".join(f"{kind} {values.mean(kind):.2f}" for kind in KINDS)
+        assert label in texts
+        assert f"mean: {means}" in texts
+    for colour in ("#1b6ca8", "#d95f02", "#8a8f98"):
+        assert colour in first

@@ -88,7 +88,7 @@ def test_the_page_has_a_command_for_everything():
     assert programs == {
         "llave_jax.train",
         "llave_jax.evaluate",
-        "llave_jax.evaluation.similarity",
+        "llave_jax.similarity",
         "tools/convert_hf.py",
         "tools/prepare_data.py",
         "tools/check_example.py",
@@ -131,7 +131,7 @@ def test_other_commands_are_understood(command, monkeypatch):
         if hasattr(arguments, name):
             path = str(getattr(arguments, name))
             assert path.split("/")[0] in made or path in {parse_training(c)[1] for c in TRAINING}
-    if command[0] == "-m" and command[1] == "llave_jax.evaluation.similarity":
+    if command[0] == "-m" and command[1] == "llave_jax.similarity":
         outputs = {c[c.index("--output") + 1] for c in OTHERS if "--output" in c}
         assert {entry.split("=")[1] for entry in arguments.evaluations} <= outputs
 
