@@ -181,6 +181,14 @@ def test_names_of_the_package_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_have_the_names_given_with_them(page):
+    """In "`inputs/batch.py` (`Budget`)" the file has something of that name."""
+    for file, name in re.findall(r"`([\w/]+\.py)` \(`([\w.]+)`", text_of(page)):
+        found = [path for path in files() if path.endswith(file)]
+        assert any(re.search(rf"\b{name}\b", text_of(ROOT / path)) for path in found), (file, name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_config_fields_exist(page):
     """`config.loss.alpha` or `loss.alpha` is a field of a run's configuration."""
     config = default_config()
