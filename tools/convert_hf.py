@@ -15,8 +15,8 @@ import logging
 import signal
 import sys
 
-from llave_jax.models.parameters import LAYOUTS
 from llave_jax.weights.from_hf import convert_from_hf
+from llave_jax.weights.hf_names import LAYOUTS
 from llave_jax.weights.to_hf import convert_to_hf
 
 

@@ -13,8 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llave_jax.models.parameters import weight_at
 from llave_jax.ops.tpu_attention import RESIDUALS
-from llave_jax.parallel.sharding import constrain_rows, gather_for_use
+from llave_jax.parallel.sharding import constrain_rows, gather_for_use, mesh_in_use
 
 Dtype = Any
 
@@ -53,7 +54,9 @@ class Projection(nn.Module):
         # batches.
         corner = x[:, *(slice(1),) * (x.ndim - 1)]
         _, kernel = jax.lax.optimization_barrier((jax.lax.stop_gradient(corner), kernel))
-        kernel = gather_for_use(kernel.astype(self.dtype), "/".join((*self.path, "kernel")))
+        kernel = kernel.astype(self.dtype)
+        if mesh_in_use():
+            kernel = gather_for_use(kernel, weight_at("/".join((*self.path, "kernel"))).axes)
         axes = tuple(range(x.ndim - self.in_axes, x.ndim))
         y = jax.lax.dot_general(
             x,

@@ -6,19 +6,23 @@ Puts SigLIP, projector and Qwen2 together. Which patch goes where was decided on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 
 from llave_jax.inputs.batch import Budget, PackedBatch, empty_batch
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.layers import Dtype
+from llave_jax.models.parameters import parameter_shapes, weight_at
 from llave_jax.models.projector import Projector
 from llave_jax.models.qwen2 import Qwen2
 from llave_jax.models.siglip import SiglipTower
+from llave_jax.parallel import sharding
 
 # Names of intermediate results a rematerialisation policy can choose to keep.
 VISION_FEATURES = "vision_features"
@@ -144,7 +148,33 @@ def example_batch(config: LlaveConfig) -> PackedBatch:
     return empty_batch(budget, 1, config.vision.crop)
 
 
-def abstract_params(model: Llave) -> dict:
-    """Shapes and dtypes of the parameter tree, computed without any memory."""
-    batch = example_batch(model.config)
-    return jax.eval_shape(lambda key: model.init(key, batch), jax.random.key(0))["params"]
+def abstract_params(model: Llave) -> dict[str, Any]:
+    """The parameter tree of a model as shapes and dtypes.
+
+    Returns:
+      Nested dict of `jax.ShapeDtypeStruct`.
+    """
+    shapes = parameter_shapes(model.config)
+    return sharding.unflatten(
+        {path: jax.ShapeDtypeStruct(shape, model.param_dtype) for path, shape in shapes.items()}
+    )
+
+
+def param_shardings(params: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Where parameters lie on a mesh, by the table of weights.
+
+    Args:
+      params: parameter tree of arrays or shapes.
+
+    Returns:
+      The tree with a `NamedSharding` for each parameter.
+
+    Raises:
+      ValueError: a parameter has no row in the table.
+    """
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(mesh, sharding.param_spec(weight_at(path).axes, shape, mesh))
+
+    flat = sharding.flatten(params)
+    return sharding.unflatten({path: place(path, x.shape) for path, x in flat.items()})

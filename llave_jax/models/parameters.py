@@ -1,8 +1,9 @@
-"""The one table of tensor names: Hugging Face names and shapes to ours, and back.
+"""The table of weights: all that is known of each parameter, in one row.
 
-A rule names a tensor in both worlds; what differs between the two Hugging Face layouts are only
-the prefixes. Tensors without a path of ours are carried: the embedding model does not use them,
-a Hugging Face checkpoint does.
+A row says what a weight is called here and in checkpoints, its shape, how it is split over the mesh
+and whether weight decay applies. Shapes, shardings, the decay mask and the conversion of checkpoints
+(`llave_jax.weights`) come from it; a test checks what the Linen modules make against it. A new weight
+is a new row.
 """
 
 from __future__ import annotations
@@ -10,227 +11,242 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
-from collections.abc import Iterable
-
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
 from llave_jax.models.config import LlaveConfig
 
-# The prefixes of each layout. Where several are in use, the first is the one we write.
-#   llave: the authors' code (LlavaQwenForCausalLM).
-#   onevision: transformers' LlavaOnevisionForConditionalGeneration. Checkpoints on the hub and
-#     those saved by transformers 4 have the first form; transformers 5 drops the inner
-#     `vision_model`; a bare state dict has everything below `model`.
-LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "llave": {
-        "text": ("model",),
-        "vision": ("model.vision_tower.vision_tower.vision_model",),
-        "linear_1": ("model.mm_projector.0",),
-        "linear_2": ("model.mm_projector.2",),
-        "newline": ("model.image_newline",),
-        "lm_head": ("lm_head",),
-    },
-    "onevision": {
-        "text": ("language_model.model", "model.language_model"),
-        "vision": (
-            "vision_tower.vision_model",
-            "vision_tower",
-            "model.vision_tower.vision_model",
-            "model.vision_tower",
-        ),
-        "linear_1": ("multi_modal_projector.linear_1", "model.multi_modal_projector.linear_1"),
-        "linear_2": ("multi_modal_projector.linear_2", "model.multi_modal_projector.linear_2"),
-        "newline": ("image_newline", "model.image_newline"),
-        "lm_head": ("language_model.lm_head", "lm_head"),
-    },
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Weight:
     """One row of the table.
 
     Attributes:
-      name: Hugging Face name; `{text}` and the like stand for a layout's prefix, `{n}` for the
-        layer, which becomes the first axis of ours.
-      path: ours, or None for a carried tensor.
-      shape: ours without the layer axis, in the sizes of `sizes`. `a*b` is one axis there.
-      transform: what turns their array into ours:
-        "copy": the same elements in the same order; ours may split an axis `a*b` in two.
-        "transpose": the two axes exchanged (a torch Linear is [out, in]), then as "copy".
+      path: in our parameter tree, joined by "/". None for a weight that checkpoints have and the
+        embedding model does not use: conversion carries it along.
+      hf_name: in Hugging Face checkpoints. `{text}` and the like stand for a layout's prefixes
+        (`weights.hf_names.LAYOUTS`), `{n}` for the layer.
+      shape: our shape without the layer axis, in the words of `sizes`. `a*b` is one axis in the
+        checkpoint and two here.
+      axes: mesh axis of each of our dimensions without the layer axis; None leaves one whole.
+      transform: what turns the checkpoint's array into ours.
+        "copy": the same elements in the same order.
+        "transpose": the two axes change places, as a torch Linear is [out, in].
         "patches": a convolution [out, channel, row, column] becomes a matrix
           [row * column * channel, out].
+      decay: weight decay applies.
     """
 
-    name: str
     path: str | None
+    hf_name: str
     shape: str
+    axes: tuple[str | None, ...] = ()
     transform: str = "copy"
+    decay: bool = False
 
     @property
     def stacked(self) -> bool:
-        return "{n}" in self.name
+        """Whether there is one in each layer; here they are stacked on a first axis."""
+        return "{n}" in self.hf_name
 
     @property
     def tower(self) -> str:
-        return "vision" if "{vision}" in self.name else "text"
+        """Whose layers they are: "vision" or "text"."""
+        return "vision" if "{vision}" in self.hf_name else "text"
 
 
-def _linear(name: str, path: str | None, kernel: str, *, bias: bool = True) -> list[Rule]:
-    """A torch Linear: weight and bias; `kernel` is the shape of ours, "in out"."""
-    rules = [Rule(f"{name}.weight", path and f"{path}/kernel", kernel, "transpose")]
-    if bias:
-        rules.append(Rule(f"{name}.bias", path and f"{path}/bias", kernel.split()[1]))
-    return rules
+def _vector(path: str | None, hf_name: str, shape: str) -> Weight:
+    """A vector of a model's width: small, whole on every device, without weight decay."""
+    return Weight(path, hf_name, shape, (None,))
 
 
-def _layer_norm(name: str, path: str | None) -> list[Rule]:
+def _layer_norm(path: str | None, hf_name: str) -> list[Weight]:
     return [
-        Rule(f"{name}.weight", path and f"{path}/scale", "v_width"),
-        Rule(f"{name}.bias", path and f"{path}/bias", "v_width"),
+        _vector(path and f"{path}/scale", f"{hf_name}.weight", "v_width"),
+        _vector(path and f"{path}/bias", f"{hf_name}.bias", "v_width"),
     ]
 
 
-_TEXT_LAYER, _TEXT = "{text}.layers.{n}", "language_model/layers"
-_VISION_LAYER, _VISION = "{vision}.encoder.layers.{n}", "vision_tower/layers"
-_HEAD = "{vision}.head"
+def _linear(
+    path: str | None,
+    hf_name: str,
+    shape: str,
+    inputs: tuple[str | None, ...] = (),
+    outputs: tuple[str | None, ...] = (),
+    *,
+    bias: bool = True,
+) -> list[Weight]:
+    """A torch Linear.
 
-RULES: tuple[Rule, ...] = (
-    # Qwen2
-    Rule("{text}.embed_tokens.weight", "language_model/embed_tokens/embedding", "vocab width"),
-    Rule(f"{_TEXT_LAYER}.input_layernorm.weight", f"{_TEXT}/input_layernorm/scale", "width"),
-    *_linear(f"{_TEXT_LAYER}.self_attn.q_proj", f"{_TEXT}/self_attn/q_proj", "width heads*head"),
-    *_linear(f"{_TEXT_LAYER}.self_attn.k_proj", f"{_TEXT}/self_attn/k_proj", "width kv*head"),
-    *_linear(f"{_TEXT_LAYER}.self_attn.v_proj", f"{_TEXT}/self_attn/v_proj", "width kv*head"),
-    *_linear(
-        f"{_TEXT_LAYER}.self_attn.o_proj",
-        f"{_TEXT}/self_attn/o_proj",
-        "heads*head width",
-        bias=False,
+    Args:
+      shape: of our kernel, "in out".
+      inputs: mesh axes of the kernel's input dimensions.
+      outputs: mesh axes of its output dimensions.
+      bias: whether it has one.
+    """
+    kernel = Weight(
+        path and f"{path}/kernel",
+        f"{hf_name}.weight",
+        shape,
+        (*inputs, *outputs),
+        transform="transpose",
+        decay=True,
+    )
+    if not bias:
+        return [kernel]
+    # Each device adds the part of the bias that belongs to the outputs it computes. Over fsdp a
+    # bias is not worth a gather.
+    axes = tuple(axis if axis == "tensor" else None for axis in outputs)
+    return [
+        kernel,
+        Weight(path and f"{path}/bias", f"{hf_name}.bias", shape.split()[1], axes),
+    ]
+
+
+def _qwen2_layer(path: str, hf_name: str) -> list[Weight]:
+    attention, hf_attention = f"{path}/self_attn", f"{hf_name}.self_attn"
+    mlp, hf_mlp = f"{path}/mlp", f"{hf_name}.mlp"
+    width, heads, features = ("fsdp",), ("tensor", None), ("tensor",)
+    return [
+        _vector(f"{path}/input_layernorm/scale", f"{hf_name}.input_layernorm.weight", "width"),
+        *_linear(f"{attention}/q_proj", f"{hf_attention}.q_proj", "width heads*head", width, heads),
+        *_linear(f"{attention}/k_proj", f"{hf_attention}.k_proj", "width kv*head", width, heads),
+        *_linear(f"{attention}/v_proj", f"{hf_attention}.v_proj", "width kv*head", width, heads),
+        *_linear(
+            f"{attention}/o_proj",
+            f"{hf_attention}.o_proj",
+            "heads*head width",
+            heads,
+            width,
+            bias=False,
+        ),
+        _vector(
+            f"{path}/post_attention_layernorm/scale",
+            f"{hf_name}.post_attention_layernorm.weight",
+            "width",
+        ),
+        *_linear(
+            f"{mlp}/gate_proj", f"{hf_mlp}.gate_proj", "width mlp", width, features, bias=False
+        ),
+        *_linear(f"{mlp}/up_proj", f"{hf_mlp}.up_proj", "width mlp", width, features, bias=False),
+        *_linear(
+            f"{mlp}/down_proj", f"{hf_mlp}.down_proj", "mlp width", features, width, bias=False
+        ),
+    ]
+
+
+def _siglip_layer(path: str, hf_name: str) -> list[Weight]:
+    attention, hf_attention = f"{path}/self_attn", f"{hf_name}.self_attn"
+    width, heads, features = ("fsdp",), ("tensor", None), ("tensor",)
+    projections = [
+        weight
+        for name in ("q_proj", "k_proj", "v_proj")
+        for weight in _linear(
+            f"{attention}/{name}",
+            f"{hf_attention}.{name}",
+            "v_width v_heads*v_head",
+            width,
+            heads,
+        )
+    ]
+    return [
+        *_layer_norm(f"{path}/layer_norm1", f"{hf_name}.layer_norm1"),
+        *projections,
+        *_linear(
+            f"{attention}/out_proj",
+            f"{hf_attention}.out_proj",
+            "v_heads*v_head v_width",
+            heads,
+            width,
+        ),
+        *_layer_norm(f"{path}/layer_norm2", f"{hf_name}.layer_norm2"),
+        *_linear(f"{path}/mlp/fc1", f"{hf_name}.mlp.fc1", "v_width v_mlp", width, features),
+        *_linear(f"{path}/mlp/fc2", f"{hf_name}.mlp.fc2", "v_mlp v_width", features, width),
+    ]
+
+
+def _carried(hf_name: str) -> list[Weight]:
+    """The end of a SigLIP tower, which LLaVE does not run."""
+    head = f"{hf_name}.head"
+    return [
+        *_layer_norm(None, f"{hf_name}.post_layernorm"),
+        Weight(None, f"{head}.probe", "1 1 v_width"),
+        Weight(None, f"{head}.attention.in_proj_weight", "3*v_width v_width"),
+        Weight(None, f"{head}.attention.in_proj_bias", "3*v_width"),
+        *_linear(None, f"{head}.attention.out_proj", "v_width v_width"),
+        *_layer_norm(None, f"{head}.layernorm"),
+        *_linear(None, f"{head}.mlp.fc1", "v_width v_mlp"),
+        *_linear(None, f"{head}.mlp.fc2", "v_mlp v_width"),
+    ]
+
+
+EMBEDDING = Weight(
+    "language_model/embed_tokens/embedding",
+    "{text}.embed_tokens.weight",
+    "vocab width",
+    ("tensor", "fsdp"),
+    decay=True,
+)
+PATCH_EMBEDDING = Weight(
+    "vision_tower/patch_embedding/kernel",
+    "{vision}.embeddings.patch_embedding.weight",
+    "patch*patch*channels v_width",
+    (None, "fsdp"),
+    transform="patches",
+    decay=True,
+)
+POSITION_EMBEDDING = Weight(
+    "vision_tower/position_embedding",
+    "{vision}.embeddings.position_embedding.weight",
+    "positions v_width",
+    (None, None),
+    decay=True,
+)
+LM_HEAD = Weight(None, "{lm_head}.weight", "vocab width")
+
+WEIGHTS: tuple[Weight, ...] = (
+    EMBEDDING,
+    *_qwen2_layer("language_model/layers", "{text}.layers.{n}"),
+    _vector("language_model/norm/scale", "{text}.norm.weight", "width"),
+    *_linear("projector/linear_1", "{linear_1}", "v_width width", ("fsdp",), ("tensor",)),
+    *_linear("projector/linear_2", "{linear_2}", "width width", ("tensor",), ("fsdp",)),
+    _vector("image_newline", "{newline}", "width"),
+    PATCH_EMBEDDING,
+    _vector(
+        "vision_tower/patch_embedding/bias", "{vision}.embeddings.patch_embedding.bias", "v_width"
     ),
-    Rule(
-        f"{_TEXT_LAYER}.post_attention_layernorm.weight",
-        f"{_TEXT}/post_attention_layernorm/scale",
-        "width",
-    ),
-    *_linear(f"{_TEXT_LAYER}.mlp.gate_proj", f"{_TEXT}/mlp/gate_proj", "width mlp", bias=False),
-    *_linear(f"{_TEXT_LAYER}.mlp.up_proj", f"{_TEXT}/mlp/up_proj", "width mlp", bias=False),
-    *_linear(f"{_TEXT_LAYER}.mlp.down_proj", f"{_TEXT}/mlp/down_proj", "mlp width", bias=False),
-    Rule("{text}.norm.weight", "language_model/norm/scale", "width"),
-    # Projector and newline
-    *_linear("{linear_1}", "projector/linear_1", "v_width width"),
-    *_linear("{linear_2}", "projector/linear_2", "width width"),
-    Rule("{newline}", "image_newline", "width"),
-    # SigLIP
-    Rule(
-        "{vision}.embeddings.patch_embedding.weight",
-        "vision_tower/patch_embedding/kernel",
-        "patch*patch*channels v_width",
-        "patches",
-    ),
-    Rule(
-        "{vision}.embeddings.patch_embedding.bias", "vision_tower/patch_embedding/bias", "v_width"
-    ),
-    Rule(
-        "{vision}.embeddings.position_embedding.weight",
-        "vision_tower/position_embedding",
-        "positions v_width",
-    ),
-    *_layer_norm(f"{_VISION_LAYER}.layer_norm1", f"{_VISION}/layer_norm1"),
-    *_linear(
-        f"{_VISION_LAYER}.self_attn.q_proj", f"{_VISION}/self_attn/q_proj", "v_width v_heads*v_head"
-    ),
-    *_linear(
-        f"{_VISION_LAYER}.self_attn.k_proj", f"{_VISION}/self_attn/k_proj", "v_width v_heads*v_head"
-    ),
-    *_linear(
-        f"{_VISION_LAYER}.self_attn.v_proj", f"{_VISION}/self_attn/v_proj", "v_width v_heads*v_head"
-    ),
-    *_linear(
-        f"{_VISION_LAYER}.self_attn.out_proj",
-        f"{_VISION}/self_attn/out_proj",
-        "v_heads*v_head v_width",
-    ),
-    *_layer_norm(f"{_VISION_LAYER}.layer_norm2", f"{_VISION}/layer_norm2"),
-    *_linear(f"{_VISION_LAYER}.mlp.fc1", f"{_VISION}/mlp/fc1", "v_width v_mlp"),
-    *_linear(f"{_VISION_LAYER}.mlp.fc2", f"{_VISION}/mlp/fc2", "v_mlp v_width"),
-    # Carried
-    Rule("{lm_head}.weight", None, "vocab width"),
-    *_layer_norm("{vision}.post_layernorm", None),
-    Rule(f"{_HEAD}.probe", None, "1 1 v_width"),
-    Rule(f"{_HEAD}.attention.in_proj_weight", None, "3*v_width v_width"),
-    Rule(f"{_HEAD}.attention.in_proj_bias", None, "3*v_width"),
-    *_linear(f"{_HEAD}.attention.out_proj", None, "v_width v_width"),
-    *_layer_norm(f"{_HEAD}.layernorm", None),
-    *_linear(f"{_HEAD}.mlp.fc1", None, "v_width v_mlp"),
-    *_linear(f"{_HEAD}.mlp.fc2", None, "v_mlp v_width"),
+    POSITION_EMBEDDING,
+    *_siglip_layer("vision_tower/layers", "{vision}.encoder.layers.{n}"),
+    LM_HEAD,
+    *_carried("{vision}"),
 )
 
 
-def _rule(name: str) -> Rule:
-    return next(rule for rule in RULES if rule.name == name)
-
-
-LM_HEAD = _rule("{lm_head}.weight")
-EMBEDDING = _rule("{text}.embed_tokens.weight")
-PATCH_EMBEDDING = _rule("{vision}.embeddings.patch_embedding.weight")
-POSITION_EMBEDDING = _rule("{vision}.embeddings.position_embedding.weight")
-VISION_FC1 = _rule(f"{_VISION_LAYER}.mlp.fc1.weight")
-POST_LAYERNORM = tuple(rule for rule in RULES if "{vision}.post_layernorm" in rule.name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """What a Hugging Face name stands for: a rule, and the layer if the rule has one."""
-
-    rule: Rule
-    layer: int | None = None
-
-
 @functools.cache
-def _patterns(layout: str) -> tuple[tuple[re.Pattern[str], Rule], ...]:
-    def pattern(rule: Rule) -> re.Pattern[str]:
-        text = re.escape(rule.name).replace(r"\{n\}", r"(?P<layer>0|[1-9]\d*)")
-        for key, prefixes in LAYOUTS[layout].items():
-            options = "|".join(re.escape(prefix) for prefix in prefixes)
-            text = text.replace(rf"\{{{key}\}}", f"(?:{options})")
-        return re.compile(text)
-
-    return tuple((pattern(rule), rule) for rule in RULES)
+def _by_path() -> dict[str, Weight]:
+    return {weight.path: weight for weight in WEIGHTS if weight.path is not None}
 
 
-def match(name: str, layout: str) -> Match | None:
-    """Which row of the table a Hugging Face tensor name is; None if it is none."""
-    found = []
-    for pattern, rule in _patterns(layout):
-        if hit := pattern.fullmatch(name):
-            layer = hit.groupdict().get("layer")
-            found.append(Match(rule, None if layer is None else int(layer)))
-    if len(found) > 1:
-        rows = ", ".join(hit.rule.name for hit in found)
-        raise ValueError(f"tensor name {name} matches several rows of the name table: {rows}")
-    return found[0] if found else None
+def weight_at(path: str) -> Weight:
+    """The row of a parameter.
 
+    Args:
+      path: in the parameter tree, joined by "/".
 
-def layout_of(tensor_names: Iterable[str]) -> str | None:
-    """The layout that knows most of these tensor names; None if neither knows any."""
-    known = dict.fromkeys(LAYOUTS, 0)
-    for name in tensor_names:
-        for layout in LAYOUTS:
-            known[layout] += match(name, layout) is not None
-    best = max(known, key=known.__getitem__)
-    return best if known[best] else None
-
-
-def hf_name(hit: Match, layout: str) -> str:
-    """The name we write for a row of the table in a layout."""
-    prefixes = {key: options[0] for key, options in LAYOUTS[layout].items()}
-    return hit.rule.name.format(n=hit.layer, **prefixes)
+    Raises:
+      ValueError: the table has no such parameter.
+    """
+    weight = _by_path().get(path)
+    if weight is None:
+        raise ValueError(
+            f"parameter {path!r} has no row in the table of weights, "
+            "llave_jax.models.parameters.WEIGHTS; add one"
+        )
+    return weight
 
 
 def sizes(config: LlaveConfig) -> dict[str, int]:
-    """The words of `Rule.shape` for one model."""
+    """The words of `Weight.shape` for one model."""
     text, vision = config.text, config.vision
     return {
         "vocab": text.vocab_size,
@@ -251,72 +267,44 @@ def sizes(config: LlaveConfig) -> dict[str, int]:
     }
 
 
-def _axes(rule: Rule, config: LlaveConfig) -> list[tuple[int, ...]]:
+def axis_sizes(weight: Weight, config: LlaveConfig) -> list[tuple[int, ...]]:
+    """The sizes of `Weight.shape`: of each axis of the checkpoint, its factors."""
     known = sizes(config)
-    return [tuple(known[word] for word in axis.split("*")) for axis in rule.shape.split()]
+    return [tuple(known[word] for word in axis.split("*")) for axis in weight.shape.split()]
 
 
-def layer_shape(rule: Rule, config: LlaveConfig) -> tuple[int, ...]:
-    """Our shape of a rule's tensor, without the layer axis."""
-    axes = _axes(rule, config)
-    if rule.transform == "patches":
+def layer_shape(weight: Weight, config: LlaveConfig) -> tuple[int, ...]:
+    """Our shape of a weight, without the layer axis."""
+    axes = axis_sizes(weight, config)
+    if weight.transform == "patches":
         return tuple(math.prod(axis) for axis in axes)
     return tuple(size for axis in axes for size in axis)
 
 
-def hf_shape(rule: Rule, config: LlaveConfig) -> tuple[int, ...]:
-    """Their shape of a rule's tensor."""
-    axes = _axes(rule, config)
-    if rule.transform == "patches":
-        (rows, columns, channels), (width,) = axes
-        return (width, channels, rows, columns)
-    merged = [math.prod(axis) for axis in axes]
-    return tuple(reversed(merged)) if rule.transform == "transpose" else tuple(merged)
-
-
-def num_layers(rule: Rule, config: LlaveConfig) -> int | None:
-    """Length of the layer axis of a rule's tensor, None if it has none."""
-    if not rule.stacked:
+def num_layers(weight: Weight, config: LlaveConfig) -> int | None:
+    """Length of a weight's layer axis, None if it has none."""
+    if not weight.stacked:
         return None
-    return config.vision.num_layers if rule.tower == "vision" else config.text.num_layers
+    return config.vision.num_layers if weight.tower == "vision" else config.text.num_layers
 
 
 def parameter_shapes(config: LlaveConfig) -> dict[str, tuple[int, ...]]:
-    """path -> shape of the whole parameter tree of a model."""
+    """path -> shape of all parameters of a model."""
     shapes = {}
-    for rule in RULES:
-        if rule.path is not None:
-            layers = num_layers(rule, config)
-            shape = layer_shape(rule, config)
-            shapes[rule.path] = shape if layers is None else (layers, *shape)
+    for path, weight in _by_path().items():
+        layers = num_layers(weight, config)
+        shape = layer_shape(weight, config)
+        shapes[path] = shape if layers is None else (layers, *shape)
     return shapes
 
 
-def parameter_matches(config: LlaveConfig) -> list[Match]:
-    """All tensors a Hugging Face checkpoint needs for the parameter tree, in the table's order."""
-    hits = []
-    for rule in RULES:
-        if rule.path is not None:
-            layers = num_layers(rule, config)
-            hits += [Match(rule)] if layers is None else [Match(rule, n) for n in range(layers)]
-    return hits
+def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
+    """Which parameters weight decay applies to: matrices and embeddings, no biases, norms, newline.
 
+    Args:
+      params: flat, path -> anything.
 
-def to_ours(rule: Rule, array: np.ndarray, config: LlaveConfig) -> np.ndarray:
-    """Their array of one tensor -> ours, without the layer axis."""
-    if rule.transform == "patches":
-        array = array.transpose(2, 3, 1, 0)
-    elif rule.transform == "transpose":
-        array = array.T
-    return array.reshape(layer_shape(rule, config))
-
-
-def to_hf(rule: Rule, array: np.ndarray, config: LlaveConfig) -> np.ndarray:
-    """Our array of one tensor, without the layer axis -> theirs."""
-    shape = hf_shape(rule, config)
-    if rule.transform == "patches":
-        width, channels, rows, columns = shape
-        return array.reshape(rows, columns, channels, width).transpose(3, 2, 0, 1)
-    if rule.transform == "transpose":
-        return array.reshape(shape[::-1]).T
-    return array.reshape(shape)
+    Raises:
+      ValueError: a parameter has no row in the table.
+    """
+    return {path: weight_at(path).decay for path in params}

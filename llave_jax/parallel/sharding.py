@@ -1,13 +1,12 @@
 """Where arrays live: the device mesh, and the placement of parameters and batches on it.
 
-Parameters are placed by an ordered list of rules over their paths. Batches are split over the
-data-like axes, one shard a device.
+How each parameter is split says the table of weights (`llave_jax.models.parameters`); this module
+applies it. Batches are split over the data-like axes, one shard a device.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,30 +18,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "tensor")
 # A batch is split over both; the loss gathers over both, or negatives would be lost.
 BATCH_AXES = ("data", "fsdp")
-
-# (path regex, axes of the array's trailing dimensions). First full match wins. Stacked layers have
-# one more leading dimension, which is never split. None leaves a dimension whole.
-Rules = Sequence[tuple[str, tuple[Any, ...]]]
-PARAM_RULES: Rules = (
-    (r"language_model/embed_tokens/embedding", ("tensor", "fsdp")),
-    (r"language_model/layers/self_attn/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
-    (r"language_model/layers/self_attn/[qkv]_proj/bias", ("tensor", None)),
-    (r"language_model/layers/self_attn/o_proj/kernel", ("tensor", None, "fsdp")),
-    (r"language_model/layers/mlp/(gate|up)_proj/kernel", ("fsdp", "tensor")),
-    (r"language_model/layers/mlp/down_proj/kernel", ("tensor", "fsdp")),
-    (r"vision_tower/layers/self_attn/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
-    (r"vision_tower/layers/self_attn/[qkv]_proj/bias", ("tensor", None)),
-    (r"vision_tower/layers/self_attn/out_proj/kernel", ("tensor", None, "fsdp")),
-    (r"vision_tower/layers/mlp/fc1/kernel", ("fsdp", "tensor")),
-    (r"vision_tower/layers/mlp/fc1/bias", ("tensor",)),
-    (r"vision_tower/layers/mlp/fc2/kernel", ("tensor", "fsdp")),
-    (r"vision_tower/patch_embedding/kernel", (None, "fsdp")),
-    (r"projector/linear_1/kernel", ("fsdp", "tensor")),
-    (r"projector/linear_1/bias", ("tensor",)),
-    (r"projector/linear_2/kernel", ("tensor", "fsdp")),
-    # Vectors of the models' widths and position embeddings: small, kept whole.
-    (r".*/(scale|bias)|image_newline|vision_tower/position_embedding", ()),
-)
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -99,37 +74,30 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def param_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:
-    """Placement of one parameter by the first rule that matches its whole path.
+def param_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Placement of one parameter.
 
     An axis that does not divide its dimension (2 key heads over 4 devices) leaves it whole.
 
+    Args:
+      axes: mesh axis of each of the trailing dimensions, None to leave one whole; leading
+        dimensions, which layers are stacked on, are left whole.
+      shape: of the parameter.
+
     Raises:
-      ValueError: no rule matches, or a rule names one axis twice.
+      ValueError: one axis for two dimensions, or more axes than dimensions.
     """
-    rule = next((rule for rule in rules if re.fullmatch(rule[0], path)), None)
-    if rule is None:
-        raise ValueError(f"no sharding rule matches parameter {path!r}; add one")
-    pattern, axes = rule
     named = [axis for axis in axes if axis is not None]
     if len(set(named)) != len(named):
-        raise ValueError(f"sharding rule {pattern!r} splits two dimensions over one axis: {axes}")
+        raise ValueError(f"mesh axes {tuple(axes)} split two dimensions over one axis")
     if len(axes) > len(shape):
-        raise ValueError(f"sharding rule {pattern!r} has {len(axes)} axes for {path!r} {shape}")
+        raise ValueError(f"{len(axes)} mesh axes {tuple(axes)} for a parameter {tuple(shape)}")
     full = (None,) * (len(shape) - len(axes)) + tuple(axes)
     return PartitionSpec(
         *(
             axis if axis is not None and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(full, shape, strict=True)
         )
-    )
-
-
-def param_shardings(params: Any, mesh: Mesh, rules: Rules = PARAM_RULES) -> Any:
-    """NamedSharding for each leaf of a parameter tree (arrays or shapes)."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, param_spec(path_string(path), x.shape, mesh, rules)),
-        params,
     )
 
 
@@ -162,6 +130,11 @@ def local_shards(mesh: Mesh) -> range:
     return range(starts[0], starts[-1] + 1)
 
 
+def mesh_in_use() -> bool:
+    """Whether the computation being traced is to run on a mesh (`use_mesh`)."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
 def use_mesh(mesh: Mesh) -> AbstractContextManager:
     """Context for tracing a computation that is to run on this mesh: what `constrain_rows` and
     `map_rows_and_heads` split arrays over. Without it they leave everything to XLA."""
@@ -185,17 +158,17 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
-def gather_for_use(x: jax.Array, path: str, rules: Rules = PARAM_RULES) -> jax.Array:
-    """A layer's parameter, whole but for the tensor axis; its gradient goes back to its shards.
+def gather_for_use(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """All-gather a layer's parameter over every mesh axis but "tensor"; scatter its gradient back.
 
-    Said explicitly, so that what travels is the parameter in the dtype given here, once for each
-    use. XLA would otherwise cut the matrix products into as many as there are shards, too thin for
-    the matrix units.
+    The explicit gather sends the parameter once per use, in the dtype of `x`. Without it XLA cuts
+    the matrix product into one per shard, too thin for the matrix units.
+
+    Args:
+      x: the parameter, in the dtype to send.
+      axes: mesh axis of each of its dimensions, as for `param_spec`, of the mesh in use.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    spec = param_spec(path, x.shape, mesh, rules)
+    spec = param_spec(axes, x.shape, jax.sharding.get_abstract_mesh())
     whole = PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
     constrain = jax.lax.with_sharding_constraint
 

@@ -23,7 +23,7 @@ from llave_jax.config import Config
 from llave_jax.embedding.embedding_step import build_embedding_step
 from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import LlaveConfig
-from llave_jax.models.llave import Llave, abstract_params
+from llave_jax.models.llave import Llave, abstract_params, param_shardings
 from llave_jax.ops import gpu_attention, tpu_attention
 from llave_jax.parallel import sharding
 from llave_jax.planning import flops, hlo, workload
@@ -100,7 +100,7 @@ def compile_embedding_step(config: Config, topology: str) -> Compiled:
     params = abstract_params(model)
     budget = config_lib.batch_budget(config, sharding.num_shards(mesh))
     batch, _ = train_step.abstract_batch(model, mesh, budget, ())
-    places = sharding.param_shardings(params, mesh)
+    places = param_shardings(params, mesh)
     lowered = build_embedding_step(model, mesh).lower(
         sharding.with_shardings(params, places), batch
     )

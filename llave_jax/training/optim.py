@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import optax
+
+from llave_jax.models.parameters import decay_mask
 
 # (path regex, multiplier of the learning rate). None freezes. The first rule whose regex matches the
 # whole path decides.
@@ -98,22 +99,18 @@ def make_optimizer(
       schedule: step -> learning rate.
       multipliers: see `lr_multipliers`.
       beta1, beta2, epsilon: of Adam.
-      weight_decay: of matrices and embeddings; biases, norms and the newline do not decay.
+      weight_decay: of the parameters that `decay_mask` names: matrices and embeddings.
       clip_norm: global norm to which gradients are clipped first; None: they are not.
 
     Returns:
       An optax chain whose parts have names, under which checkpoints keep their state.
     """
-
-    def decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:
-        return {path: bool(re.search(r"(kernel|embedding)$", path)) for path in params}
-
     steps: dict[str, optax.GradientTransformation] = {}
     if clip_norm is not None:
         steps["clip"] = optax.clip_by_global_norm(clip_norm)
     steps["adam"] = optax.scale_by_adam(beta1, beta2, epsilon)
     if weight_decay:
-        steps["weight_decay"] = optax.add_decayed_weights(weight_decay, mask=decayed)
+        steps["weight_decay"] = optax.add_decayed_weights(weight_decay, mask=decay_mask)
     steps["learning_rate"] = optax.scale_by_learning_rate(schedule)
     if any(factor not in (None, 1.0) for factor in multipliers.values()):
         steps["rates"] = optax.stateless(

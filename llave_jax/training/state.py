@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llave_jax.models.llave import param_shardings
 from llave_jax.parallel import sharding
 from llave_jax.training import optim
 
@@ -46,9 +47,7 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
 
 
-def state_shardings(
-    abstract: TrainState, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.PARAM_RULES
-) -> TrainState:
+def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     """The sharding of every array of a state.
 
     Args:
@@ -58,7 +57,7 @@ def state_shardings(
       Shardings in the state's structure: optimiser moments lie beside their parameters, scalars are
       replicated.
     """
-    by_path = sharding.flatten(sharding.param_shardings(abstract.params, mesh, rules))
+    by_path = sharding.flatten(param_shardings(abstract.params, mesh))
 
     def place(path: Any, leaf: Any) -> jax.sharding.NamedSharding:
         return by_path[path[-1].key] if leaf.ndim else sharding.replicated(mesh)

@@ -1,7 +1,7 @@
 """Hugging Face directory -> model directory, tensor by tensor.
 
 Reads safetensors only (nothing is ever unpickled), checks every name, shape and dtype against the
-name table before it writes anything, and keeps whatever is needed to write the same files back.
+table of weights before it writes anything, and keeps whatever is needed to write the same files back.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from llave_jax.common.files import staged_directory
 from llave_jax.common.progress import Progress
 from llave_jax.inputs.chat import IMAGE_MARKER
-from llave_jax.models import parameters as names
 from llave_jax.models.config import LlaveConfig
-from llave_jax.models.parameters import Match
-from llave_jax.weights import hf_config, model_dir
+from llave_jax.models.parameters import EMBEDDING, LM_HEAD, parameter_shapes
+from llave_jax.weights import hf_config, hf_names, model_dir
+from llave_jax.weights.hf_names import Match
 from llave_jax.weights.safetensors_io import (
     DTYPE_NAMES,
     CheckpointError,
@@ -192,27 +192,27 @@ def make_plan(weights: HfWeights, model: hf_config.HfModel) -> Plan:
     matches: dict[str, Match] = {}
     holders: dict[Match, str] = {}
     for name, shape in weights.shapes().items():
-        hit = names.match(name, model.layout)
+        hit = hf_names.match(name, model.layout)
         if hit is None or not _within(hit, model):
             problems.append(f"surplus: {name} {list(shape)} is not part of the model")
             continue
         if hit in holders:
             problems.append(f"double: {holders[hit]} and {name} are the same tensor of the model")
             continue
-        expected = names.hf_shape(hit.rule, model.config)
+        expected = hf_names.hf_shape(hit.weight, model.config)
         if shape != expected:
             problems.append(f"shape: {name} is {list(shape)}; expected {list(expected)}")
         holders[hit] = name
         matches[name] = hit
     problems += [
-        f"missing: {names.hf_name(hit, model.layout)} {list(names.hf_shape(hit.rule, model.config))}"
-        for hit in names.parameter_matches(model.config)
+        f"missing: {hf_names.hf_name(hit, model.layout)} {list(hf_names.hf_shape(hit.weight, model.config))}"
+        for hit in hf_names.parameter_matches(model.config)
         if hit not in holders
     ]
     parameters: dict[str, list[str]] = defaultdict(list)
-    for hit in names.parameter_matches(model.config):
+    for hit in hf_names.parameter_matches(model.config):
         if hit in holders:
-            parameters[hit.rule.path].append(holders[hit])
+            parameters[hit.weight.path].append(holders[hit])
     problems += _mixed_dtypes(weights, parameters)
     if problems:
         listed = problems[:_MAX_LISTED]
@@ -244,7 +244,7 @@ def _within(hit: Match, model: hf_config.HfModel) -> bool:
     """Whether the layer of a match exists; the tower's last ones exist, though they do not run."""
     if hit.layer is None:
         return True
-    if hit.rule.tower == "vision":
+    if hit.weight.tower == "vision":
         return hit.layer < model.tower_layers
     return hit.layer < model.config.text.num_layers
 
@@ -263,10 +263,10 @@ def _mixed_dtypes(weights: HfWeights, parameters: dict[str, list[str]]) -> list[
 
 def _tied_heads(weights: HfWeights, holders: dict[Match, str]) -> list[str]:
     """A stored LM head with the bytes of the embedding need not be kept: it is the embedding."""
-    head = holders.get(Match(names.LM_HEAD))
+    head = holders.get(Match(LM_HEAD))
     if head is None:
         return []
-    embedding = holders[Match(names.EMBEDDING)]
+    embedding = holders[Match(EMBEDDING)]
     head_file, embedding_file = weights.owner[head], weights.owner[embedding]
     if head_file.tensors[head].dtype != embedding_file.tensors[embedding].dtype:
         return []
@@ -277,7 +277,7 @@ def _tied_heads(weights: HfWeights, holders: dict[Match, str]) -> list[str]:
 def _write_parameters(
     path: Path, weights: HfWeights, plan: Plan, config: LlaveConfig, show_progress: bool
 ) -> None:
-    shapes = names.parameter_shapes(config)
+    shapes = parameter_shapes(config)
     tensors = {}
     for ours, group in plan.parameters.items():
         tensors[ours] = (weights.owner[group[0]].tensors[group[0]].dtype, shapes[ours])
@@ -288,10 +288,10 @@ def _write_parameters(
         Progress(total, "converting", unit="tensors", enabled=show_progress) as progress,
     ):
         for name, hit in plan.matches.items():
-            if name not in plan.parameters.get(hit.rule.path, ()):
+            if name not in plan.parameters.get(hit.weight.path, ()):
                 continue
             array = weights.owner[name].read(name)
-            writer.write(hit.rule.path, names.to_ours(hit.rule, array, config), hit.layer)
+            writer.write(hit.weight.path, hf_names.to_ours(hit.weight, array, config), hit.layer)
             progress.update(1)
 
 

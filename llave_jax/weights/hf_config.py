@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from llave_jax.inputs.config import InputConfig, grid_pinpoints
-from llave_jax.models import parameters as names
 from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig, TextConfig, VisionConfig
-from llave_jax.models.parameters import Match
+from llave_jax.models.parameters import EMBEDDING, LM_HEAD, PATCH_EMBEDDING, POSITION_EMBEDDING
+from llave_jax.weights import hf_names
+from llave_jax.weights.hf_names import Match
 from llave_jax.weights.safetensors_io import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def read_hf_model(
     path = directory / "config.json"
     values = read_json(path)
     layout = _layout(values, shapes, path)
-    known = {hit: name for name in shapes if (hit := names.match(name, layout))}
+    known = {hit: name for name in shapes if (hit := hf_names.match(name, layout))}
     found = {hit: shapes[name] for hit, name in known.items()}
     if layout == "llave":
         vision, tower_layers = _llave_vision(directory, values, found, vision_config)
@@ -132,7 +133,7 @@ def read_hf_model(
 
 def _layout(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
     """The layout whose tensors these are, if the model is of the class that the layout is for."""
-    layout = names.layout_of(shapes)
+    layout = hf_names.layout_of(shapes)
     classes = values.get("architectures") or []
     model_type = values.get("model_type")
     described = f"architectures {json.dumps(classes)}, model_type {json.dumps(model_type)}"
@@ -181,7 +182,7 @@ def _text_config(
         )
     full = {**_TEXT_DEFAULTS, **values}
     theta = rope.get("rope_theta", values.get("rope_theta", _ROPE_THETA_DEFAULT))
-    embedding = found.get(Match(names.EMBEDDING), ())
+    embedding = found.get(Match(EMBEDDING), ())
     text = TextConfig(
         hidden_size=full["hidden_size"],
         num_layers=full["num_hidden_layers"],
@@ -191,7 +192,7 @@ def _text_config(
         vocab_size=embedding[0] if len(embedding) == 2 else full["vocab_size"],
         rope_theta=float(theta),
         rms_norm_eps=full["rms_norm_eps"],
-        tie_word_embeddings=Match(names.LM_HEAD) not in found,
+        tie_word_embeddings=Match(LM_HEAD) not in found,
     )
     if text.hidden_size % text.num_heads or text.num_heads % text.num_kv_heads:
         raise CheckpointError(
@@ -296,9 +297,9 @@ def _is_so400m(found: Mapping[Match, tuple[int, ...]]) -> bool:
     so400m = SIGLIP_SO400M
     width, patch = so400m.hidden_size, so400m.patch_size
     expected = {
-        Match(names.PATCH_EMBEDDING): (width, 3, patch, patch),
-        Match(names.POSITION_EMBEDDING): (so400m.num_patches, width),
-        Match(names.VISION_FC1, 0): (so400m.intermediate_size, width),
+        Match(PATCH_EMBEDDING): (width, 3, patch, patch),
+        Match(POSITION_EMBEDDING): (so400m.num_patches, width),
+        Match(hf_names.VISION_FC1, 0): (so400m.intermediate_size, width),
     }
     return all(found.get(hit) == shape for hit, shape in expected.items())
 
@@ -306,7 +307,7 @@ def _is_so400m(found: Mapping[Match, tuple[int, ...]]) -> bool:
 def _so400m(found: Mapping[Match, tuple[int, ...]], where: str) -> tuple[VisionConfig, int]:
     """The usual tower, with as many layers as are stored: its last one, if all are, does not run."""
     running = SIGLIP_SO400M.num_layers
-    stored = 1 + max(hit.layer for hit in found if hit.rule == names.VISION_FC1)
+    stored = 1 + max(hit.layer for hit in found if hit.weight == hf_names.VISION_FC1)
     if stored < running:
         logger.warning(
             "%s: the vision tower has %d layers, SigLIP so400m runs %d of its %d; all %d run",

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llave_jax.common.files import staged_directory
-from llave_jax.models import parameters as names
 from llave_jax.models.config import LlaveConfig
+from llave_jax.models.parameters import parameter_shapes
 from llave_jax.weights.safetensors_io import (
     CheckpointError,
     SafetensorsFile,
@@ -194,7 +194,7 @@ def _open_run(run: Path) -> dict[str, CheckpointParam]:
 def load_params(
     path: str | os.PathLike, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
 ) -> dict:
-    """The parameter tree of a model as JAX arrays, placed by `sharding.PARAM_RULES`.
+    """The parameter tree of a model as JAX arrays, placed by the table of weights.
 
     Every process reads the slices its own devices hold, nothing else.
 
@@ -208,19 +208,19 @@ def load_params(
     """
     import jax
 
+    from llave_jax.models.llave import param_shardings
     from llave_jax.parallel import sharding
 
     arrays = open_params(path)
-
-    def target(name: str) -> jax.ShapeDtypeStruct:
-        shape = arrays[name].shape
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if mesh is not None:
-            spec = sharding.param_spec(name, shape, mesh, sharding.PARAM_RULES)
-            place = jax.sharding.NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(shape, dtype or arrays[name].dtype, sharding=place)
-
-    targets = {name: target(name) for name in arrays}
+    if mesh is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = dict.fromkeys(arrays, device)
+    else:
+        places = sharding.flatten(param_shardings(sharding.unflatten(arrays), mesh))
+    targets = {
+        name: jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=places[name])
+        for name, array in arrays.items()
+    }
     if locate(path) != Path(path):
         from llave_jax.training import checkpoint
 
@@ -299,7 +299,7 @@ def _write_params(path: Path, config: LlaveConfig, params: Mapping[str, Any]) ->
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: LlaveConfig, where: str) -> None:
-    expected = names.parameter_shapes(config)
+    expected = parameter_shapes(config)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(

@@ -20,11 +20,11 @@ import numpy as np
 
 from llave_jax.common.files import staged_directory
 from llave_jax.common.progress import Progress
-from llave_jax.models import parameters as names
 from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig
-from llave_jax.models.parameters import LAYOUTS, Match
-from llave_jax.weights import hf_config, model_card, model_dir
+from llave_jax.models.parameters import EMBEDDING, LM_HEAD, WEIGHTS
+from llave_jax.weights import hf_config, hf_names, model_card, model_dir
 from llave_jax.weights.from_hf import INDEX_FILE, SINGLE_FILE
+from llave_jax.weights.hf_names import LAYOUTS, Match
 from llave_jax.weights.safetensors_io import (
     CheckpointError,
     SafetensorsFile,
@@ -106,22 +106,22 @@ class _Model:
         self._carried = SafetensorsFile(carried) if carried.is_file() else None
         self.carried: dict[Match, str] = {}
         for name in self._carried.tensors if self._carried else ():
-            if hit := names.match(name, self.origin.layout):
+            if hit := hf_names.match(name, self.origin.layout):
                 self.carried[hit] = name
 
         self.dtypes = {name: np.dtype(array.dtype) for name, array in self._params.items()}
         for file, header in self.origin.headers.items():
             for name, info in parse_header(header, file).items():
-                hit = names.match(name, self.origin.layout)
-                if hit is not None and hit.rule.path is not None:
-                    self.dtypes[hit.rule.path] = info.dtype
+                hit = hf_names.match(name, self.origin.layout)
+                if hit is not None and hit.weight.path is not None:
+                    self.dtypes[hit.weight.path] = info.dtype
 
     def read(self, hit: Match) -> np.ndarray:
         """A tensor in the Hugging Face shape; read all layers of one parameter before the next."""
         if hit in self.carried:
             return self._carried.read(self.carried[hit])
-        rule = names.EMBEDDING if hit.rule == names.LM_HEAD else hit.rule
-        return names.to_hf(rule, self._parameter(rule.path, hit.layer), self.config)
+        rule = EMBEDDING if hit.weight == LM_HEAD else hit.weight
+        return hf_names.to_hf(rule, self._parameter(rule.path, hit.layer), self.config)
 
     def _parameter(self, path: str, layer: int | None) -> np.ndarray:
         if self._file is not None:
@@ -198,10 +198,10 @@ def _write_original(target: Path, model: _Model, show_progress: bool) -> bool:
     hits = {}
     for file, header in origin.headers.items():
         for name in parse_header(header, file):
-            hits[name] = names.match(name, origin.layout)
+            hits[name] = hf_names.match(name, origin.layout)
             if hits[name] is None:
                 raise CheckpointError(
-                    f"{model.directory / model_dir.LAYOUT}: {name} is not in the name table"
+                    f"{model.directory / model_dir.LAYOUT}: {name} is not in the table of weights"
                 )
     _write_weights(target, origin.headers, hits, model, show_progress)
     return model.as_converted and same
@@ -231,7 +231,7 @@ def _write_card(
 def _write_translated(target: Path, model: _Model, layout: str, show_progress: bool) -> None:
     """A directory in a layout the model did not come from."""
     # Without an LM head there is none to write; tying makes the directory complete.
-    tied = Match(names.LM_HEAD) not in model.carried
+    tied = Match(LM_HEAD) not in model.carried
     text = dataclasses.replace(model.config.text, tie_word_embeddings=tied)
     model_dir.copy_tokenizer(model.directory / model_dir.TOKENIZER, target)
     hf_config.write_text_limit(target, model.config.inputs)
@@ -243,14 +243,18 @@ def _write_translated(target: Path, model: _Model, layout: str, show_progress: b
             text = dataclasses.replace(text, vocab_size=rows)
     written = dataclasses.replace(model.config, text=text)
 
-    hits = names.parameter_matches(written) + [Match(rule) for rule in names.POST_LAYERNORM]
+    hits = hf_names.parameter_matches(written) + [Match(rule) for rule in hf_names.POST_LAYERNORM]
     if not tied:
-        hits.append(Match(names.LM_HEAD))
+        hits.append(Match(LM_HEAD))
     tensors = {}
     for hit in hits:
-        like = names.EMBEDDING.path if hit.rule == names.LM_HEAD else hit.rule.path
+        like = EMBEDDING.path if hit.weight == LM_HEAD else hit.weight.path
         dtype = model.dtypes[like or "vision_tower/position_embedding"]
-        tensors[names.hf_name(hit, layout)] = (hit, dtype, names.hf_shape(hit.rule, written))
+        tensors[hf_names.hf_name(hit, layout)] = (
+            hit,
+            dtype,
+            hf_names.hf_shape(hit.weight, written),
+        )
     _write_shards(target, tensors, model, show_progress)
     _write_settings(target, model, layout, written, placeholders)
 
@@ -299,7 +303,7 @@ def _write_weights(
 ) -> None:
     """Fill files of given headers. Parameter after parameter, not file after file: each of ours is
     spread over all layers, and so over all files."""
-    rows = {rule: row for row, rule in enumerate(names.RULES)}
+    rows = {rule: row for row, rule in enumerate(WEIGHTS)}
     with (
         contextlib.ExitStack() as stack,
         Progress(len(hits), "converting", unit="tensors", enabled=show_progress) as progress,
@@ -308,7 +312,7 @@ def _write_weights(
         for file, header in headers.items():
             writer = stack.enter_context(SafetensorsWriter(target / file, header))
             owner |= dict.fromkeys(writer.tensors, writer)
-        for name in sorted(hits, key=lambda name: (rows[hits[name].rule], hits[name].layer or 0)):
+        for name in sorted(hits, key=lambda name: (rows[hits[name].weight], hits[name].layer or 0)):
             info = owner[name].tensors[name]
             array = _read_or_make(hits[name], info.shape, model)
             owner[name].write(name, _cast(array, info.dtype, name))
@@ -318,8 +322,8 @@ def _write_weights(
 def _read_or_make(hit: Match, shape: tuple[int, ...], model: _Model) -> np.ndarray:
     """A tensor in the shape to write: rows for placeholder tokens are added as zeros, a tower's
     final norm that the model never had is the identity. Neither is ever used in an embedding."""
-    if hit.rule in names.POST_LAYERNORM and hit not in model.carried:
-        fill = np.ones if hit.rule.name.endswith("weight") else np.zeros
+    if hit.weight in hf_names.POST_LAYERNORM and hit not in model.carried:
+        fill = np.ones if hit.weight.hf_name.endswith("weight") else np.zeros
         return fill(shape, np.float32)
     array = model.read(hit)
     if array.shape == shape:
@@ -346,7 +350,7 @@ def _write_settings(
     target: Path, model: _Model, layout: str, config: LlaveConfig, placeholders: list[int]
 ) -> None:
     """All files but weights and tokenizer."""
-    origin, dtype = model.origin, model.dtypes[names.EMBEDDING.path].name
+    origin, dtype = model.origin, model.dtypes[EMBEDDING.path].name
     if layout == "onevision":
         values = hf_config.to_onevision(config, origin.config, dtype, *placeholders)
         text_values = values["text_config"]

@@ -1,4 +1,4 @@
-"""Mesh and placement: rules over paths, and activations that stay with their batch."""
+"""Mesh and placement: parameters by their axes, and activations that stay with their batch."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from llave_jax.models.config import PRESETS
-from llave_jax.models.llave import Llave, abstract_params
+from llave_jax.models.llave import Llave, abstract_params, param_shardings
+from llave_jax.models.parameters import weight_at
 from llave_jax.parallel import sharding
-from llave_jax.parallel.sharding import PARAM_RULES, param_spec
+from llave_jax.parallel.sharding import param_spec
 from llave_jax.training import optim
 from llave_jax.training.state import init_state, state_shardings
 
@@ -20,12 +21,10 @@ def mesh_of(data, fsdp, tensor):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_parameter_has_a_place(preset):
-    mesh = mesh_of(2, 4, 1)
-    shapes = sharding.flatten(abstract_params(Llave(PRESETS[preset])))
-    whole = 0
-    for path, leaf in shapes.items():
-        spec = param_spec(path, leaf.shape, mesh, PARAM_RULES)
-        whole += leaf.size if "fsdp" not in spec else 0
+    params = abstract_params(Llave(PRESETS[preset]))
+    places = sharding.flatten(param_shardings(params, mesh_of(2, 4, 1)))
+    shapes = sharding.flatten(params)
+    whole = sum(leaf.size for path, leaf in shapes.items() if "fsdp" not in places[path].spec)
     # What is kept whole on every device is negligible.
     assert whole < 0.02 * sum(leaf.size for leaf in shapes.values())
 
@@ -49,26 +48,21 @@ def test_optimizer_state_lies_with_its_parameters():
 
 def test_axes_that_do_not_divide_leave_a_dimension_whole():
     mesh = mesh_of(1, 2, 4)
-    path = "language_model/layers/self_attn/k_proj/kernel"
-    assert param_spec(path, (3, 64, 2, 16), mesh, PARAM_RULES) == PartitionSpec(
-        None, "fsdp", None, None
-    )
-    assert param_spec(path, (3, 64, 4, 16), mesh, PARAM_RULES) == PartitionSpec(
-        None, "fsdp", "tensor", None
-    )
+    axes = weight_at("language_model/layers/self_attn/k_proj/kernel").axes
+    assert param_spec(axes, (3, 64, 2, 16), mesh) == PartitionSpec(None, "fsdp", None, None)
+    assert param_spec(axes, (3, 64, 4, 16), mesh) == PartitionSpec(None, "fsdp", "tensor", None)
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"),
+    ("axes", "message"),
     [
-        ((), "no sharding rule matches parameter 'a/kernel'"),
-        (((".*", ("fsdp", "fsdp")),), "splits two dimensions over one axis"),
-        (((".*", ("fsdp", None, None)),), "has 3 axes for 'a/kernel'"),
+        (("fsdp", "fsdp"), "split two dimensions over one axis"),
+        (("fsdp", None, None), "3 mesh axes .* for a parameter"),
     ],
 )
-def test_wrong_rules_are_refused(rules, message):
+def test_wrong_axes_are_refused(axes, message):
     with pytest.raises(ValueError, match=message):
-        param_spec("a/kernel", (8, 8), mesh_of(2, 4, 1), rules)
+        param_spec(axes, (8, 8), mesh_of(2, 4, 1))
 
 
 @pytest.mark.parametrize(
@@ -125,16 +119,16 @@ def test_batches_lie_on_their_shards():
 def test_parameters_are_gathered_and_gradients_go_back():
     """Products see whole parameters, in the dtype they were cast to; no activation travels."""
     mesh = mesh_of(1, 8, 1)
-    path = "language_model/layers/mlp/gate_proj/kernel"
+    axes = weight_at("language_model/layers/mlp/gate_proj/kernel").axes
     x = jax.device_put(jnp.ones((16, 64)), sharding.batch_sharding(mesh))
-    spec = param_spec(path, (64, 128), mesh, PARAM_RULES)
+    spec = param_spec(axes, (64, 128), mesh)
     place = jax.sharding.NamedSharding(mesh, spec)
     kernel = jax.device_put(jnp.ones((64, 128)), place)
 
     def loss(kernel, x):
         with sharding.use_mesh(mesh):
             x = sharding.constrain_rows(x)
-            whole = sharding.gather_for_use(kernel.astype(jnp.bfloat16), path)
+            whole = sharding.gather_for_use(kernel.astype(jnp.bfloat16), axes)
             y = sharding.constrain_rows(x.astype(jnp.bfloat16) @ whole)
         return jnp.sum(y.astype(jnp.float32) ** 2)
 

@@ -15,8 +15,11 @@ from llave_jax.training import optim
 from llave_jax.training.checkpoint import Checkpoints
 from llave_jax.training.state import TrainState
 
-PARAMS = {"a": {"kernel": np.ones((2, 3), np.float32)}, "b": np.ones(3, np.float32)}
-FACTORS = {"a/kernel": 1.0, "b": 0.5}
+PARAMS = {
+    "image_newline": np.ones(3, np.float32),
+    "projector": {"linear_1": {"kernel": np.ones((2, 3), np.float32)}},
+}
+FACTORS = {"projector/linear_1/kernel": 1.0, "image_newline": 0.5}
 
 
 def iterator():
@@ -90,7 +93,9 @@ def test_moments_are_not_swapped_by_a_new_order_of_fields(tmp_path):
         for path in FLAT:
             np.testing.assert_array_equal(actual[path], expected[path])
     # Were they equal, the test could not tell.
-    assert not np.array_equal(found.opt_state["adam"].mu["b"], found.opt_state["adam"].nu["b"])
+    assert not np.array_equal(
+        found.opt_state["adam"].mu["image_newline"], found.opt_state["adam"].nu["image_newline"]
+    )
 
 
 FLAT = sharding.flatten(PARAMS)
@@ -125,7 +130,9 @@ def test_another_optimiser_is_refused_by_the_names_that_differ(tmp_path):
     save(tmp_path, state)
     momentum = optax.named_chain(("momentum", optax.trace(0.9)))
     target = target_of(TrainState(state.step, state.params, momentum.init(FLAT)))
-    with pytest.raises(ValueError, match=r"lacks \['momentum/trace/a/kernel'.* has \['adam/count'"):
+    with pytest.raises(
+        ValueError, match=r"lacks \['momentum/trace/image_newline'.* has \['adam/count'"
+    ):
         restore(tmp_path, target)
 
 

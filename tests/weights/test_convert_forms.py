@@ -22,10 +22,9 @@ from llave_jax.embedding.embedder import Embedder
 from llave_jax.inputs.batch import Budget
 from llave_jax.inputs.packing import Packer
 from llave_jax.inputs.sequence import SequenceBuilder
-from llave_jax.models import parameters as names
 from llave_jax.models.llave import Llave
 from llave_jax.parallel import sharding
-from llave_jax.weights import model_dir
+from llave_jax.weights import hf_names, model_dir
 from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.safetensors_io import CheckpointError
 from llave_jax.weights.to_hf import convert_to_hf
@@ -312,7 +311,7 @@ def test_through_the_embedder(golden, tmp_path):
 
 @pytest.mark.parametrize("layout", checkpoints.LAYOUTS)
 def test_layouts_are_known_by_their_tensors(layout):
-    assert names.layout_of(checkpoints.renamed(golden_tensors(), layout)) == (
+    assert hf_names.layout_of(checkpoints.renamed(golden_tensors(), layout)) == (
         "llave" if layout == "llave" else "onevision"
     )
 

@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
-from llave_jax.models import parameters as names
 from llave_jax.models.config import PRESETS
+from llave_jax.models.parameters import parameter_shapes
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.to_hf import convert_to_hf
@@ -87,7 +87,7 @@ def test_card_of_a_trained_model(tmp_path, layout):
 @pytest.mark.parametrize("preset", ["tiny"])
 def test_card_of_a_model_made_here(golden, tmp_path, layout, preset):
     config = PRESETS[preset]
-    shapes = names.parameter_shapes(config)
+    shapes = parameter_shapes(config)
     params = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     model_dir.write_model_dir(tmp_path / "ours", config, params, tokenizer=golden / "checkpoint")
     target = export(tmp_path / "ours", tmp_path / "hf", layout, base_model="me/base")

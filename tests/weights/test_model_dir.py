@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llave_jax.models import parameters as names
 from llave_jax.models.config import PRESETS
+from llave_jax.models.llave import param_shardings
+from llave_jax.models.parameters import parameter_shapes
 from llave_jax.parallel import sharding
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf
@@ -22,7 +23,7 @@ TINY = PRESETS["tiny"]
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(0)
-    shapes = names.parameter_shapes(TINY)
+    shapes = parameter_shapes(TINY)
     return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
 
 
@@ -81,7 +82,7 @@ def test_parameters_go_into_their_shards(made, params, axes, monkeypatch):
 
     monkeypatch.setattr(model_dir, "_place", lambda array, target: place(Recorder(array), target))
     loaded = model_dir.load_params(made, mesh=mesh, dtype=jnp.float32)
-    expected = sharding.param_shardings(loaded, mesh)
+    expected = param_shardings(loaded, mesh)
     for leaf, wanted in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
         assert leaf.sharding == wanted
     assert_same_params(loaded, params)
@@ -128,7 +129,7 @@ def test_latest_checkpoint_of_a_training_run(golden, tmp_path, params, axes):
     assert_same_params(loaded, expected)
     if mesh:
         kernel = loaded["language_model"]["layers"]["mlp"]["gate_proj"]["kernel"]
-        assert kernel.sharding == sharding.param_shardings(loaded, mesh)["language_model"][
+        assert kernel.sharding == param_shardings(loaded, mesh)["language_model"][
             "layers"]["mlp"]["gate_proj"]["kernel"]  # fmt: skip
     rounded = model_dir.load_params(run, mesh=mesh, dtype=jnp.bfloat16)
     assert_same_params(rounded, {path: jnp.bfloat16(array) for path, array in expected.items()})
