@@ -19,7 +19,15 @@ import dataclasses
 from typing import Any
 
 import hypothesis
+import jaxtyping
 import pytest
+
+# Checks every annotated argument, result and dataclass field of these rooms while tests run, shapes
+# and dtypes of arrays included (the letters are in docs/architecture.md). It must be installed before
+# the first import of a module that it checks.
+jaxtyping.install_import_hook(
+    ["llave_jax.loss", "llave_jax.models", "llave_jax.ops"], "beartype.beartype"
+)
 
 from llave_jax.models.config import LlaveConfig
 from llave_jax.weights import model_dir

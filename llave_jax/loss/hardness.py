@@ -8,7 +8,7 @@ Another formula for the same matrix is `focal_loss.py`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ def hardness_weighted_contrastive_loss(
     return symmetric_loss(similarity, Hardness(alpha, temperature), valid)
 
 
+@runtime_checkable
 class Formula(Protocol):
     """A kind of contrastive loss; a pytree of its numbers. The loss of a row is, with temperature t,
 

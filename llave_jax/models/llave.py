@@ -78,10 +78,11 @@ class Llave(nn.Module):
         Returns:
           float32 [S, Z, G, D], L2-normalised; slots that are not valid hold no meaning.
         """
+        batch = jax.tree.map(jnp.asarray, batch)
         if self.is_initializing():
             # All layers are alike, the last as well.
             self.hidden_states(batch)
-        pooled = jnp.asarray(batch.pooled)
+        pooled = batch.pooled
         # As empty slots any token will do.
         wanted = jnp.maximum(pooled, 0).reshape(len(pooled), -1)
         x = self.inputs_embeds(batch)
@@ -93,6 +94,7 @@ class Llave(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> jax.Array:
         """Final hidden states [S, R, L, D], of all tokens."""
+        batch = jax.tree.map(jnp.asarray, batch)
         x = self.inputs_embeds(batch)
         shards, rows, length, width = x.shape
         x = self.language_model(
@@ -104,7 +106,8 @@ class Llave(nn.Module):
 
     def inputs_embeds(self, batch: PackedBatch) -> jax.Array:
         """What the language model reads: [S, R, L, D]."""
-        tokens = jnp.asarray(batch.tokens)
+        batch = jax.tree.map(jnp.asarray, batch)
+        tokens = batch.tokens
         text = self.language_model.embed(jnp.maximum(tokens, 0))
         if batch.patches.shape[1] == 0 and not self.is_initializing():
             return text

@@ -126,7 +126,7 @@ class Settings:
         outputs: Sequence[tuple[str, jax.ShapeDtypeStruct]],
         *,
         of_keys: bool = False,
-    ) -> list[jax.Array]:
+    ) -> tuple[jax.Array, ...]:
         """Runs a kernel: a program for each block of queries (or of keys), head and row.
 
         Args:
@@ -137,7 +137,7 @@ class Settings:
         specs = self.specs(tile, self.repeats if of_keys else None)
         inputs = [("runs", runs), ("ids", ids), *inputs]
         heads = dict(inputs)["key" if of_keys else "query"].shape[2]
-        return pl.pallas_call(
+        outputs_of = pl.pallas_call(
             functools.partial(kernel, self),
             grid=(runs.shape[1], heads, len(ids)),
             in_specs=[specs[spec] for spec, _ in inputs],
@@ -146,7 +146,8 @@ class Settings:
             compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
             name=f"triton_{'causal' if self.causal else 'full'}_{name}",
             interpret=self.interpret,
-        )(*(array for _, array in inputs))
+        )
+        return tuple(outputs_of(*(array for _, array in inputs)))
 
     def specs(self, tile: Tile, repeats: int | None = None) -> dict[str, pl.BlockSpec]:
         """What a program sees of arrays: whole rows of its head, or of its `repeats` query heads. Which
@@ -235,7 +236,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _forward(
     settings: Settings, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Results [R, T, H, D] and log2 of the softmax's sums, float32 [R, H, T]."""
     rows, length, heads, _ = query.shape
     return settings.call(
@@ -251,7 +252,7 @@ def _forward(
     )
 
 
-def _backward(settings, query, key, value, ids, out, log_sum, cotangent) -> list[jax.Array]:
+def _backward(settings, query, key, value, ids, out, log_sum, cotangent) -> tuple[jax.Array, ...]:
     """Gradients of queries, keys and values."""
     delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
     inputs = [
@@ -267,7 +268,7 @@ def _backward(settings, query, key, value, ids, out, log_sum, cotangent) -> list
     key_gradients = settings.call(
         _key_gradients_kernel, tiles.keys, "bwd_keys", ids, inputs, [of_key] * 2, of_keys=True
     )
-    return [*query_gradient, *key_gradients]
+    return *query_gradient, *key_gradients
 
 
 class _Block:
@@ -288,7 +289,7 @@ class _Block:
                 mask = columns if mask is None else mask & columns
             self.parts.append((pl.ds(start, width), mask))
 
-    def _load(self, ref: Any, mask: jax.Array | None, other: float) -> jax.Array:
+    def _load(self, ref: Any, mask: jax.Array | None, other: int | float) -> jax.Array:
         return plgpu.load(ref, mask=mask, other=None if mask is None else other)
 
     def load(self, ref: Any, *head: Any) -> list[jax.Array]:

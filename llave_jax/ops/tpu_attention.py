@@ -452,7 +452,7 @@ def _backward(
     out: jax.Array,
     log_sum: jax.Array,
     cotangent: jax.Array,
-) -> list[jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of queries, keys and values."""
     blocks, heads = settings.blocks, settings.heads
     head_dim = query.shape[-1]

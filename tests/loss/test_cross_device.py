@@ -408,6 +408,10 @@ def test_a_large_pool_is_computed_without_its_matrix():
 )
 def test_bad_arguments_are_named(arguments, error, message):
     batch = {"query": np.zeros((8, 4)), "target": np.zeros((8, 4)), "valid": np.ones(8, bool)}
-    options = {"mesh": make_mesh(data=2), "axes": ("data",), **batch, **arguments}
+    arrays = {
+        k: jnp.asarray(v) if isinstance(v, np.ndarray) else v
+        for k, v in {**batch, **arguments}.items()
+    }
+    options = {"mesh": make_mesh(data=2), "axes": ("data",), **arrays}
     with pytest.raises(error, match=message):
         contrastive_loss(**options)

@@ -302,7 +302,8 @@ def test_rows_against_candidates_and_masks(seed):
     @jax.jit
     def losses_of(similarity):
         formula = Hardness(alpha=9.0, temperature=0.1)
-        return row_losses(similarity, positive, formula, columns=columns, negatives=negatives)
+        masks = {"columns": jnp.asarray(columns), "negatives": jnp.asarray(negatives)}
+        return row_losses(similarity, jnp.asarray(positive), formula, **masks)
 
     losses, vjp = jax.vjp(losses_of, similarity)
     expected, gradient, _ = reference.rows_loss(similarity, positive, is_negative, 9.0, 0.1)

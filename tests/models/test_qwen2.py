@@ -26,7 +26,8 @@ def test_pooled_tokens_are_those_of_all_tokens(layers, remat, at_once, monkeypat
     x = jnp.asarray(rng.normal(size=(shards, rows, length, config.hidden_size)), jnp.float32)
     segments = np.sort(rng.integers(1, 4, (shards, rows, length)))
     segments[:, 1, 10:] = 0
-    positions = np.broadcast_to(np.arange(length), segments.shape)
+    positions = jnp.broadcast_to(jnp.arange(length), segments.shape)
+    segments = jnp.asarray(segments)
     wanted = jnp.array([[0, 5, 15, 30], [47, 47, 16, 29]])
     cotangent = jnp.asarray(rng.normal(size=(shards, 4, config.hidden_size)), jnp.float32)
     model = Qwen2(config, remat=remat)

@@ -386,9 +386,9 @@ def test_vision_tower_pads_crops_for_kernels(kernel, monkeypatch):
         for name, function in KERNELS.items()
     }
     monkeypatch.setattr("llave_jax.ops.attention.KERNELS", interpreted)
-    patches = np.random.default_rng(0).integers(0, 255, (3, 4, 432), np.uint8)
+    patches = jnp.asarray(np.random.default_rng(0).integers(0, 255, (3, 4, 432), np.uint8))
     config = PRESETS["tiny"].vision
-    zero_crops = np.array([False, True, False])
+    zero_crops = jnp.array([False, True, False])
     params = SiglipTower(config).init(jax.random.key(0), patches, zero_crops)
     expected = SiglipTower(config).apply(params, patches, zero_crops)
     actual = SiglipTower(config, attention=kernel).apply(params, patches, zero_crops)
