@@ -71,7 +71,9 @@ def show(name: str, sizes: workload.PairSizes, budget: Budget, shards: int, **de
     # Scores the kernels compute, over those that sequences need.
     ids = packing.segment_ids
     visited = {
-        "splash": tpu_attention.visited_scores(ids, causal=True, longest=sizes.lengths.max()),
+        "splash": tpu_attention.visited_scores(
+            ids, causal=True, max_segment_length=sizes.lengths.max()
+        ),
         "triton": gpu_attention.visited_scores(ids, causal=True, head_dim=128),
     }
     rows = packing.segment_ids.reshape(-1, budget.row_length)

@@ -93,7 +93,7 @@ def compile_kernels(chip: str, config: LlaveConfig, row_length: int) -> dict[str
         array(2, row_length, text.num_kv_heads, text.head_dim),
         array(2, row_length, dtype=jnp.int32),
         causal=True,
-        longest=config.inputs.max_length,
+        max_segment_length=config.inputs.max_length,
     )
     patches = tpu_attention.Blocks.of(vision.num_patches).length
     crops = array(8, patches, vision.num_heads, vision.hidden_size // vision.num_heads)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llave_jax.models.parameters import weight_at
-from llave_jax.ops.tpu_attention import RESIDUALS
+from llave_jax.ops.constants import RESIDUALS
 from llave_jax.parallel.sharding import constrain_rows, gather_for_use, mesh_in_use
 
 Dtype = Any

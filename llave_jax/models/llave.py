@@ -68,7 +68,7 @@ class Llave(nn.Module):
             config.text,
             attention=self.attention,
             remat=self.remat,
-            longest=config.inputs.max_length,
+            max_segment_length=config.inputs.max_length,
             **kinds,
         )
 
@@ -84,9 +84,9 @@ class Llave(nn.Module):
             self.hidden_states(batch)
         pooled = batch.pooled
         # As empty slots any token will do.
-        wanted = jnp.maximum(pooled, 0).reshape(len(pooled), -1)
+        query_indices = jnp.maximum(pooled, 0).reshape(len(pooled), -1)
         x = self.inputs_embeds(batch)
-        x = self.language_model.pooled(x, batch.positions, batch.segment_ids, wanted)
+        x = self.language_model.pooled(x, batch.positions, batch.segment_ids, query_indices)
         x = self.language_model.final_norm(x).astype(jnp.float32)
         norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
         # As torch.nn.functional.normalize.

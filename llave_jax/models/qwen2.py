@@ -20,22 +20,22 @@ class SelfAttention(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
     implementation: str
-    longest: int | None
+    max_segment_length: int | None
 
     @nn.compact
-    def __call__(self, x, cos, sin, segment_ids, wanted=None, row_length=None):
+    def __call__(self, x, cos, sin, segment_ids, query_indices=None, row_length=None):
         config = self.config
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         heads = (config.num_heads, config.head_dim)
         kv_heads = (config.num_kv_heads, config.head_dim)
         key = apply_rotary(Projection(kv_heads, name="k_proj", **kinds)(x), cos, sin)
         value = Projection(kv_heads, name="v_proj", **kinds)(x)
-        if wanted is not None:
-            x, cos, sin = (take_tokens(values, wanted) for values in (x, cos, sin))
+        if query_indices is not None:
+            x, cos, sin = (take_tokens(values, query_indices) for values in (x, cos, sin))
         query = apply_rotary(Projection(heads, name="q_proj", **kinds)(x), cos, sin)
-        if wanted is not None:
+        if query_indices is not None:
             mixed = attention_at(
-                query, key, value, wanted, segment_ids=segment_ids, row_length=row_length
+                query, key, value, query_indices, segment_ids=segment_ids, row_length=row_length
             )
         else:
             mixed = attention(
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
                 value,
                 segment_ids=segment_ids,
                 causal=True,
-                longest=self.longest,
+                max_segment_length=self.max_segment_length,
                 implementation=self.implementation,
             )
         output = Projection(
@@ -80,37 +80,41 @@ class Block(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
     implementation: str
-    longest: int | None
+    max_segment_length: int | None
 
     @nn.compact
-    def __call__(self, x, cos, sin, segment_ids, wanted=None, row_length=None):
-        """All tokens [B, T, D], or of several rows' tokens [S, T, D] only what becomes of `wanted`
+    def __call__(self, x, cos, sin, segment_ids, query_indices=None, row_length=None):
+        """All tokens [B, T, D], or of several rows' tokens [S, T, D] only what becomes of `query_indices`
         [S, N]: [S, N, D]."""
         config = self.config
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attend = SelfAttention(
             config,
             implementation=self.implementation,
-            longest=self.longest,
+            max_segment_length=self.max_segment_length,
             name="self_attn",
             **kinds,
         )
         normed = RMSNorm(config.rms_norm_eps, name="input_layernorm", **kinds)(x)
-        attended = attend(normed, cos, sin, segment_ids, wanted, row_length)
-        x = (x if wanted is None else take_tokens(x, wanted)) + attended
+        attended = attend(normed, cos, sin, segment_ids, query_indices, row_length)
+        x = (x if query_indices is None else take_tokens(x, query_indices)) + attended
         normed = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm", **kinds)(x)
         return x + Mlp(config, name="mlp", **kinds)(normed)
 
 
 class Qwen2(nn.Module):
-    """Causal transformer over packed rows, of sequences of at most `longest` tokens (None: a row)."""
+    """Causal transformer over packed rows.
+
+    Attributes:
+      max_segment_length: tokens of the longest sequence; None: of a row.
+    """
 
     config: TextConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     attention: str = "xla"
     remat: str | None = None
-    longest: int | None = None
+    max_segment_length: int | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -121,7 +125,12 @@ class Qwen2(nn.Module):
             embedding_init=nn.initializers.normal(1.0),
             **kinds,
         )
-        self.layers = Block(config, implementation=self.attention, longest=self.longest, **kinds)
+        self.layers = Block(
+            config,
+            implementation=self.attention,
+            max_segment_length=self.max_segment_length,
+            **kinds,
+        )
         self.norm = RMSNorm(config.rms_norm_eps, **kinds)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -138,9 +147,9 @@ class Qwen2(nn.Module):
         )
 
     def pooled(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, wanted: jax.Array
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, query_indices: jax.Array
     ) -> jax.Array:
-        """What `__call__` would give at the tokens `wanted`, int32 [S, N] with values in R * T.
+        """What `__call__` would give at the tokens `query_indices`, int32 [S, N] with values in R * T.
 
         The last layer computes only these, and keys and values for all.
 
@@ -159,7 +168,7 @@ class Qwen2(nn.Module):
             in_shard = (shards, rows * length)
             segment_ids = segment_ids.reshape(in_shard)
             cos, sin = (table.reshape(*in_shard, -1) for table in (cos, sin))
-            return block(x.reshape(*in_shard, width), cos, sin, segment_ids, wanted, length)
+            return block(x.reshape(*in_shard, width), cos, sin, segment_ids, query_indices, length)
 
         positions = positions.reshape(shards * rows, length)
         return scan_but_last(

@@ -35,7 +35,7 @@ def attention(
     *,
     segment_ids: jax.Array | None = None,
     causal: bool,
-    longest: int | None = None,
+    max_segment_length: int | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Softmax attention with scale 1 / sqrt(head size), softmax in float32.
@@ -49,7 +49,7 @@ def attention(
       segment_ids: int32 [B, T], not negative; tokens see only tokens of their own segment. 0 marks
         unused tokens: what they get holds no meaning. None: all of a row is one segment.
       causal: tokens see none after them.
-      longest: tokens of the longest segment, where that is known to be less than a row and segments
+      max_segment_length: tokens of the longest segment, where that is known to be less than a row and segments
         ascend, as packed. Splash attention then needs memory for that many only; with longer segments
         than said all it gives is NaN.
       implementation: "xla"; "splash" (TPU); "triton" (GPU); or "auto", what suits the default
@@ -69,7 +69,7 @@ def attention(
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)
     kernel = functools.partial(KERNELS[implementation], causal=causal)
     if implementation == "splash":
-        kernel = functools.partial(kernel, longest=longest)
+        kernel = functools.partial(kernel, max_segment_length=max_segment_length)
     return sharding.map_rows_and_heads(kernel, (query, key, value), (segment_ids,))
 
 
@@ -128,7 +128,7 @@ def attention_at(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    wanted: jax.Array,
+    query_indices: jax.Array,
     *,
     segment_ids: jax.Array,
     row_length: int,
@@ -136,9 +136,9 @@ def attention_at(
     """Causal attention of single tokens, each over the keys of its own row.
 
     Args:
-      query: [S, N, H, D], of the tokens `wanted`.
+      query: [S, N, H, D], of the tokens `query_indices`.
       key, value: [S, R * T, G, D], rows of `row_length` tokens T one after the other.
-      wanted: int32 [S, N], indices in R * T.
+      query_indices: int32 [S, N], indices in R * T.
       segment_ids: int32 [S, R * T].
 
     Returns:
@@ -146,12 +146,15 @@ def attention_at(
     """
 
     tokens = key.shape[1]
-    if wanted.shape[1] * tokens <= MOST_SCORES:
+    if query_indices.shape[1] * tokens <= MOST_SCORES:
         # Few enough that the keys of other rows may be looked at in vain.
         row = jnp.arange(tokens) // row_length
-        same_row = (wanted // row_length)[..., None] == row
-        same = jnp.take_along_axis(segment_ids, wanted, axis=1)[..., None] == segment_ids[:, None]
-        before = wanted[..., None] >= jnp.arange(tokens)
+        same_row = (query_indices // row_length)[..., None] == row
+        same = (
+            jnp.take_along_axis(segment_ids, query_indices, axis=1)[..., None]
+            == segment_ids[:, None]
+        )
+        before = query_indices[..., None] >= jnp.arange(tokens)
         return masked_attention(query, key, value, same_row & same & before)
 
     def rows_of(x: jax.Array) -> jax.Array:
@@ -161,15 +164,15 @@ def attention_at(
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Queries [S, H, D] of one token of each shard, with a copy of its row's keys."""
-        query, wanted = inputs
-        row, place = wanted // row_length, wanted % row_length
+        query, query_indices = inputs
+        row, place = query_indices // row_length, query_indices % row_length
         key, value, segments = (jax.vmap(lambda x, n: x[n])(x, row) for x in rows)
         segment = jnp.take_along_axis(segments, place[:, None], axis=1)
         visible = (segments == segment) & (jnp.arange(row_length) <= place[:, None])
         return masked_attention(query[:, None], key, value, visible[:, None])[:, 0]
 
     at_once = max(1, KEYS_AT_ONCE // row_length)
-    inputs = (query.swapaxes(0, 1), wanted.T)
+    inputs = (query.swapaxes(0, 1), query_indices.T)
     return jax.lax.map(jax.checkpoint(one), inputs, batch_size=at_once).swapaxes(0, 1)
 
 

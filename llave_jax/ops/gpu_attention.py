@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llave_jax.ops.tpu_attention import LOG2_E, MASKED, RESIDUALS
+from llave_jax.ops.constants import LOG2_E, MASKED, RESIDUALS
 
 # Segment of what a block holds beyond the end of a row; real ones are not negative.
 OUTSIDE = -1

@@ -25,6 +25,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from llave_jax.ops.constants import LOG2_E, MASKED, RESIDUALS
+
 # Width of a vector register; blocks are multiples of it.
 LANES = 128
 # Queries and keys of a block. With more queries more of what is computed is masked; with fewer keys
@@ -35,11 +37,6 @@ KEY_BLOCK = 512
 LONGEST_SINGLE_BLOCK = 768
 # Heads that a step serves: each is a copy of the code and needs vector memory for its block.
 MOST_HEADS = 8
-# Stands for minus infinity, and survives having scores added and itself subtracted.
-MASKED = -1e30
-LOG2_E = math.log2(math.e)
-# Name of the kernel's results that its backward pass needs, for rematerialisation policies.
-RESIDUALS = "attention_residuals"
 
 
 def splash_attention(
@@ -49,7 +46,7 @@ def splash_attention(
     segment_ids: jax.Array,
     *,
     causal: bool,
-    longest: int | None = None,
+    max_segment_length: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """As `ops.attention.attention`; `interpret` runs the kernels on any platform, slowly."""
@@ -65,14 +62,14 @@ def splash_attention(
         heads=Heads.of(heads // (groups * splits), groups * splits),
         causal=causal,
         scale=1.0 / math.sqrt(head_dim),
-        slots=_slots(rows, blocks, causal, longest),
+        slots=_slots(rows, blocks, causal, max_segment_length),
         interpret=interpret,
     )
 
     def pad(x: jax.Array) -> jax.Array:
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, blocks.length - length), (0, 0)))
 
-    plan = plan_visits(segment_ids, causal=causal, longest=longest)
+    plan = plan_visits(segment_ids, causal=causal, max_segment_length=max_segment_length)
     out = _attend(settings, pad(query), pad(key), pad(value), plan)
     return out[:, :, :length].swapaxes(1, 2)
 
@@ -168,7 +165,9 @@ class Plan(NamedTuple):
     ids: jax.Array
 
 
-def plan_visits(segment_ids: jax.Array, *, causal: bool, longest: int | None = None) -> Plan:
+def plan_visits(
+    segment_ids: jax.Array, *, causal: bool, max_segment_length: int | None = None
+) -> Plan:
     """Which pairs of blocks hold any score that the mask leaves.
 
     Blocks are compared by their lowest and highest ids, so segments in no order are safe, and
@@ -176,7 +175,7 @@ def plan_visits(segment_ids: jax.Array, *, causal: bool, longest: int | None = N
 
     Args:
       segment_ids: int32 [R, T], 0 for unused tokens.
-      longest: no segment has more tokens, and they ascend; None: no more than a row. With others all
+      max_segment_length: no segment has more tokens, and they ascend; None: no more than a row. With others all
         results are NaN, as there was no room for them.
     """
     rows, length = segment_ids.shape
@@ -185,7 +184,7 @@ def plan_visits(segment_ids: jax.Array, *, causal: bool, longest: int | None = N
     unused = jnp.max(ids) + 1 + jnp.arange(blocks.length, dtype=jnp.int32) // blocks.key
     ids = jnp.where(ids > 0, ids, unused)
 
-    pairs, within = _candidates(rows, blocks, causal, longest)
+    pairs, within = _candidates(rows, blocks, causal, max_segment_length)
     queries, keys = ids.reshape(-1, blocks.query), ids.reshape(-1, blocks.key)
     needed = (queries.min(1)[pairs[:, 0]] <= keys.max(1)[pairs[:, 1]]) & (
         queries.max(1)[pairs[:, 0]] >= keys.min(1)[pairs[:, 1]]
@@ -212,7 +211,7 @@ def plan_visits(segment_ids: jax.Array, *, causal: bool, longest: int | None = N
         row,
         query % blocks.queries,
         key % blocks.keys,
-        key % _slots(rows, blocks, causal, longest),
+        key % _slots(rows, blocks, causal, max_segment_length),
         first.astype(jnp.int32),
         jnp.where(last & too_long, 2, last.astype(jnp.int32)),
         (first_visit[key] == index).astype(jnp.int32),
@@ -225,26 +224,26 @@ def plan_visits(segment_ids: jax.Array, *, causal: bool, longest: int | None = N
 
 @functools.lru_cache(maxsize=64)
 def _candidates(
-    rows: int, blocks: Blocks, causal: bool, longest: int | None
+    rows: int, blocks: Blocks, causal: bool, max_segment_length: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """All pairs [P, 2] of blocks of a row (that the causal mask leaves), query by query, and which of
-    them [P] segments of at most `longest` tokens can need."""
+    them [P] segments of at most `max_segment_length` tokens can need."""
     query = np.arange(blocks.queries)[:, None] * blocks.query
     key = np.arange(blocks.keys) * blocks.key
     last_query, last_key = query + blocks.query - 1, key + blocks.key - 1
     visible = np.broadcast_to((key <= last_query) | (not causal), (blocks.queries, blocks.keys))
     pairs = np.argwhere(visible)
     distance = np.maximum(query - last_key, key - last_query)
-    within = (distance < (longest or blocks.length))[visible]
+    within = (distance < (max_segment_length or blocks.length))[visible]
     row = np.arange(rows)[:, None, None] * [blocks.queries, blocks.keys]
     return (row + pairs).reshape(-1, 2).astype(np.int32), np.tile(within, rows)
 
 
 @functools.lru_cache(maxsize=64)
-def _slots(rows: int, blocks: Blocks, causal: bool, longest: int | None) -> int:
+def _slots(rows: int, blocks: Blocks, causal: bool, max_segment_length: int | None) -> int:
     """Key blocks whose gradients are unfinished at the same time, at most: from the first to the last
     of them, as a block has the slot of its number modulo this."""
-    pairs, within = _candidates(rows, blocks, causal, longest)
+    pairs, within = _candidates(rows, blocks, causal, max_segment_length)
     key = pairs[within, 1]
     highest = np.maximum.accumulate(key)
     last_visit = {int(block): visit for visit, block in enumerate(key)}
@@ -252,14 +251,14 @@ def _slots(rows: int, blocks: Blocks, causal: bool, longest: int | None) -> int:
 
 
 def visited_scores(
-    segment_ids: np.ndarray, *, causal: bool, longest: int | None = None
+    segment_ids: np.ndarray, *, causal: bool, max_segment_length: int | None = None
 ) -> np.ndarray:
     """Scores of one head that the kernels compute for rows [..., R, T] of a device: [...]."""
     blocks = Blocks.of(segment_ids.shape[-1])
 
     @jax.jit
     def count(rows: jax.Array) -> jax.Array:
-        return plan_visits(rows, causal=causal, longest=longest).count
+        return plan_visits(rows, causal=causal, max_segment_length=max_segment_length).count
 
     counts = [count(rows) for rows in segment_ids.reshape(-1, *segment_ids.shape[-2:])]
     scores = np.asarray(counts, np.float64) * (blocks.query * blocks.key)

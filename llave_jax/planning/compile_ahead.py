@@ -238,8 +238,9 @@ def _kernel_scores(compiled: Compiled, segment_ids: np.ndarray) -> dict[str, flo
         crop = np.ones((1, patches), np.int32)
         full = gpu_attention.visited_scores(crop, causal=False, head_dim=heads["full"]).sum()
     else:
-        longest = config.inputs.max_length
-        causal = tpu_attention.visited_scores(segment_ids, causal=True, longest=longest)
+        causal = tpu_attention.visited_scores(
+            segment_ids, causal=True, max_segment_length=config.inputs.max_length
+        )
         full = tpu_attention.Blocks.of(patches).length ** 2
     return {"causal": float(np.mean(causal)), "full": float(crops * full)}
 

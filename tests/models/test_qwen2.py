@@ -28,7 +28,7 @@ def test_pooled_tokens_are_those_of_all_tokens(layers, remat, at_once, monkeypat
     segments[:, 1, 10:] = 0
     positions = jnp.broadcast_to(jnp.arange(length), segments.shape)
     segments = jnp.asarray(segments)
-    wanted = jnp.array([[0, 5, 15, 30], [47, 47, 16, 29]])
+    query_indices = jnp.array([[0, 5, 15, 30], [47, 47, 16, 29]])
     cotangent = jnp.asarray(rng.normal(size=(shards, 4, config.hidden_size)), jnp.float32)
     model = Qwen2(config, remat=remat)
 
@@ -40,10 +40,10 @@ def test_pooled_tokens_are_those_of_all_tokens(layers, remat, at_once, monkeypat
 
     def all_tokens(params, x):
         out = model.apply(params, by_row(x), *arguments)
-        return take_tokens(out.reshape(shards, rows * length, -1), wanted)
+        return take_tokens(out.reshape(shards, rows * length, -1), query_indices)
 
     def pooled(params, x):
-        return model.apply(params, x, positions, segments, wanted, method=Qwen2.pooled)
+        return model.apply(params, x, positions, segments, query_indices, method=Qwen2.pooled)
 
     @functools.partial(jax.jit, static_argnums=0)
     def values_and_gradients(function, params, x):

@@ -165,19 +165,21 @@ def short_blocks(monkeypatch):
     monkeypatch.setattr(tpu_attention, "LONGEST_SINGLE_BLOCK", LANES)
 
 
-@pytest.mark.parametrize(("length", "longest"), [(1200, 350), (1280, None)])
-def test_splash_skips_blocks_of_other_segments(length, longest, short_blocks):
+@pytest.mark.parametrize(("length", "max_segment_length"), [(1200, 350), (1280, None)])
+def test_splash_skips_blocks_of_other_segments(length, max_segment_length, short_blocks):
     """And needs memory for the longest segment only."""
     rng = np.random.default_rng(length)
     inputs = make_inputs(rng, 2, length, 2, 1, 32)
     ends = np.array([[130, 256, 600, 920], [90, 95, 384, 384]])
     segments = (np.arange(length) >= ends[..., None]).sum(1) + 1
     segments = np.where(segments == 5, 0, segments).astype(np.int32)
-    visited = tpu_attention.visited_scores(segments, causal=True, longest=longest)
+    visited = tpu_attention.visited_scores(
+        segments, causal=True, max_segment_length=max_segment_length
+    )
     assert visited < 0.35 * segments.size * length
-    slots = tpu_attention._slots(2, Blocks.of(length), True, longest)
-    assert slots == (5 if longest is None else 2)
-    options = {"longest": longest, "interpret": True}
+    slots = tpu_attention._slots(2, Blocks.of(length), True, max_segment_length)
+    assert slots == (5 if max_segment_length is None else 2)
+    options = {"max_segment_length": max_segment_length, "interpret": True}
     assert_is_the_reference(splash_attention, inputs, jnp.asarray(segments), causal=True, **options)
 
 
@@ -188,14 +190,14 @@ def test_splash_reads_nothing_it_did_not_write(short_blocks):
     segments = make_segments(rng, 2, 500)
     chip = pltpu.InterpretParams(uninitialized_memory="nan")
     assert_is_the_reference(
-        splash_attention, inputs, segments, causal=True, longest=500, interpret=chip
+        splash_attention, inputs, segments, causal=True, max_segment_length=500, interpret=chip
     )
 
 
 def test_splash_gives_nan_for_segments_longer_than_said(short_blocks):
     inputs = make_inputs(np.random.default_rng(0), 1, 600, 2, 1, 8)
     segments = jnp.ones((1, 600), jnp.int32)
-    out = splash_attention(*inputs, segments, causal=True, longest=100, interpret=True)
+    out = splash_attention(*inputs, segments, causal=True, max_segment_length=100, interpret=True)
     assert np.isnan(out).all()
 
 
@@ -209,8 +211,8 @@ def test_splash_is_reached_through_attention(monkeypatch):
 
     monkeypatch.setitem(attention_lib.KERNELS, "splash", record)
     query = jnp.zeros((1, 256, 2, 8))
-    attention(query, query, query, causal=True, longest=100, implementation="splash")
-    assert given == {"causal": True, "longest": 100}
+    attention(query, query, query, causal=True, max_segment_length=100, implementation="splash")
+    assert given == {"causal": True, "max_segment_length": 100}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -247,8 +249,12 @@ def kernels_used(program):
 
 
 @functools.cache
-def compiled_plan(blocks, causal, longest):
-    return jax.jit(functools.partial(tpu_attention.plan_visits, causal=causal, longest=longest))
+def compiled_plan(blocks, causal, max_segment_length):
+    return jax.jit(
+        functools.partial(
+            tpu_attention.plan_visits, causal=causal, max_segment_length=max_segment_length
+        )
+    )
 
 
 @given(
@@ -256,17 +262,19 @@ def compiled_plan(blocks, causal, longest):
     in_order=st.booleans(),
     causal=st.booleans(),
     blocks=st.sampled_from([(4, 4), (4, 8), (2, 8)]),
-    longest=st.sampled_from([None, 24]),
+    max_segment_length=st.sampled_from([None, 24]),
 )
 def test_plan_visits_what_is_visible_and_keeps_gradients_apart(
-    seed, in_order, causal, blocks, longest
+    seed, in_order, causal, blocks, max_segment_length
 ):
     query_block, key_block = blocks
     rng = np.random.default_rng(seed)
     ids = np.asarray(make_segments(rng, 2, 48))
-    if longest is not None:
+    if max_segment_length is not None:
         # No segment is longer, and one row is not used at all.
-        ids = np.stack([np.zeros(48, np.int32), np.minimum(np.arange(48) // longest + 1, 2)])
+        ids = np.stack(
+            [np.zeros(48, np.int32), np.minimum(np.arange(48) // max_segment_length + 1, 2)]
+        )
     elif not in_order:
         ids = rng.permuted(ids, axis=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -274,8 +282,8 @@ def test_plan_visits_what_is_visible_and_keeps_gradients_apart(
         patch.setattr(tpu_attention, "QUERY_BLOCK", query_block)
         patch.setattr(tpu_attention, "KEY_BLOCK", key_block)
         patch.setattr(tpu_attention, "LONGEST_SINGLE_BLOCK", 0)
-        plan = compiled_plan(blocks, causal, longest)(ids)
-        slots = tpu_attention._slots(2, Blocks.of(48), causal, longest)
+        plan = compiled_plan(blocks, causal, max_segment_length)(ids)
+        slots = tpu_attention._slots(2, Blocks.of(48), causal, max_segment_length)
     plan = jax.tree.map(np.asarray, plan)
     visits = list(zip(plan.row, plan.query, plan.key, strict=True))[: plan.count]
 
@@ -286,7 +294,7 @@ def test_plan_visits_what_is_visible_and_keeps_gradients_apart(
     exact = {tuple(visit) for visit in np.argwhere(visible.reshape(shape).any((2, 4)))}
     assert len(set(visits)) == len(visits)
     assert exact <= set(visits)
-    if in_order or longest is not None:
+    if in_order or max_segment_length is not None:
         # Beyond those only blocks with unused tokens, with their own.
         assert all((ids[row, q * query_block : (q + 1) * query_block] == 0).any()
                    for row, q, _ in set(visits) - exact)  # fmt: skip
