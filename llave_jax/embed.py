@@ -39,6 +39,7 @@ from llave_jax.evaluation import cache as caching
 from llave_jax.evaluation.run_info import add_dtype_argument, record_run, settings_of
 from llave_jax.inputs.item import Item, as_item
 from llave_jax.parallel import processes
+from llave_jax.weights.fingerprint import model_fingerprint
 
 # Items are saved in chunks, which is what a killed job loses at most: 8192 texts, 1024 pictures or 64
 # videos. Small chunks would end in many small batches.
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         embedder = Embedder.from_pretrained(
             args.model, dtype=args.dtype, max_length=args.max_length
         )
-        fingerprint = caching.model_fingerprint(args.model, embedder)
+        fingerprint = model_fingerprint(args.model, embedder.model.dtype, embedder.config)
         result = embed_file(
             embedder,
             args.input,

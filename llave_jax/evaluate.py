@@ -21,13 +21,13 @@ import jax
 from llave_jax.common.files import write_text
 from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.evaluation import cache as caching
 from llave_jax.evaluation import report, video_data, video_retrieval
 from llave_jax.evaluation.cache import EmbeddingCache, Encode
 from llave_jax.evaluation.mmeb import evaluate_mmeb
 from llave_jax.evaluation.retrieval import evaluate_retrieval, read_task
 from llave_jax.evaluation.run_info import add_dtype_argument, settings_of
 from llave_jax.parallel import processes
+from llave_jax.weights.fingerprint import model_fingerprint
 
 # What computed the results, for `run.json`; None on processes other than the first.
 Run = dict[str, Any] | None
@@ -93,7 +93,7 @@ def evaluate(args: argparse.Namespace) -> str:
     embedder = Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
     cache, run = EmbeddingCache(), None
     if first:
-        fingerprint = caching.model_fingerprint(args.model, embedder)
+        fingerprint = model_fingerprint(args.model, embedder.model.dtype, embedder.config)
         cache = EmbeddingCache(args.cache or Path(args.output) / "embeddings", fingerprint)
         run = settings_of(args.model, embedder, fingerprint)
 

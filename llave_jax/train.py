@@ -45,11 +45,12 @@ from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import example_batch
 from llave_jax.parallel import processes, sharding
 from llave_jax.training import resume, setup
-from llave_jax.training.checkpoint import BEST, BestCheckpoint, Checkpoints, latest_params
+from llave_jax.training.checkpoint import BEST, BestCheckpoint, Checkpoints
 from llave_jax.training.evaluation import TrainingEvaluation
 from llave_jax.training.metrics import MetricsWriter
 from llave_jax.training.state import TrainState
 from llave_jax.weights import model_dir
+from llave_jax.weights.run_params import has_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def record_model(
     tokenizer = tokenizer_path
     if config.model.path is not None:
         tokenizer = model_dir.locate(config.model.path) / model_dir.TOKENIZER
-    if latest_params(workdir) is not None and model_dir.is_model_dir(kept):
+    if has_checkpoint(workdir) and model_dir.is_model_dir(kept):
         now, before = llave_config.to_dict(), model_dir.load_config(kept).to_dict()
         now, before = dict(resume.leaves(now)), dict(resume.leaves(before))
         changed = [
@@ -336,7 +337,7 @@ def make_best(config: Config, workdir: Path) -> BestCheckpoint | None:
         raise ValueError("config.checkpoint.best_metric needs config.eval.benchmark")
     if jax.process_index() == 0:
         kept, best = workdir / "model", workdir / BEST / "model"
-        if latest_params(workdir) is None or not model_dir.is_model_dir(best):
+        if not has_checkpoint(workdir) or not model_dir.is_model_dir(best):
             model_config = model_dir.load_config(kept)
             model_dir.write_model_dir(best, model_config, source=kept, overwrite=True)
     return BestCheckpoint(workdir, config.checkpoint.best_metric)

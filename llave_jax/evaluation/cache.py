@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -23,18 +22,12 @@ from safetensors.numpy import save_file
 from llave_jax.common.files import atomic_file
 from llave_jax.inputs.item import ImageLike, Item
 
-if TYPE_CHECKING:
-    from llave_jax.embedding.embedder import Embedder
-
 Encode = Callable[[Sequence[Item]], np.ndarray]
 
 # Encoded between two shards: what a killed run loses at most. Larger packs better.
 SHARD_ITEMS = 1024
 
 _KEY_BYTES = 32
-# Files up to this size enter a fingerprint whole, larger ones by evenly spaced blocks.
-_WHOLE_FILE_BYTES = 64 << 20
-_BLOCK_BYTES = 1 << 20
 
 
 def item_key(item: Item) -> bytes:
@@ -97,73 +90,6 @@ def _file_stamp(path: str | os.PathLike) -> bytes:
     status = os.stat(path)
     stamp = f"{os.fspath(path)} {status.st_size} {status.st_mtime_ns}"
     return hashlib.sha256(os.fsencode(stamp)).digest()
-
-
-def fingerprint(paths: Iterable[str | os.PathLike], *settings: object) -> str:
-    """Identity of a model: the files it is made of, and settings that change its embeddings.
-
-    Files above 64 MiB are identified by size and 64 blocks of 1 MiB spread over them: any training
-    step changes every one of them, and a 7B model need not be read to start an evaluation.
-
-    Args:
-      paths: files, or directories (all files below them, in order of their relative path).
-      settings: anything with a stable `repr`, such as the compute dtype.
-
-    Returns:
-      32 hexadecimal digits.
-    """
-    digest = hashlib.sha256(repr(settings).encode())
-    for path in map(Path, paths):
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            digest.update(f"{name} {file.stat().st_size} ".encode())
-            digest.update(_file_digest(file) if _is_small(file) else _sampled_digest(file))
-    return digest.hexdigest()[:32]
-
-
-def model_fingerprint(directory: str | os.PathLike, embedder: Embedder) -> str:
-    """Identity of a model as it was loaded: its files, the compute dtype, how inputs are laid out.
-
-    Args:
-      directory: what `embedder` was loaded from.
-
-    Returns:
-      32 hexadecimal digits.
-    """
-    return fingerprint(model_files(directory), embedder.model.dtype, embedder.config)
-
-
-def model_files(directory: str | os.PathLike) -> list[Path]:
-    """What decides a model's embeddings: a model directory's files, or a run's latest checkpoint.
-
-    Raises:
-      FileNotFoundError: the directory is neither.
-    """
-    directory = Path(directory)
-    if (directory / "model.safetensors").is_file():
-        return [directory / name for name in ("config.json", "model.safetensors", "tokenizer")]
-    steps = [path for path in directory.glob("checkpoints/*") if path.name.isdigit()]
-    if not steps:
-        raise FileNotFoundError(
-            f"{directory}: neither a model directory (model.safetensors) nor a training run's "
-            "(checkpoints/<step>)"
-        )
-    return [directory / "model", max(steps, key=lambda path: int(path.name))]
-
-
-def _is_small(file: Path) -> bool:
-    return file.stat().st_size <= _WHOLE_FILE_BYTES
-
-
-def _sampled_digest(file: Path) -> bytes:
-    digest = hashlib.sha256()
-    last = file.stat().st_size - _BLOCK_BYTES
-    with file.open("rb") as stream:
-        for offset in np.linspace(0, last, 64, dtype=np.int64):
-            stream.seek(int(offset))
-            digest.update(stream.read(_BLOCK_BYTES))
-    return digest.digest()
 
 
 class EmbeddingCache:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.evaluation.cache import Encode, model_fingerprint
+from llave_jax.evaluation.cache import Encode
 from llave_jax.inputs.item import Item
+from llave_jax.weights.fingerprint import model_fingerprint
 
 try:
     import mteb
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = MtebEncoder(
         lambda items: embedder.encode(items, show_progress=True),
         name=f"llave_jax/{Path(args.model).resolve().name}",
-        revision=model_fingerprint(args.model, embedder),
+        revision=model_fingerprint(args.model, embedder.model.dtype, embedder.config),
         dimension=embedder.config.text.hidden_size,
         max_length=embedder.config.inputs.max_length,
     )

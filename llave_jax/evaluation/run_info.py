@@ -31,7 +31,7 @@ def settings_of(model: str | os.PathLike, embedder: Embedder, fingerprint: str) 
 
     Args:
       model: the directory that `embedder` was loaded from.
-      fingerprint: of the model, as of `cache.fingerprint`.
+      fingerprint: of the model, see `weights.fingerprint.model_fingerprint`.
     """
     return {
         "model": str(model),

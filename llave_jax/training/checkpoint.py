@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 from llave_jax.common.files import write_text
 from llave_jax.parallel import sharding
 from llave_jax.training.state import TrainState
+from llave_jax.weights.run_params import CHECKPOINTS, saved_tree
 
-DIRECTORY = "checkpoints"
 BEST = "best"
 
 
@@ -32,7 +32,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, keep: int):
         self._manager = ocp.CheckpointManager(
-            (workdir / DIRECTORY).resolve(),
+            (workdir / CHECKPOINTS).resolve(),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep),
         )
 
@@ -105,7 +105,7 @@ class BestCheckpoint:
         self._metric = metric
         self._record = workdir / BEST / "best.json"
         self._manager = ocp.CheckpointManager(
-            (workdir / BEST / DIRECTORY).resolve(),
+            (workdir / BEST / CHECKPOINTS).resolve(),
             options=ocp.CheckpointManagerOptions(max_to_keep=1),
         )
         self._value = -math.inf
@@ -138,44 +138,6 @@ class BestCheckpoint:
         self._manager.close()
 
 
-def latest_params(workdir: Path) -> Path | None:
-    """Folder of the newest complete checkpoint's parameters; None if there is no checkpoint."""
-    folder = workdir / DIRECTORY
-    if not folder.is_dir():
-        return None
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-    return folder / str(max(steps)) / "params" if steps else None
-
-
-def load_params(folder: Path, abstract: Any) -> Any:
-    """Parameters saved in `folder`, into the shapes, dtypes and shardings of `abstract`."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.resolve(), abstract)
-
-
-def param_infos(folder: Path) -> dict[str, Any]:
-    """ "a/b/c" -> shape and dtype of the parameters saved in `folder`."""
-    return sharding.flatten(_metadata(folder))
-
-
-def _metadata(folder: Path) -> dict[str, Any]:
-    """Shapes and dtypes of what is saved in `folder`, as a nested dict."""
-    # A StandardCheckpointer would warn that the folder, part of a checkpoint, is none by itself.
-    return ocp.StandardCheckpointHandler().metadata(folder.resolve()).tree
-
-
-def load_param(folder: Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    """One of the parameters saved in `folder`, by its path "a/b/c"."""
-    item = sharding.unflatten({name: abstract})
-    restore = ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=True,
-    )
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return sharding.flatten(checkpointer.restore(folder.resolve(), args=restore))[name]
-
-
 def _check_processes(folder: Path) -> None:
     """Positions in the data are kept by process, and mean nothing to another number of them."""
     saved = {int(path.stem.rpartition("-")[2]) for path in folder.glob("process_*-of-*.json")}
@@ -189,7 +151,7 @@ def _check_processes(folder: Path) -> None:
 
 def _check_optimizer(folder: Path, opt_state: Mapping[str, Any]) -> None:
     """What an optimiser keeps has names, and a checkpoint must have the same."""
-    saved = sharding.flatten(_metadata(folder)["opt_state"]).keys()
+    saved = sharding.flatten(saved_tree(folder)["opt_state"]).keys()
     expected = sharding.flatten(opt_state).keys()
     if saved == expected:
         return

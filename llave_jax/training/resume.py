@@ -13,7 +13,7 @@ from typing import Any
 
 from llave_jax.common.files import write_text
 from llave_jax.config import Config
-from llave_jax.training.checkpoint import latest_params
+from llave_jax.weights.run_params import has_checkpoint
 
 # What the keys decide -> the keys. These may change.
 MAY_CHANGE: dict[str, tuple[str, ...]] = {
@@ -115,7 +115,7 @@ def record_config(config: Config, workdir: Path) -> None:
     """
     path = workdir / "config.json"
     text = config.to_json(indent=2, sort_keys=True) + "\n"
-    if path.exists() and latest_params(workdir) is not None:
+    if path.exists() and has_checkpoint(workdir):
         refused = refused_changes(json.loads(path.read_text()), json.loads(text))
         if refused:
             raise ValueError(

@@ -12,7 +12,6 @@ are the latest of RUN/checkpoints. The functions that load take either.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -34,6 +33,8 @@ from llave_jax.weights.safetensors_io import (
 
 if TYPE_CHECKING:
     import jax
+
+    from llave_jax.weights.run_params import RunParam
 
 FORMAT_KEY, FORMAT = "llave_jax_format", 1
 RUN_MODEL = Path("model")
@@ -135,27 +136,7 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckpointParam:
-    """A parameter of a training run's checkpoint: read when made an array by `np.asarray`."""
-
-    folder: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        import jax
-
-        from llave_jax.training import checkpoint
-
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        wanted = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=host)
-        array = np.asarray(checkpoint.load_param(self.folder, self.name, wanted))
-        return array if dtype is None else array.astype(dtype)
-
-
-def open_params(path: str | os.PathLike) -> dict[str, np.ndarray | CheckpointParam]:
+def open_params(path: str | os.PathLike) -> dict[str, np.ndarray | RunParam]:
     """path -> array of all parameters of a model, read only when used.
 
     Those of a model directory are mapped from the file; of a training run they are read whole by
@@ -166,7 +147,9 @@ def open_params(path: str | os.PathLike) -> dict[str, np.ndarray | CheckpointPar
     """
     directory = locate(path)
     if directory != Path(path):
-        params = _open_run(Path(path))
+        from llave_jax.weights import run_params
+
+        params = run_params.open_params(run_params.latest_params(Path(path)))
         where = f"{path}: latest checkpoint"
     elif (directory / WEIGHTS).is_file():
         file = SafetensorsFile(directory / WEIGHTS)
@@ -177,18 +160,6 @@ def open_params(path: str | os.PathLike) -> dict[str, np.ndarray | CheckpointPar
     shapes = {name: array.shape for name, array in params.items()}
     check_shapes(shapes, load_config(directory), where)
     return params
-
-
-def _open_run(run: Path) -> dict[str, CheckpointParam]:
-    from llave_jax.training import checkpoint
-
-    folder = checkpoint.latest_params(run)
-    if folder is None:
-        raise CheckpointError(f"{run}: this training run has no checkpoint yet")
-    return {
-        name: CheckpointParam(folder, name, tuple(info.shape), np.dtype(info.dtype))
-        for name, info in checkpoint.param_infos(folder).items()
-    }
 
 
 def load_params(
@@ -222,10 +193,10 @@ def load_params(
         for name, array in arrays.items()
     }
     if locate(path) != Path(path):
-        from llave_jax.training import checkpoint
+        from llave_jax.weights import run_params
 
-        folder = next(iter(arrays.values())).folder
-        return checkpoint.load_params(folder, sharding.unflatten(targets))
+        folder = run_params.latest_params(Path(path))
+        return run_params.load_params(folder, sharding.unflatten(targets))
     return sharding.unflatten({name: _place(arrays[name], targets[name]) for name in arrays})
 
 

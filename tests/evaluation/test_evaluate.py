@@ -85,7 +85,7 @@ def model(tmp_path, monkeypatch):
     """A model directory whose "embedder" is a HashEncoder; returns (directory, encoder)."""
     directory = tmp_path / "model"
     (directory / "tokenizer").mkdir(parents=True)
-    (directory / "config.json").write_text("{}")
+    (directory / "config.json").write_text('{"llave_jax_format": 1}')
     (directory / "model.safetensors").write_bytes(b"weights")
     encoder = HashEncoder()
     embedder = types.SimpleNamespace(

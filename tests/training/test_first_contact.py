@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from llave_jax.inputs.config import grid_pinpoints
-from llave_jax.training.checkpoint import latest_params
 from llave_jax.weights import model_dir
+from llave_jax.weights.run_params import latest_params
 from tests.data import mmeb_tree
 from tests.evaluation import mmeb_eval_tree
 from tests.weights.convert_checkpoints import golden_config, write_hf

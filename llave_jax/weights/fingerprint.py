@@ -1,0 +1,64 @@
+"""Identity of a model: whether embeddings made before are those of the model at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from llave_jax.models.config import LlaveConfig
+from llave_jax.weights import model_dir
+from llave_jax.weights.run_params import latest_params
+
+# Files up to this size enter a fingerprint whole, larger ones by evenly spaced blocks: any training
+# step changes every block, and a 7B model need not be read to start an evaluation.
+_WHOLE_FILE_BYTES = 64 << 20
+_BLOCKS = 64
+_BLOCK_BYTES = 1 << 20
+
+
+def model_fingerprint(path: str | os.PathLike, dtype: object, config: LlaveConfig) -> str:
+    """Digest of what a model's embeddings depend on.
+
+    Files above 64 MiB enter by their size and 64 blocks of 1 MiB spread over them.
+
+    Args:
+      path: the model directory or training run that was loaded.
+      dtype: of the computation.
+      config: of the model as it is used: how inputs are laid out may differ from what is stored.
+
+    Returns:
+      32 hexadecimal digits.
+
+    Raises:
+      CheckpointError: `path` is neither a model directory nor a training run with a checkpoint.
+    """
+    digest = hashlib.sha256(repr((dtype, config)).encode())
+    for part in _model_files(Path(path)):
+        files = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
+        for file in files:
+            name = file.relative_to(part).as_posix() if part.is_dir() else file.name
+            digest.update(f"{name} {file.stat().st_size} ".encode())
+            digest.update(_file_digest(file))
+    return digest.hexdigest()[:32]
+
+
+def _model_files(path: Path) -> list[Path]:
+    directory = model_dir.locate(path)
+    if directory != path:
+        return [directory, latest_params(path).parent]
+    return [directory / name for name in (model_dir.CONFIG, model_dir.WEIGHTS, model_dir.TOKENIZER)]
+
+
+def _file_digest(file: Path) -> bytes:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= _WHOLE_FILE_BYTES:
+            return hashlib.file_digest(stream, "sha256").digest()
+        digest = hashlib.sha256()
+        for offset in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS, dtype=np.int64):
+            stream.seek(int(offset))
+            digest.update(stream.read(_BLOCK_BYTES))
+    return digest.digest()
