@@ -30,6 +30,7 @@ from llave_jax.inputs.sequence import VISUAL_SLOT, TokenSequence
 from llave_jax.inputs.taps import newlines
 from llave_jax.models.config import PRESETS, LlaveConfig
 from llave_jax.models.llave import Llave, example_batch
+from llave_jax.models.remat import REMATS
 from llave_jax.ops import attention
 from llave_jax.parallel import sharding
 from llave_jax.planning import flops, workload
@@ -82,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--remat", default="block", choices=train_step.REMATS)
+    parser.add_argument("--remat", default="block", choices=tuple(REMATS))
     parser.add_argument("--embed", action="store_true", help="the forward pass only")
     parser.add_argument("--torch", action="store_true", help="also run transformers")
     parser.add_argument(
@@ -149,7 +150,7 @@ def jax_run(config, pairs, batch, args) -> tuple[float, float | None]:
         param_dtype=jnp.dtype(args.dtype) if args.embed else jnp.float32,
         attention=implementation,
         vision_attention=implementation,
-        remat=train_step.BLOCK_REMAT.get(args.remat),
+        remat=args.remat,
         freeze_vision=True,
     )
     params = jax.jit(lambda key: model.init(key, example_batch(config))["params"])(
@@ -173,7 +174,6 @@ def jax_run(config, pairs, batch, args) -> tuple[float, float | None]:
         optim.make_optimizer(1e-5, multipliers),
         multipliers,
         train_step.LossConfig(),
-        args.remat,
     )
     state = step.init(params)
     batch = sharding.device_put_batch(batch, mesh, leading_axes=1)

@@ -139,7 +139,7 @@ def default_config() -> Config:
     # Implementations of `llave_jax.ops.attention`; "auto": what suits the devices.
     config.attention = "auto"
     config.vision_attention = "auto"
-    # What the backward pass recomputes: see `llave_jax.training.train_step.REMATS`.
+    # What the backward pass recomputes: see `llave_jax.models.remat.REMATS`.
     config.remat = "block"
 
     config.checkpoint = ConfigDict()

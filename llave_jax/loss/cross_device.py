@@ -25,7 +25,7 @@ from llave_jax.loss.hardness import (
     row_statistics,
     similarity_matrix,
 )
-from llave_jax.loss.tiled import Negatives, Pool, pool_sums
+from llave_jax.loss.tiled import Negatives, PoolMask, pool_sums
 
 KINDS = ("hardness", "focal")
 
@@ -177,7 +177,7 @@ def _loss_in_blocks(query, batch, extra, formula, *, axes, pool_axes, block_size
     first = _first_row(n, pool_axes)
     # The rule of `pool_sums` gives each device's part of the numbers' gradient; pcast adds them up.
     formula = jax.tree.map(lambda number: jax.lax.pcast(number, axes, to="varying"), formula)
-    pool = Pool(valid, targets["valid"], first, batch["ids"], targets["ids"])
+    pool = PoolMask(valid, targets["valid"], first, batch["ids"], targets["ids"])
     query = query.astype(jnp.float32)
     sums = pool_sums(query, targets["embedding"], pool, formula, block_size)
     of_targets = _merge_columns(sums.columns, n, pool_axes)

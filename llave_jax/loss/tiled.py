@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llave_jax.loss.hardness import Formula, no_logit, similarity_matrix
 
 
-class Pool(NamedTuple):
+class PoolMask(NamedTuple):
     """Which of n rows and M columns are real, and who is a negative of whom."""
 
     row_valid: jax.Array  # bool [n]
@@ -43,7 +43,7 @@ class PoolSums(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def pool_sums(
-    rows: jax.Array, columns: jax.Array, pool: Pool, formula: Formula, block_size: int
+    rows: jax.Array, columns: jax.Array, pool: PoolMask, formula: Formula, block_size: int
 ) -> PoolSums:
     """What the loss needs of the similarities `rows @ columns.T`, in O((n + M) D) memory.
 
@@ -171,7 +171,9 @@ class _Tile(NamedTuple):
     is_negative: jax.Array  # bool [height, width]
 
 
-def _tile(rows: jax.Array, columns: jax.Array, pool: Pool, grid: _Grid, step: jax.Array) -> _Tile:
+def _tile(
+    rows: jax.Array, columns: jax.Array, pool: PoolMask, grid: _Grid, step: jax.Array
+) -> _Tile:
     first_row = step // grid.across * grid.height
     first_column = step % grid.across * grid.width
     row_start = jnp.minimum(first_row, grid.n - grid.height)

@@ -14,18 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from llave_jax.models.parameters import weight_at
-from llave_jax.ops.constants import RESIDUALS
+from llave_jax.models.remat import find_remat
 from llave_jax.parallel.sharding import constrain_rows, gather_for_use, mesh_in_use
 
 Dtype = Any
-
-# What a rematerialised block keeps of its forward pass.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    # Only its input: least memory, one more forward pass.
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # Also what the attention kernels' backward passes need: the forward kernel runs once, not twice.
-    "attention": jax.checkpoint_policies.save_only_these_names(RESIDUALS),
-}
 
 
 class Projection(nn.Module):
@@ -85,13 +77,13 @@ class RMSNorm(nn.Module):
 
 
 def scan_blocks(
-    block: nn.Module, length: int, x: jax.Array, *inputs: Any, remat: str | None = None
+    block: nn.Module, length: int, x: jax.Array, *inputs: Any, remat: str = "none"
 ) -> jax.Array:
     """Apply `length` blocks like `block` one after another: parameters stacked on their first axis.
 
     Args:
       block: module with `__call__(x, *inputs) -> x`; all blocks get the same `inputs`.
-      remat: None (keep all activations) or a key of REMAT_POLICIES.
+      remat: a key of `remat.REMATS`; its `block_policy` applies.
     """
 
     def body(block: nn.Module, x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
@@ -113,7 +105,7 @@ def scan_but_last(
     x: jax.Array,
     *inputs: Any,
     last: Callable[..., jax.Array],
-    remat: str | None = None,
+    remat: str = "none",
 ) -> jax.Array:
     """As `scan_blocks` with parameters that it made, but for the last block, which is
     `last(block, x, *inputs)`."""
@@ -135,9 +127,10 @@ def scan_but_last(
     return part(last_one, length - 1)(block, x)
 
 
-def _recomputed(function: Callable, remat: str | None) -> Callable:
-    """A function of a module, computed again in the backward pass as a REMAT_POLICIES key says."""
-    if remat is None:
+def _recomputed(function: Callable, remat: str) -> Callable:
+    """A function of a module, recomputed in the backward pass as the setting's `block_policy` says."""
+    policy = find_remat(remat).block_policy
+    if policy is None:
         return function
     # In the body of a scan there is no other computation to merge the recomputation with.
-    return nn.remat(function, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.remat(function, policy=policy, prevent_cse=False)

@@ -21,6 +21,7 @@ from llave_jax.models.layers import Dtype
 from llave_jax.models.parameters import parameter_shapes, weight_at
 from llave_jax.models.projector import Projector
 from llave_jax.models.qwen2 import Qwen2
+from llave_jax.models.remat import find_remat
 from llave_jax.models.siglip import SiglipTower
 from llave_jax.parallel import sharding
 
@@ -36,7 +37,7 @@ class Llave(nn.Module):
       param_dtype: of the parameters.
       attention: implementation of the language model's attention (`llave_jax.ops.attention`).
       vision_attention: of the vision tower's.
-      remat: rematerialisation of each block: None or a key of `layers.REMAT_POLICIES`.
+      remat: what the backward pass computes again: a key of `remat.REMATS`.
       freeze_vision: no gradient flows into the vision tower.
     """
 
@@ -45,7 +46,7 @@ class Llave(nn.Module):
     param_dtype: Dtype = jnp.float32
     attention: str = "xla"
     vision_attention: str = "xla"
-    remat: str | None = None
+    remat: str = "none"
     freeze_vision: bool = False
 
     def setup(self) -> None:
@@ -54,7 +55,7 @@ class Llave(nn.Module):
         self.vision_tower = SiglipTower(
             config.vision,
             attention=self.vision_attention,
-            remat=None if self.freeze_vision else self.remat,
+            remat="none" if self.freeze_vision else self.remat,
             **kinds,
         )
         self.projector = Projector(config.text.hidden_size, **kinds)
@@ -112,8 +113,10 @@ class Llave(nn.Module):
         if batch.patches.shape[1] == 0 and not self.is_initializing():
             return text
         features = self.vision_features(batch.patches, batch.zero_crops)
-        # Its intermediate results are wide and cheap to compute again.
-        place = Llave.visual_tokens if self.remat is None else nn.remat(Llave.visual_tokens)
+        place = Llave.visual_tokens
+        if find_remat(self.remat).block_policy is not None:
+            # Its intermediate results are wide and cheap to compute again.
+            place = nn.remat(place)
         return jnp.where(tokens[..., None] < 0, place(self, features, batch), text)
 
     def visual_tokens(self, features: jax.Array, batch: PackedBatch) -> jax.Array:

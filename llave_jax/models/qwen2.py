@@ -113,7 +113,7 @@ class Qwen2(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     attention: str = "xla"
-    remat: str | None = None
+    remat: str = "none"
     max_segment_length: int | None = None
 
     def setup(self) -> None:

@@ -93,7 +93,7 @@ class SiglipTower(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     attention: str = "xla"
-    remat: str | None = None
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, patches: jax.Array, zero_crops: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ def build_training(
         dtype=jnp.dtype(config.dtype),
         attention=attention.on_mesh(config.attention, mesh),
         vision_attention=attention.on_mesh(config.vision_attention, mesh),
-        remat=train_step.BLOCK_REMAT.get(config.remat),
+        remat=config.remat,
         freeze_vision=freeze_vision,
     )
     schedule = optim.learning_rate_schedule(
@@ -68,7 +68,7 @@ def build_training(
         schedule, multipliers, **_without(config.optim, "learning_rate", "warmup_fraction", "rates")
     )
     loss = train_step.LossConfig(**_without(config.loss, "hard_negatives"))
-    step = train_step.build_step(model, mesh, optimizer, multipliers, loss, config.remat)
+    step = train_step.build_step(model, mesh, optimizer, multipliers, loss)
     return Training(model, schedule, step)
 
 

@@ -23,20 +23,12 @@ import optax
 from llave_jax.inputs.batch import Budget, PackedBatch, empty_batch
 from llave_jax.loss.cross_device import KINDS, contrastive_loss
 from llave_jax.models.llave import VISION_FEATURES, Llave, abstract_params
+from llave_jax.models.remat import find_remat
 from llave_jax.parallel import sharding
 from llave_jax.training import optim
 from llave_jax.training.state import TrainState, init_state, state_shardings
 
 POOLS = ("global", "micro", "device")
-# What is recomputed in the backward pass instead of kept:
-#   none         nothing
-#   attention    each transformer block, from its input and the results of its attention kernel
-#   block        each transformer block, from its input
-#   micro_batch  each micro-batch as a whole, but for the features of a frozen vision tower
-#   both         each micro-batch, and each block within it: the least memory, the most computation
-REMATS = ("none", "attention", "block", "micro_batch", "both")
-# The blocks' policy of each, a key of `models.layers.REMAT_POLICIES`; otherwise they keep everything.
-BLOCK_REMAT = {"attention": "attention", "block": "full", "both": "full"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +47,7 @@ class LossConfig:
             raise ValueError(f"loss.pool is {self.pool!r}; expected one of {POOLS}")
 
 
-class Pool(NamedTuple):
+class PoolEmbeddings(NamedTuple):
     """Pairs that are each other's negatives. S shards, Z sides, G slots.
 
     Attributes:
@@ -70,28 +62,29 @@ class Pool(NamedTuple):
 
 
 def make_loss(
-    model: Llave, mesh: jax.sharding.Mesh, config: LossConfig, remat: str
+    model: Llave, mesh: jax.sharding.Mesh, config: LossConfig
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """`loss(params, batch, target_ids=None) -> (scalar, metrics)`.
 
     Batch arrays are [M, S, ...] with M micro-batches; `target_ids` int32 [M, S, Z - 1, G] are needed
     with `mask_false_negatives`. Sides beyond query and target are hard negatives, which every query
     of the pool sees.
+
+    Raises:
+      ValueError: the model's `remat` is no key of `models.remat.REMATS`.
     """
-    if remat not in REMATS:
-        raise ValueError(f"remat is {remat!r}; expected one of {REMATS}")
 
     def embed(params: Any, micro_batch: PackedBatch) -> jax.Array:
         with sharding.use_mesh(mesh):
             return model.apply({"params": params}, micro_batch)
 
-    if remat in ("micro_batch", "both"):
+    if find_remat(model.remat).micro_batch:
         policy = jax.checkpoint_policies.save_only_these_names(
             *((VISION_FEATURES,) if model.freeze_vision else ())
         )
         embed = jax.checkpoint(embed, policy=policy, prevent_cse=False)
 
-    def pool_loss(pool: Pool) -> tuple[jax.Array, dict]:
+    def pool_loss(pool: PoolEmbeddings) -> tuple[jax.Array, dict]:
         sides = pool.embeddings.shape[1]
         settings = {}
         if pool.ids is not None:
@@ -119,13 +112,13 @@ def make_loss(
         _, embeddings = jax.lax.scan(
             lambda carry, micro_batch: (carry, embed(params, micro_batch)), None, batch
         )
-        pools = Pool(embeddings, _present(batch), ids)
+        pools = PoolEmbeddings(embeddings, _present(batch), ids)
         return pool_loss(jax.tree.map(_merge_micro_batches, pools))
 
     def micro_loss(params: Any, batch: PackedBatch, ids: Any) -> tuple[jax.Array, dict]:
         def one(carry: None, inputs: tuple[PackedBatch, Any]) -> tuple[None, Any]:
             micro_batch, ids = inputs
-            pool = Pool(embed(params, micro_batch), _present(micro_batch), ids)
+            pool = PoolEmbeddings(embed(params, micro_batch), _present(micro_batch), ids)
             return carry, (jnp.sum(micro_batch.valid), pool_loss(pool))
 
         _, (pairs, values) = jax.lax.scan(one, None, (batch, ids))
@@ -180,17 +173,15 @@ def build_step(
     optimizer: optax.GradientTransformation,
     lr_multipliers: Mapping[str, float | None],
     loss_config: LossConfig,
-    remat: str = "none",
 ) -> TrainStep:
     """The training step of a model on a mesh, of real devices or of a topology.
 
     Args:
       optimizer: over the flat dict of trainable parameters.
       lr_multipliers: path -> learning-rate multiplier of each parameter; None where it is frozen.
-      remat: one of REMATS.
 
     Raises:
-      ValueError: no such `remat`.
+      ValueError: as of `make_loss`.
     """
 
     def init(params: Any) -> TrainState:
@@ -201,7 +192,7 @@ def build_step(
     of_batch = sharding.batch_sharding(mesh, leading_axes=1)
     return TrainStep(
         run=jax.jit(
-            _train_step(make_loss(model, mesh, loss_config, remat), optimizer, lr_multipliers),
+            _train_step(make_loss(model, mesh, loss_config), optimizer, lr_multipliers),
             in_shardings=(places, of_batch, of_batch),
             out_shardings=(places, sharding.replicated(mesh)),
             donate_argnums=0,

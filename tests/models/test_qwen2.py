@@ -14,7 +14,7 @@ from llave_jax.ops import attention
 from llave_jax.planning import flops
 
 
-@pytest.mark.parametrize(("layers", "remat", "at_once"), [(1, None, None), (3, "full", 3)])
+@pytest.mark.parametrize(("layers", "remat", "at_once"), [(1, "none", None), (3, "block", 3)])
 def test_pooled_tokens_are_those_of_all_tokens(layers, remat, at_once, monkeypatch):
     """Values and gradients, for tokens in any row, several of one segment, unused ones."""
     if at_once is not None:

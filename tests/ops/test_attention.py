@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from llave_jax.models.config import PRESETS
-from llave_jax.models.layers import REMAT_POLICIES
+from llave_jax.models.remat import REMATS
 from llave_jax.models.siglip import SiglipTower
 from llave_jax.ops import attention as attention_lib
 from llave_jax.ops import gpu_attention, tpu_attention
@@ -216,8 +216,8 @@ def test_splash_is_reached_through_attention(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("policy", "runs"), [("full", 2), ("attention", 1)])
-def test_rematerialisation_keeps_what_it_says(kernel, policy, runs):
+@pytest.mark.parametrize(("remat", "runs"), [("block", 2), ("attention", 1)])
+def test_rematerialisation_keeps_what_it_says(kernel, remat, runs):
     """How often the forward kernel runs for one gradient."""
     inputs = make_inputs(np.random.default_rng(0), 1, 128, 2, 1, 32)
     segments = jnp.ones((1, 128), jnp.int32)
@@ -225,7 +225,7 @@ def test_rematerialisation_keeps_what_it_says(kernel, policy, runs):
     def loss(*inputs):
         return jnp.sum(jnp.sin(KERNELS[kernel](*inputs, segments, causal=True)))
 
-    kept = jax.checkpoint(loss, policy=REMAT_POLICIES[policy])
+    kept = jax.checkpoint(loss, policy=REMATS[remat].block_policy)
     program = jax.make_jaxpr(jax.grad(kept, argnums=(0, 1, 2)))(*inputs)
     kernels = collections.Counter(kernels_used(program.jaxpr))
     assert kernels.pop(f"{kernel}_causal_fwd") == runs

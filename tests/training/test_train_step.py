@@ -18,10 +18,10 @@ from llave_jax.inputs.batch import Budget, empty_batch, stack_batches
 from llave_jax.inputs.item import Item, missing_image
 from llave_jax.inputs.packing import Packer
 from llave_jax.inputs.sequence import SequenceBuilder
-from llave_jax.models import parameters as names
 from llave_jax.models.llave import Llave
 from llave_jax.parallel import sharding
 from llave_jax.training import optim, train_step
+from llave_jax.weights import hf_names
 from tests.loss import loss_reference as reference_loss
 
 FROZEN_VISION = (("vision_tower/.*", None), (".*", 1.0))
@@ -60,9 +60,9 @@ def recorded(reference, kind, config):
     found = []
     for key in reference.numbers.files:
         if key.startswith(f"{kind}/"):
-            hit = names.match(key.removeprefix(f"{kind}/"), "llave")
-            array = names.to_ours(hit.rule, reference.numbers[key], config)
-            found.append((hit.rule.path, hit.layer, array))
+            hit = hf_names.match(key.removeprefix(f"{kind}/"), "llave")
+            array = hf_names.to_ours(hit.weight, reference.numbers[key], config)
+            found.append((hit.weight.path, hit.layer, array))
     assert found
     return found
 
@@ -123,14 +123,14 @@ def run(golden_model, pairs, r):
     batch = make_batch(pairs, golden_model.config, sharding.num_shards(mesh), r.micro_batches)
     model = Llave(
         golden_model.config,
-        remat=train_step.BLOCK_REMAT.get(r.remat),
+        remat=r.remat,
         freeze_vision=r.rules == FROZEN_VISION,
     )
     multipliers = optim.lr_multipliers(list(sharding.flatten(golden_model.params)), r.rules)
     optimizer = optax.chain(record_gradient(), optim.make_optimizer(LEARNING_RATE, multipliers))
     loss = train_step.LossConfig(alpha=9.0, temperature=0.02, pool=r.pool)
 
-    step = train_step.build_step(model, mesh, optimizer, multipliers, loss, r.remat)
+    step = train_step.build_step(model, mesh, optimizer, multipliers, loss)
     places = jax.tree.map(lambda x: x.sharding, step.state)
     state = step.init(jax.device_put(golden_model.params, places.params))
     batch = sharding.device_put_batch(batch, mesh, leading_axes=1)
@@ -272,7 +272,7 @@ def test_micro_pools_are_the_mean_of_their_losses(golden_model, pairs, run_once)
 class LookUp:
     """A model whose embeddings are parameters: those that `pooled` counts."""
 
-    freeze_vision = True
+    freeze_vision, remat = True, "none"
 
     def apply(self, variables, micro_batch):
         return variables["params"]["embeddings"][jnp.maximum(micro_batch.pooled, 0)]
@@ -298,7 +298,7 @@ def test_pools_in_value_and_gradient(pool, kind, golden_model):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1}, jax.devices()[:4])
     numbers = {"alpha": 5.0, "temperature": 0.1, "margin": 0.4}
     config = train_step.LossConfig(kind, pool=pool, mask_false_negatives=True, **numbers)
-    loss = train_step.make_loss(LookUp(), mesh, config, "none")
+    loss = train_step.make_loss(LookUp(), mesh, config)
     params = {"embeddings": jnp.asarray(embeddings, jnp.float32)}
     (found, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, ids)
 
@@ -327,7 +327,7 @@ def test_pools_in_value_and_gradient(pool, kind, golden_model):
 def test_unknown_settings_are_refused(golden_model):
     with pytest.raises(ValueError, match=r"remat.*expected one of"):
         train_step.make_loss(
-            Llave(golden_model.config), mesh_of("single"), train_step.LossConfig(), "all"
+            Llave(golden_model.config, remat="all"), mesh_of("single"), train_step.LossConfig()
         )
     with pytest.raises(ValueError, match=r"loss\.pool.*expected one of"):
         train_step.LossConfig(pool="local")
