@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from configs import gpu_h100, llave_0_5b, llave_7b, tpu_v4
-from llave_jax import config as config_lib
 from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import PRESETS
 from llave_jax.ops import gpu_attention, tpu_attention
 from llave_jax.planning import workload
+from llave_jax.training import batch_shape
 
 # (name, config, devices it is for)
 CONFIGS = [
@@ -57,8 +57,8 @@ def main() -> None:
     )
     if not args.row_lengths:
         for name, config, devices in CONFIGS:
-            dealing = config_lib.dealing(config, devices)
-            show(name, sizes, config_lib.batch_budget(config, devices), args.shards, **dealing)
+            dealing = batch_shape.dealing(config, devices)
+            show(name, sizes, batch_shape.batch_budget(config, devices), args.shards, **dealing)
         return
     groups = 8
     for length in (4096, 6144, 8192, 12288, 16384, 24576):

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from llave_jax import config as config_lib
 from llave_jax import train
 from llave_jax.common.progress import Progress
 from llave_jax.config import Config
@@ -25,11 +24,12 @@ from llave_jax.data.skips import by_subset, listed
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.planning.workload import simulate
+from llave_jax.training import batch_shape, setup
 
 _ROWS = flags.DEFINE_integer("rows", 200, "Rows to measure in each subset.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("samples", 3, "Pairs of each subset on the page.", lower_bound=0)
 _SHARDS = flags.DEFINE_integer("shards", 8, "Devices that the batch is split over.", lower_bound=1)
-# Unlike training, inspecting needs no folder to be named.
+# The flags of training, but no folder has to be named.
 flags.FLAGS.set_default("workdir", "inspected_data")
 
 _SIMULATED_STEPS = 20
@@ -38,10 +38,10 @@ _SIMULATED_STEPS = 20
 def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: int) -> str:
     """Measures the data of a config and writes the page; returns the printed report."""
     workdir.mkdir(parents=True, exist_ok=True)
-    data_path, tokenizer_path = train.locate_data(config, workdir)
-    tokenizer = train.load_tokenizer(config, tokenizer_path)
-    builder = SequenceBuilder(tokenizer, config_lib.model_config(config).input_spec)
-    source = train.open_training_source(config, data_path)
+    data_path, tokenizer_path = setup.locate_data(config, workdir)
+    tokenizer = setup.load_tokenizer(config, tokenizer_path)
+    builder = SequenceBuilder(tokenizer, setup.model_config(config).input_spec)
+    source = setup.open_training_source(config, data_path)
     sides = 3 if config.loss.hard_negatives else 2
     measured = {}
     with Progress(len(source.subsets), "measuring", unit="subsets") as progress:
@@ -86,7 +86,7 @@ def packing_lines(
     config: Config, source: PairSource, measured: dict[str, Measured], shards: int
 ) -> list[str]:
     """How the config's batches would be filled, and how many there are in an epoch."""
-    budget = config_lib.batch_budget(config, shards)
+    budget = batch_shape.batch_budget(config, shards)
     step = config.batch.pairs
     sizes = mixed_sizes(measured, _SIMULATED_STEPS * step)
     per_pair = f"{sizes.lengths.sum(1).mean():.0f} tokens and {sizes.crops.sum(1).mean():.2f} crops"
@@ -105,13 +105,13 @@ def packing_lines(
     if short:
         needs = ", ".join(f"{field} {n}" for field, n in short.items())
         return [*lines, f"TOO SMALL for some measured pairs, which need {needs}"]
-    packing = simulate(sizes, budget, shards, **config_lib.dealing(config, shards))
+    packing = simulate(sizes, budget, shards, **batch_shape.dealing(config, shards))
     lines.append(
         f"filled, by simulation: {packing.tokens:.1%} of row tokens, {packing.crops:.1%} of crops, "
         f"{packing.pairs:.1%} of pair slots; {packing.carried:.1%} of pairs wait for another step, "
         f"{packing.carried_twice:.1%} for more than one"
     )
-    run = config_lib.total_steps(config, len(source))
+    run = batch_shape.total_steps(config, len(source))
     if config.data.order == "modality":
         return [*lines, f"{len(source)} pairs in the order by modality take {run} steps"]
     steps = len(source) / (step * packing.pairs)
@@ -138,9 +138,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.basicConfig(level=logging.WARNING)
-    workdir = Path(flags.FLAGS.workdir)
+    workdir = Path(train.WORKDIR.value)
     report = inspect(
-        flags.FLAGS.config,
+        train.CONFIG.value,
         workdir,
         rows=_ROWS.value,
         samples=_SAMPLES.value,

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from llave_jax import config as config_lib
 from llave_jax.config import Config
 from llave_jax.embedding.embedding_step import build_embedding_step
 from llave_jax.inputs.batch import Budget
@@ -36,7 +35,7 @@ from llave_jax.planning.chips import (
     Gpu,
     topology_devices,
 )
-from llave_jax.training import setup, train_step
+from llave_jax.training import batch_shape, setup, train_step
 
 # Pairs whose sizes stand for the data, and those of which packing is simulated.
 SAMPLE = 4000
@@ -69,7 +68,7 @@ def compile_train_step(config: Config, topology: str) -> Compiled:
 
     Raises:
       DoesNotFit: it needs more memory than the chips have.
-      ValueError: as of `config.check_budget`.
+      ValueError: as of `batch_shape.check_budget`.
     """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
@@ -81,11 +80,11 @@ def lower_train_step(
     config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[jax.stages.Lowered, setup.Training, Budget]:
     """The program that training runs on a mesh, before XLA compiles it."""
-    llave_config = config_lib.model_config(config)
-    config_lib.check_budget(config, llave_config, sharding.num_shards(mesh))
+    llave_config = setup.model_config(config)
+    batch_shape.check_budget(config, llave_config, sharding.num_shards(mesh))
     # The number of steps is a constant of the schedule and changes nothing else.
     training = setup.build_training(config, llave_config, mesh, config.steps or 1000)
-    budget = config_lib.batch_budget(config, sharding.num_shards(mesh))
+    budget = batch_shape.batch_budget(config, sharding.num_shards(mesh))
     leading = (config.batch.micro_batches,)
     batch = train_step.abstract_batch(training.model, mesh, budget, leading)
     return training.step.run.lower(training.step.state, *batch), training, budget
@@ -95,10 +94,10 @@ def compile_embedding_step(config: Config, topology: str) -> Compiled:
     """The forward pass alone, with bfloat16 parameters, on one micro-batch of the config's budget."""
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
-    model = setup.build_training(config, config_lib.model_config(config), mesh, 1000).model
+    model = setup.build_training(config, setup.model_config(config), mesh, 1000).model
     model = model.clone(param_dtype=model.dtype)
     params = abstract_params(model)
-    budget = config_lib.batch_budget(config, sharding.num_shards(mesh))
+    budget = batch_shape.batch_budget(config, sharding.num_shards(mesh))
     batch, _ = train_step.abstract_batch(model, mesh, budget, ())
     places = param_shardings(params, mesh)
     lowered = build_embedding_step(model, mesh).lower(
@@ -146,7 +145,7 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
         workload.sample_pairs(model.config.input_spec, SAMPLE),
         compiled.budget,
         SHARDS_PER_PROCESS,
-        **(config_lib.dealing(config, sharding.num_shards(mesh)) if training else {}),
+        **(batch_shape.dealing(config, sharding.num_shards(mesh)) if training else {}),
     )
     pairs = packing.pairs * compiled.budget.groups * sharding.num_shards(mesh) * micro_batches
     necessary = pairs * flops_per_pair(model, training=training)

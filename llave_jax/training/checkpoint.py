@@ -70,7 +70,7 @@ class Checkpoints:
           ValueError: the run had another number of processes or another optimiser.
         """
         step = self._manager.latest_step()
-        folder = self._manager.directory / str(step)
+        folder = Path(self._manager.directory) / str(step)
         _check_processes(folder / "data")
         opt_state = _by_name(target.opt_state)
         _check_optimizer(folder / "optimizer", opt_state)

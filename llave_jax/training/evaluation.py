@@ -1,7 +1,7 @@
 """Evaluation within a training run, on its mesh and with its parameters.
 
-Scores go to the metrics file and to `WORKDIR/eval/step_N/`; at the end a table compares the trained
-with the untrained model and chance, and a picture shows both models' similarities.
+Scores go to the metrics file and to `WORKDIR/eval/step_N/`. At the end a table compares the trained
+with the untrained model and with chance, and a picture shows the similarities of both models.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from llave_jax.evaluation.results import Results
 from llave_jax.evaluation.similarity import SimilarityStats
 from llave_jax.evaluation.similarity_comparison import read_similarity
 from llave_jax.models.llave import Llave
+from llave_jax.training.checkpoint import BestCheckpoint
 from llave_jax.training.metrics import MetricsWriter
 
 
@@ -38,29 +39,52 @@ class TrainingEvaluation:
         workdir: Path,
         data_dir: Path | None,
         infos: Sequence[DatasetInfo] | None = None,
+        best: BestCheckpoint | None = None,
     ):
         """Args:
         config: the run's `config.eval`.
+        model, tokenizer: what is trained.
+        mesh: where its parameters lie.
+        workdir: the run's.
         data_dir: the benchmark's directory, in MMEB's form; None: no evaluation.
         infos: its datasets' meta-tasks, where it is not MMEB.
+        best: keeps the parameters that score best.
         """
         self._config = config
         self._data_dir = data_dir
         self._infos = infos
         self._directory = workdir / "eval"
         self._workdir = workdir
+        self._best = best
         self._embedder = Embedder(model, None, tokenizer, mesh)
 
     def due(self, step: int, last_step: int) -> bool:
-        """Whether this step is to be scored, and has not been (by a run that was interrupted)."""
+        """Whether this step is to be scored and has not been scored yet.
+
+        A run that was interrupted after its scores were written does not score the step again.
+
+        Args:
+          step: optimiser steps done.
+          last_step: of the run.
+        """
         if self._data_dir is None:
             return False
         every = self._config.every
-        wanted = step in (0, last_step) or bool(every and step % every == 0)
-        return wanted and not self._summary(step).exists()
+        scored = step in (0, last_step) or bool(every and step % every == 0)
+        return scored and not self._summary(step).exists()
 
-    def run(self, params: Any, step: int, writer: MetricsWriter) -> dict[str, float]:
-        """Score `params`; returns the scores by name, as `Results.metrics`."""
+    def run(self, params: Any, step: int, writer: MetricsWriter) -> None:
+        """Scores the parameters of a step, and keeps them if they are the best so far.
+
+        Args:
+          params: the parameter tree, in its shards.
+          step: optimiser steps done.
+          writer: gets the scores as "eval/NAME".
+
+        Raises:
+          KeyError: `checkpoint.best_metric` is none of the scores.
+        """
+        assert self._data_dir is not None  # or no step would be due
         self._embedder.params = params
         results = mmeb.evaluate_mmeb(
             self._embedder.encode,
@@ -74,13 +98,23 @@ class TrainingEvaluation:
         writer.write(step, {f"eval/{name}": value for name, value in scores.items()})
         if jax.process_index() == 0:
             _write_summary(self._summary(step), results)
-        return scores
+        if self._best is not None:
+            self._best.offer(step, params, scores)
+
+    def close(self) -> None:
+        """Waits for the best parameters to be written."""
+        if self._best is not None:
+            self._best.close()
 
     def report(self, last_step: int) -> None:
-        """Print and keep the final table; draw the similarity histograms."""
+        """Prints and keeps the final table; draws the similarity histograms.
+
+        Args:
+          last_step: of the run; it has been scored.
+        """
         if self._data_dir is None or jax.process_index() != 0:
             return
-        # A benchmark that a continued run begins with has not scored the untrained model.
+        # Where the benchmark joined a run that was continued, the untrained model has no scores.
         first = json.loads(self._summary(0).read_text()) if self._summary(0).exists() else {}
         last = json.loads(self._summary(last_step).read_text())
         rows = [["dataset", "meta-task", "chance", "untrained", "trained"]]

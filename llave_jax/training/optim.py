@@ -113,7 +113,9 @@ def make_optimizer(
         steps["weight_decay"] = optax.add_decayed_weights(weight_decay, mask=decay_mask)
     steps["learning_rate"] = optax.scale_by_learning_rate(schedule)
     if any(factor not in (None, 1.0) for factor in multipliers.values()):
-        steps["rates"] = optax.stateless(
-            lambda updates, _: {path: u * multipliers[path] for path, u in updates.items()}
-        )
+
+        def multiply(updates: Any, _: Any) -> dict[str, Any]:
+            return {path: update * multipliers[path] for path, update in updates.items()}
+
+        steps["rates"] = optax.stateless(multiply)
     return optax.named_chain(*steps.items())

@@ -6,14 +6,8 @@ itself must agree with (processes, data, optimiser) is checked where it is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
-
-from llave_jax.common.files import write_text
-from llave_jax.config import Config
-from llave_jax.weights.run_params import has_checkpoint
 
 # What the keys decide -> the keys. These may change.
 MAY_CHANGE: dict[str, tuple[str, ...]] = {
@@ -102,28 +96,6 @@ FIXED: dict[str, tuple[str, ...]] = {
 }
 # Pools of one device have as many pairs as the number of devices leaves them.
 FIXED_WITH_DEVICE_POOLS = ("mesh.data", "mesh.fsdp")
-
-
-def record_config(config: Config, workdir: Path) -> None:
-    """Keep the config with the run, as `WORKDIR/config.json`.
-
-    What ended before its first checkpoint, as with a path that was mistyped, has nothing to continue, and
-    any config may follow.
-
-    Raises:
-      ValueError: the run in `workdir` cannot go on with this config; it names the keys.
-    """
-    path = workdir / "config.json"
-    text = config.to_json(indent=2, sort_keys=True) + "\n"
-    if path.exists() and has_checkpoint(workdir):
-        refused = refused_changes(json.loads(path.read_text()), json.loads(text))
-        if refused:
-            raise ValueError(
-                f"{workdir} holds a run with another config ({'; '.join(refused)}); "
-                "use another --workdir, or the config it began with. What may change is listed in "
-                "docs/launch.md"
-            )
-    write_text(path, text)
 
 
 def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,29 +1,223 @@
-"""From a config to what a run consists of: the model, its schedule and its compiled step.
+"""From a run's config to its objects: data, model, optimiser, step, state, evaluation.
 
-Training and compiling ahead both build it here, so that they run the same program. What the fields
-mean is `config.py`.
+Training and compiling ahead build the model and its step here, so that they run the same program. What
+the config's fields mean is `config.py`; the shape of batches is `batch_shape.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import optax
+import transformers
+from jax.experimental import multihost_utils
 
 from llave_jax.config import Config
-from llave_jax.models.config import LlaveConfig
-from llave_jax.models.llave import Llave, abstract_params
+from llave_jax.data.order import Composition
+from llave_jax.data.pipeline import train_iterator
+from llave_jax.data.rows import EMPTY_SIDE
+from llave_jax.data.skips import by_subset, listed
+from llave_jax.data.sources import (
+    MMEB_TRAIN_SUBSETS,
+    PairSource,
+    open_source,
+    split_held_out,
+)
+from llave_jax.digits import dataset as digits
+from llave_jax.digits import tokenizer as digits_tokenizer
+from llave_jax.inputs.config import grid_pinpoints
+from llave_jax.inputs.sequence import SequenceBuilder
+from llave_jax.models.config import PRESETS, LlaveConfig
+from llave_jax.models.llave import Llave, abstract_params, example_batch
 from llave_jax.ops import attention
 from llave_jax.parallel import sharding
-from llave_jax.training import optim, train_step
+from llave_jax.training import batch_shape, optim, train_step
+from llave_jax.training.checkpoint import BestCheckpoint, Checkpoints
+from llave_jax.training.evaluation import TrainingEvaluation
+from llave_jax.training.run_files import skip_file
+from llave_jax.training.state import TrainState
+from llave_jax.weights import model_dir
+
+log = logging.getLogger(__name__)
+
+DIGITS = "digits"
+
+
+def make_mesh(config: Config) -> jax.sharding.Mesh:
+    """The mesh of all the job's devices, as `config.mesh` divides them."""
+    mesh = sharding.make_mesh(dict(config.mesh))
+    log.info("mesh %s, %s", dict(mesh.shape), jax.devices()[0].device_kind)
+    return mesh
+
+
+# Data and tokenizer.
+
+
+def locate_data(config: Config, workdir: Path) -> tuple[Path, Path | None]:
+    """Where training data and tokenizer are; builds the digits benchmark if the config names it.
+
+    Returns:
+      The data's directory or file, and the tokenizer's directory if the config names one.
+
+    Raises:
+      ValueError: the config names no data.
+    """
+    if config.data.path is None:
+        raise ValueError('set config.data.path: a directory of training data, or "digits"')
+    data_path, tokenizer_path = config.data.path, config.model.tokenizer
+    root = workdir / DIGITS
+    if DIGITS in (data_path, tokenizer_path, config.eval.benchmark):
+        if jax.process_index() == 0:
+            digits.build(root)
+            digits_tokenizer.build_tokenizer(root / "tokenizer")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("digits are built")
+    data_path = root if data_path == DIGITS else Path(data_path)
+    if tokenizer_path == DIGITS:
+        return data_path, root / "tokenizer"
+    return data_path, Path(tokenizer_path) if tokenizer_path else None
+
+
+def load_tokenizer(config: Config, tokenizer_path: Path | None) -> Any:
+    """The tokenizer of the model directory, or of a model trained from scratch.
+
+    Args:
+      tokenizer_path: as `locate_data` returned it.
+
+    Raises:
+      ValueError: a model trained from scratch has none.
+    """
+    if config.model.path is not None:
+        return model_dir.load_tokenizer(config.model.path)
+    if tokenizer_path is None:
+        raise ValueError(
+            "config.model.preset trains from scratch and needs config.model.tokenizer: a directory "
+            "with a Qwen2 tokenizer"
+        )
+    return transformers.AutoTokenizer.from_pretrained(tokenizer_path)
+
+
+def open_training_source(config: Config, data_path: Path) -> PairSource:
+    """The pairs that the run trains on.
+
+    Args:
+      data_path: as `locate_data` returned it.
+
+    Raises:
+      ValueError, OSError: the data is not there, or not in a form that is read.
+    """
+    data = config.data
+    is_digits = data.path == DIGITS
+    source = open_source(
+        data_path / "train" if is_digits else data_path,
+        subsets=data.subsets or None,
+        split=data.split,
+        max_rows=data.max_rows,
+        image_root=data_path / "train_images" if is_digits else data.image_root,
+    )
+    for name, rows in source.subsets.items():
+        read = len(rows) + len(source.left_out.get(name, ()))
+        if data.max_rows and read >= data.max_rows and name not in MMEB_TRAIN_SUBSETS:
+            log.warning(
+                "%s: the first %d rows and no more, as data.max_rows says (configs/own_data.py takes all)",
+                name,
+                data.max_rows,
+            )
+    if source.left_out:
+        left_out = listed(source.left_out)
+        log.info("skipped %d rows: %s (%s)", len(left_out), EMPTY_SIDE, by_subset(left_out))
+    return split_held_out(source, data.held_out)[0] if data.held_out else source
+
+
+def make_iterator(
+    config: Config,
+    source: PairSource,
+    builder: SequenceBuilder,
+    mesh: jax.sharding.Mesh,
+    workdir: Path,
+) -> grain.DatasetIterator:
+    """An endless iterator of the `TrainBatch`es of this process's shards."""
+    data, process = config.data, jax.process_index()
+    return train_iterator(
+        source,
+        builder,
+        batch_shape.batch_budget(config, sharding.num_shards(mesh)),
+        seed=config.seed,
+        num_shards=len(sharding.local_shards(mesh)),
+        micro_batches=config.batch.micro_batches,
+        process_index=process,
+        process_count=jax.process_count(),
+        num_workers=data.num_workers,
+        composition=Composition(data.sub_batch, dict(data.weights) or None, data.order),
+        group_size=batch_shape.pairs_per_group(config, sharding.num_shards(mesh)),
+        on_error=data.on_error,
+        skip_file=skip_file(workdir, process),
+        max_skip_share=data.max_skip_share,
+    )
+
+
+# Model and step.
+
+
+def model_config(config: Config) -> LlaveConfig:
+    """Sizes and input settings of the model that the run trains.
+
+    Raises:
+      ValueError: neither `model.path` nor `model.preset` is set, or there is no such preset.
+    """
+    path, preset = config.model.path, config.model.preset
+    if path is None and preset is None:
+        raise ValueError(
+            "set config.model.path (a converted model directory, see tools/convert_hf.py) or "
+            f"config.model.preset ({', '.join(PRESETS)})"
+        )
+    if path is not None:
+        llave = model_dir.load_config(path)
+    elif preset in PRESETS:
+        llave = PRESETS[preset]
+    else:
+        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    overrides = {key: value for key, value in config.model.inputs.items() if value is not None}
+    if "pinpoints" in overrides:
+        overrides["pinpoints"] = canvases(overrides["pinpoints"], llave.vision.image_size)
+    return dataclasses.replace(llave, inputs=dataclasses.replace(llave.inputs, **overrides))
+
+
+def canvases(pinpoints: Sequence[Any], tile: int) -> tuple[tuple[int, int], ...]:
+    """`model.inputs.pinpoints` as canvases (height, width) in pixels.
+
+    Args:
+      pinpoints: (rows, columns) in tiles, or a sequence of canvases in pixels.
+      tile: pixels of a side of the vision tower's crops.
+
+    Raises:
+      ValueError: it is neither, or a canvas is not made of whole tiles.
+    """
+    if len(pinpoints) == 2 and all(isinstance(n, int) and 0 < n < tile for n in pinpoints):
+        return grid_pinpoints(tile, *pinpoints)
+    found = []
+    for canvas in pinpoints:
+        sizes = tuple(canvas) if isinstance(canvas, Sequence) else ()
+        if len(sizes) != 2 or any(size < tile or size % tile for size in sizes):
+            raise ValueError(
+                f"model.inputs.pinpoints is {pinpoints!r}; expected (rows, columns) in tiles, or "
+                "canvases ((height, width), ...) in pixels that are multiples of the vision tower's "
+                f"{tile}"
+            )
+        found.append(sizes)
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a training run consists of, besides its data.
+    """The program of a training run.
 
     Attributes:
       model: the module, on the attention kernels of the mesh's devices.
@@ -39,28 +233,20 @@ class Training:
 def build_training(
     config: Config, llave_config: LlaveConfig, mesh: jax.sharding.Mesh, total_steps: int
 ) -> Training:
-    """The training that a config describes.
+    """The model, schedule and step that a config describes.
 
     Args:
-      llave_config: as of `config.model_config`.
+      llave_config: as of `model_config`.
       mesh: of real devices, or of a topology's to compile for.
       total_steps: optimiser steps of the whole run, over which the learning rate decays.
+
+    Raises:
+      ValueError: a name that the config gives for a loss, a pool, an implementation of attention or
+        what is recomputed is none; or rules for learning rates miss a parameter.
     """
     paths = sharding.flatten(abstract_params(Llave(llave_config)))
     multipliers = optim.lr_multipliers(list(paths), config.optim.rates)
-    freeze_vision = all(
-        multiplier is None
-        for path, multiplier in multipliers.items()
-        if path.startswith("vision_tower/")
-    )
-    model = Llave(
-        llave_config,
-        dtype=jnp.dtype(config.dtype),
-        attention=attention.on_mesh(config.attention, mesh),
-        vision_attention=attention.on_mesh(config.vision_attention, mesh),
-        remat=config.remat,
-        freeze_vision=freeze_vision,
-    )
+    model = make_model(config, llave_config, mesh, multipliers)
     schedule = optim.learning_rate_schedule(
         config.optim.learning_rate, total_steps, config.optim.warmup_fraction
     )
@@ -72,5 +258,86 @@ def build_training(
     return Training(model, schedule, step)
 
 
+def make_model(
+    config: Config,
+    llave_config: LlaveConfig,
+    mesh: jax.sharding.Mesh,
+    lr_multipliers: Mapping[str, float | None],
+) -> Llave:
+    """The module, with attention kernels that suit the mesh's devices.
+
+    Args:
+      lr_multipliers: as of `optim.lr_multipliers`; through a vision tower that is frozen as a whole
+        no gradients are computed.
+    """
+    tower = [rate for path, rate in lr_multipliers.items() if path.startswith("vision_tower/")]
+    return Llave(
+        llave_config,
+        dtype=jnp.dtype(config.dtype),
+        attention=attention.on_mesh(config.attention, mesh),
+        vision_attention=attention.on_mesh(config.vision_attention, mesh),
+        remat=config.remat,
+        freeze_vision=all(rate is None for rate in tower),
+    )
+
+
 def _without(values: Config, *keys: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
+
+
+def make_state(
+    config: Config,
+    training: Training,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    iterator: grain.DatasetIterator,
+) -> TrainState:
+    """The state to go on from: the latest checkpoint, else the model directory, else random parameters.
+
+    Every array is made or read directly in its shards.
+
+    Args:
+      iterator: is set to the checkpoint's position in the data.
+
+    Raises:
+      ValueError: the checkpoint does not suit this run (`Checkpoints.restore`).
+    """
+    model, step = training.model, training.step
+    if checkpoints.latest_step is not None:
+        log.info("continuing from step %d", checkpoints.latest_step)
+        return checkpoints.restore(step.state, iterator)
+    if config.model.path is not None:
+        return step.init(model_dir.load_params(config.model.path, mesh=mesh, dtype=jnp.float32))
+
+    def from_seed(key: jax.Array) -> TrainState:
+        return step.init(model.init(key, example_batch(model.config))["params"])
+
+    shardings = jax.tree.map(lambda x: x.sharding, step.state)
+    return jax.jit(from_seed, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+# Evaluation on the way.
+
+
+def make_evaluation(
+    config: Config,
+    model: Llave,
+    tokenizer: Any,
+    mesh: jax.sharding.Mesh,
+    workdir: Path,
+) -> TrainingEvaluation:
+    """What scores the run's parameters: on MMEB's form of a directory, or on digits.
+
+    Raises:
+      ValueError: the config asks for the best parameters by a benchmark that it does not name.
+    """
+    benchmark, best_metric = config.eval.benchmark, config.checkpoint.best_metric
+    directory, infos = None, None
+    if benchmark == DIGITS:
+        directory, infos = workdir / DIGITS / "eval", digits.INFOS
+    elif benchmark is not None:
+        directory = Path(benchmark)
+    elif best_metric is not None:
+        raise ValueError("config.checkpoint.best_metric needs config.eval.benchmark")
+    best = BestCheckpoint(workdir, best_metric) if best_metric is not None else None
+    return TrainingEvaluation(config.eval, model, tokenizer, mesh, workdir, directory, infos, best)

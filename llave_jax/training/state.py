@@ -47,14 +47,14 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
 
 
-def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> Any:
     """The sharding of every array of a state.
 
     Args:
       abstract: shapes and dtypes of the state.
 
     Returns:
-      Shardings in the state's structure: optimiser moments lie beside their parameters, scalars are
+      A TrainState of shardings: optimiser moments lie beside their parameters, scalars are
       replicated.
     """
     by_path = sharding.flatten(param_shardings(abstract.params, mesh))
@@ -62,8 +62,6 @@ def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> TrainState
     def place(path: Any, leaf: Any) -> jax.sharding.NamedSharding:
         return by_path[path[-1].key] if leaf.ndim else sharding.replicated(mesh)
 
-    return TrainState(
-        step=sharding.replicated(mesh),
-        params=sharding.unflatten(by_path),
-        opt_state=jax.tree_util.tree_map_with_path(place, abstract.opt_state),
-    )
+    opt_state = jax.tree_util.tree_map_with_path(place, abstract.opt_state)
+    shardings: Any = (sharding.replicated(mesh), sharding.unflatten(by_path), opt_state)
+    return TrainState(*shardings)

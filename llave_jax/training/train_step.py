@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def make_loss(
 
     def embed(params: Any, micro_batch: PackedBatch) -> jax.Array:
         with sharding.use_mesh(mesh):
-            return model.apply({"params": params}, micro_batch)
+            return cast(jax.Array, model.apply({"params": params}, micro_batch))
 
     if find_remat(model.remat).micro_batch:
         policy = jax.checkpoint_policies.save_only_these_names(
@@ -236,7 +236,7 @@ def _train_step(
 
         (value, metrics), gradient = jax.value_and_grad(trainable_loss, has_aux=True)(trainable)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
+        trainable: Any = optax.apply_updates(trainable, updates)
         params = sharding.unflatten({path: {**frozen, **trainable}[path] for path in flat})
         metrics = {
             "loss": value,

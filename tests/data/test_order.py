@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from llave_jax.config import batch_budget, default_config, total_steps
+from llave_jax.config import default_config
 from llave_jax.data.order import (
     HOLE,
     IMAGE,
@@ -25,6 +25,7 @@ from llave_jax.data.pipeline import train_iterator
 from llave_jax.data.rows import Row
 from llave_jax.data.sources import PairSource, make_pair, open_source, split_held_out
 from llave_jax.inputs.batch import Budget
+from llave_jax.training.batch_shape import batch_budget, total_steps
 
 MODALITY = Composition(order="modality")
 

@@ -17,6 +17,7 @@ from llave_jax import train
 from llave_jax.data.rows import EMPTY_SIDE
 from llave_jax.data.skips import TooManySkips
 from llave_jax.digits.tokenizer import build_tokenizer
+from llave_jax.training import skipped_rows
 from tests.data.mmeb_tree import make_tree
 from tests.data.test_sources import row, train_on, write_rows
 from tests.training.test_processes import free_port
@@ -40,11 +41,11 @@ def job(monkeypatch):
         def process(i):
             number.value = i
             try:
-                train.check_skipped_rows(*arguments[i])
+                skipped_rows.check_skipped_rows(*arguments[i])
             except TooManySkips as error:
                 return str(error)
 
-        monkeypatch.setattr(train.multihost_utils, "process_allgather", allgather)
+        monkeypatch.setattr(skipped_rows.multihost_utils, "process_allgather", allgather)
         with ThreadPoolExecutor(len(arguments)) as pool:
             return list(pool.map(process, range(len(arguments))))
 

@@ -22,6 +22,7 @@ from llave_jax.digits.tokenizer import build_tokenizer
 from llave_jax.inputs.images import ImageError
 from llave_jax.inputs.item import missing_image
 from llave_jax.training.metrics import read_metrics
+from llave_jax.training.watch import Watch
 from tests.data.mmeb_tree import TEMPLATES, WITH_NEGATIVES, make_tree, write_json
 
 ROWS = 300  # of each of the 7 subsets: 2 100 in all
@@ -133,14 +134,14 @@ def train_on(workdir: Path, path: Path, image_root: Path | None = None):
     config.remat = "none"
     config.log_every = 1
     ids = []
-    finish = train.Watch._finish
+    finish = Watch._finish
 
     def watch(self, step, metrics, batch):
         ids.append(batch.ids)
         finish(self, step, metrics, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Watch, "_finish", watch)
+        patch.setattr(Watch, "_finish", watch)
         train.train(config, workdir)
     return ids, [line["loss"] for line in read_metrics(workdir)]
 

@@ -6,11 +6,11 @@ import importlib
 import numpy as np
 import pytest
 
-from llave_jax import config as config_lib
 from llave_jax.data.sources import MMEB_TRAIN_SUBSETS
 from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import PRESETS
 from llave_jax.planning import workload
+from llave_jax.training import batch_shape
 
 CONFIG = PRESETS["llave-0.5b"]
 
@@ -44,7 +44,7 @@ def test_sizes_are_those_of_the_models_inputs(sizes):
 @pytest.mark.parametrize(("size", "chips"), [("0.5b", 16), ("2b", 16), ("7b", 64)])
 def test_budgets_of_the_configs_are_well_filled(sizes, size, chips):
     config = importlib.import_module("configs.tpu_v4").get_config(size)
-    packing = workload.simulate(sizes, config_lib.batch_budget(config, chips), shards=4)
+    packing = workload.simulate(sizes, batch_shape.batch_budget(config, chips), shards=4)
     assert packing.tokens > 0.95
     assert packing.crops > 0.90
     assert packing.carried_twice <= 0.01
@@ -64,20 +64,20 @@ def test_budgets_of_the_configs_are_well_filled(sizes, size, chips):
 )
 def test_steps_of_the_configs_make_one_epoch(sizes, name, arguments, devices):
     config = importlib.import_module(f"configs.{name}").get_config(*arguments)
-    budget = config_lib.batch_budget(config, devices)
-    packing = workload.simulate(sizes, budget, shards=4, **config_lib.dealing(config, devices))
+    budget = batch_shape.batch_budget(config, devices)
+    packing = workload.simulate(sizes, budget, shards=4, **batch_shape.dealing(config, devices))
     slots = budget.groups * devices * config.batch.micro_batches
-    read = config_lib.total_steps(config, 662_000) * slots * packing.pairs
+    read = batch_shape.total_steps(config, 662_000) * slots * packing.pairs
     assert read / 662_000 == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize(("name", "devices"), [("0_5b", 8), ("2b", 8), ("7b", 16)])
 def test_the_papers_pools_are_kept_but_for_a_few_pairs(sizes, name, devices):
     config = importlib.import_module(f"configs.llave_{name}").get_config()
-    dealing = config_lib.dealing(config, devices)
+    dealing = batch_shape.dealing(config, devices)
     assert dealing == {"group_size": 256 // 8 // devices, "micro_batches": 8}
     packing = workload.simulate(
-        sizes, config_lib.batch_budget(config, devices), shards=8, **dealing
+        sizes, batch_shape.batch_budget(config, devices), shards=8, **dealing
     )
     assert packing.carried < 0.05
     assert packing.carried_twice == 0

@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from llave_jax import train
-from llave_jax.config import (
-    canvases,
-    check_budget,
-    default_config,
-    model_config,
-    paper_config,
-)
+from llave_jax.config import default_config, paper_config
 from llave_jax.inputs.config import grid_pinpoints
+from llave_jax.training.batch_shape import check_budget
+from llave_jax.training.setup import canvases, model_config, open_training_source
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf
 from tests.weights.convert_checkpoints import write_hf
@@ -80,11 +75,11 @@ def test_rows_of_ones_own_that_are_left_out_are_said(tmp_path, caplog):
         (tmp_path / f"{name}.json").write_text(json.dumps([row] * 5))
     config = paper_config()
     config.data.path, config.data.max_rows = str(tmp_path), 3
-    assert len(train.open_training_source(config, tmp_path)) == 6
+    assert len(open_training_source(config, tmp_path)) == 6
     (said,) = caplog.messages
     assert said.startswith("mine: the first 3 rows and no more, as data.max_rows says")
     config.data.max_rows = 6
-    assert len(train.open_training_source(config, tmp_path)) == 10
+    assert len(open_training_source(config, tmp_path)) == 10
     assert len(caplog.records) == 1
 
 

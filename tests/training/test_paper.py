@@ -15,12 +15,11 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from llave_jax import config as config_lib
 from llave_jax import train
 from llave_jax.evaluation import published
 from llave_jax.models.llave import Llave, abstract_params
 from llave_jax.parallel import sharding
-from llave_jax.training import optim
+from llave_jax.training import batch_shape, optim, setup
 from llave_jax.training.metrics import read_metrics
 from llave_jax.weights import model_dir
 
@@ -109,12 +108,12 @@ def paths_of(llave):
 def test_training_commands_make_a_run(arguments):
     config, workdir = parse_training(arguments)
     assert Path(workdir).parent.name == "runs"
-    assert config_lib.total_steps(config, 662_178) > 0
-    config_lib.batch_budget(config, shards=8)
+    assert batch_shape.total_steps(config, 662_178) > 0
+    batch_shape.batch_budget(config, shards=8)
     preset = config.model.preset
     assert config.model.path.startswith("models/")
     config.model.path = None
-    llave = config_lib.model_config(config)
+    llave = setup.model_config(config)
     multipliers = optim.lr_multipliers(paths_of(llave), config.optim.rates)
     assert any(value is None for value in multipliers.values()) != (
         config.optim.rates[0][0] == ".*"
@@ -198,13 +197,13 @@ def test_ablations_change_one_thing_after_the_other():
 
 
 def test_pools_of_the_ablations_on_eight_devices():
-    assert config_lib.pairs_per_group(ablation(2), shards=8) == 4
+    assert batch_shape.pairs_per_group(ablation(2), shards=8) == 4
     config = ablation(2)
     config.batch.micro_batches = 64 // 2
-    assert config_lib.pairs_per_group(config, shards=2) == 4
+    assert batch_shape.pairs_per_group(config, shards=2) == 4
     config.batch.micro_batches = 32
     with pytest.raises(ValueError, match=r"loss\.pool is 'device'.*pools of 1 pair.*nothing to"):
-        config_lib.batch_budget(config, shards=8)
+        batch_shape.batch_budget(config, shards=8)
 
 
 def small(arguments):
@@ -245,7 +244,7 @@ def trained(tmp_path_factory):
         if name not in done:
             config = small(by_workdir(name)[0])
             workdir = tmp_path_factory.mktemp(name)
-            train.locate_data(config, digits_root)
+            setup.locate_data(config, digits_root)
             (workdir / "digits").symlink_to(digits_root / "digits")
             train.train(config, workdir)
             losses = [line["loss"] for line in read_metrics(workdir) if "loss" in line]

@@ -17,6 +17,8 @@ from llave_jax.models.llave import Llave, example_batch
 from llave_jax.training import resume
 from llave_jax.training.checkpoint import Checkpoints
 from llave_jax.training.metrics import read_metrics
+from llave_jax.training.run_files import record_config
+from llave_jax.training.watch import Watch
 from llave_jax.weights import model_dir
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +50,7 @@ def test_the_docs_show_the_tables():
 def recorded(tmp_path):
     """A run's folder as far as its config goes."""
     (tmp_path / "checkpoints/2").mkdir(parents=True)
-    resume.record_config(default_config(), tmp_path)
+    record_config(default_config(), tmp_path)
     return tmp_path
 
 
@@ -82,11 +84,11 @@ def test_a_key_is_refused_by_its_name_or_goes_through(key, recorded):
     config.update_from_flattened_dict({key: value})
     before = (recorded / "config.json").read_text()
     if key in MAY_CHANGE:
-        resume.record_config(config, recorded)
+        record_config(config, recorded)
         assert (recorded / "config.json").read_text() != before
         return
     with pytest.raises(ValueError, match=rf"another config \({re.escape(key)}: [^;]*\)"):
-        resume.record_config(config, recorded)
+        record_config(config, recorded)
     assert (recorded / "config.json").read_text() == before
 
 
@@ -94,11 +96,11 @@ def test_pools_of_a_device_fix_the_number_of_devices(recorded):
     config = default_config()
     config.loss.pool = "device"
     shutil.rmtree(recorded / "checkpoints")
-    resume.record_config(config, recorded)
+    record_config(config, recorded)
     (recorded / "checkpoints/2").mkdir(parents=True)
     config.mesh.fsdp = 2
     with pytest.raises(ValueError, match=r"\(mesh\.fsdp: 1 -> 2\)"):
-        resume.record_config(config, recorded)
+        record_config(config, recorded)
 
 
 def test_a_key_that_no_table_knows_is_refused():
@@ -249,13 +251,13 @@ def test_a_run_goes_on_with_a_key_changed(key, runs, place, tmp_path):
 def test_no_row_comes_twice_when_batches_change(key, value, order, place, tmp_path, monkeypatch):
     """48 of 64 rows in three of the four steps of the first epoch, each once, though the last step differs."""
     seen = []
-    add = train.Watch.add
+    add = Watch.add
 
     def note(self, step, metrics, batch):
         seen.extend(row for pack in batch.ids for shard in pack for row in shard if row)
         add(self, step, metrics, batch)
 
-    monkeypatch.setattr(train.Watch, "add", note)
+    monkeypatch.setattr(Watch, "add", note)
     same = {"data.order": order, "eval.benchmark": None}
     train_until(2, make_config(place, same), tmp_path / "run")
     train_until(3, make_config(place, {**same, key: value}), tmp_path / "run")

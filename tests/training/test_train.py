@@ -13,15 +13,18 @@ import pytest
 from ml_collections import ConfigDict
 
 from llave_jax import Embedder, train
-from llave_jax import config as config_lib
-from llave_jax.config import batch_budget, default_config, model_config
+from llave_jax.config import default_config
 from llave_jax.data.measure import measure_subset, mixed_sizes
 from llave_jax.inputs.packing import Planner
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.parallel import sharding
 from llave_jax.planning import compile_ahead
-from llave_jax.training import optim, resume, train_step
+from llave_jax.training import optim, setup, train_step
+from llave_jax.training.batch_shape import batch_budget, total_steps
 from llave_jax.training.metrics import MetricsWriter, read_metrics
+from llave_jax.training.run_files import record_config
+from llave_jax.training.setup import model_config
+from llave_jax.training.watch import Watch
 from llave_jax.weights import model_dir
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -45,7 +48,7 @@ def quickstart(**changes) -> ConfigDict:
 def digits_data(tmp_path_factory):
     """The benchmark's files, built once."""
     workdir = tmp_path_factory.mktemp("data")
-    train.locate_data(quickstart(), workdir)
+    setup.locate_data(quickstart(), workdir)
     return workdir / "digits"
 
 
@@ -53,10 +56,10 @@ def digits_data(tmp_path_factory):
 def test_a_step_of_the_quickstart_has_room_for_its_pairs_on_any_devices(digits_data, shards):
     """A pair that had to wait would make the steps differ between numbers of devices."""
     config = runpy.run_path(str(CONFIGS / "quickstart.py"))["get_config"]()
-    data, tokenizer = train.locate_data(config, digits_data.parent)
-    source = train.open_training_source(config, data)
+    data, tokenizer = setup.locate_data(config, digits_data.parent)
+    source = setup.open_training_source(config, data)
     spec = model_config(config).input_spec
-    builder = SequenceBuilder(train.load_tokenizer(config, tokenizer), spec)
+    builder = SequenceBuilder(setup.load_tokenizer(config, tokenizer), spec)
     measured = {name: measure_subset(source, name, builder, 100) for name in source.subsets}
     sizes = mixed_sizes(measured, 300 * 32)
     pairs = list(zip(sizes.lengths, sizes.crops.sum(1), strict=True))
@@ -105,7 +108,7 @@ def test_one_device_trains_to_the_same_losses(finished, make_workdir, monkeypatc
 def test_continues_to_the_same_result(finished, make_workdir, monkeypatch):
     """Stopped after step 3, of which only step 2 was saved: the same command ends as if nothing was."""
     workdir = make_workdir("stopped")
-    finish = train.Watch._finish
+    finish = Watch._finish
 
     def stop(self, step, metrics, batch):
         if step == 3:
@@ -113,7 +116,7 @@ def test_continues_to_the_same_result(finished, make_workdir, monkeypatch):
         finish(self, step, metrics, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Watch, "_finish", stop)
+        patch.setattr(Watch, "_finish", stop)
         with pytest.raises(KeyboardInterrupt):
             train.train(quickstart(), workdir)
     train.train(quickstart(), workdir)
@@ -162,7 +165,7 @@ def test_another_number_of_processes_is_refused(finished, tmp_path):
 
 def test_tokens_without_embeddings_are_refused(make_workdir, golden):
     config = quickstart(model__tokenizer=str(golden / "checkpoint"))
-    with pytest.raises(ValueError, match=r"checkpoint has 590 tokens, .* for 512"):
+    with pytest.raises(ValueError, match=r"checkpoint has tokens up to id 589 .* for 512"):
         train.train(config, make_workdir("tokens"))
 
 
@@ -183,7 +186,7 @@ def test_a_run_that_did_not_begin_may_be_put_right(make_workdir):
     workdir = make_workdir("mistyped")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train.train(quickstart(data__path="/nowhere"), workdir)
-    resume.record_config(quickstart(), workdir)
+    record_config(quickstart(), workdir)
     assert json.loads((workdir / "config.json").read_text())["data"]["path"] == "digits"
 
 
@@ -196,12 +199,12 @@ def test_other_config_is_refused(finished):
 
 def test_bad_loss_stops_with_its_rows(make_workdir, monkeypatch):
     workdir = make_workdir("bad")
-    finish = train.Watch._finish
+    finish = Watch._finish
 
     def poison(self, step, metrics, batch):
         finish(self, step, {**metrics, "loss": np.float32("nan")} if step == 3 else metrics, batch)
 
-    monkeypatch.setattr(train.Watch, "_finish", poison)
+    monkeypatch.setattr(Watch, "_finish", poison)
     with pytest.raises(FloatingPointError, match=r"step 3: loss nan.*Digits-\w+"):
         train.train(quickstart(), workdir)
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2"]
@@ -261,16 +264,16 @@ def test_budget_follows_from_pairs():
 def test_steps_follow_from_epochs_and_fill():
     config = default_config()
     config.batch.pairs = 100
-    assert config_lib.total_steps(config, 1001) == 11
+    assert total_steps(config, 1001) == 11
     config.data.epochs = 3
     config.batch.fill = 0.9
-    assert config_lib.total_steps(config, 1001) == 34  # 3003 pairs, 90 a step
+    assert total_steps(config, 1001) == 34  # 3003 pairs, 90 a step
     config.steps = 7
-    assert config_lib.total_steps(config, 1001) == 7
+    assert total_steps(config, 1001) == 7
     for fill in (0.0, 1.1):
         config.batch.fill = fill
         with pytest.raises(ValueError, match=f"batch.fill is {fill}"):
-            config_lib.total_steps(config, 1001)
+            total_steps(config, 1001)
 
 
 def test_model_needs_path_or_preset():
