@@ -228,6 +228,18 @@ def test_commands_parse(page):
                 assert exists(name) or exists(f"configs/{name}.py"), value
 
 
+def test_letters_of_shapes_are_those_of_the_glossary():
+    page = text_of(ROOT / "docs/architecture.md")
+    letters = re.findall(r"^\| ([A-Z]) \|", page, flags=re.M)
+    assert len(letters) == len(set(letters)) > 20
+    for path in (ROOT / "llave_jax").rglob("*.py"):
+        shapes = re.findall(
+            r'\b(?:Float|Int|UInt8|Bool|Num|Shaped)\w*\[[^\]"]*"([^"]*)"\]', text_of(path)
+        )
+        used = {word.upper() for shape in shapes for word in re.findall(r"\b[A-Za-z]\b", shape)}
+        assert used <= set(letters), path
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     for page in PAGES:
