@@ -1,0 +1,86 @@
+"""Command line: embed items of a JSON-lines file.
+
+    python -m llave_jax.embed --model DIR --input items.jsonl --output DIR
+
+A line is an object with any of `text`, `image`, `images`, `video`, and an optional `id`; paths are
+relative to the file. Writes embeddings.npy (float32 [n, D], L2-normalised) and ids.jsonl, one id a
+line (without an id the item's number, from 0), in the order of the input. With --on_error skip, items
+that cannot be read are left out of both and listed in skipped.jsonl. run.json names the model and its
+precision.
+
+The same command continues where it was stopped, however it was stopped. Lines added to the input are
+embedded as well. Items whose text, pictures or videos have changed are embedded again, with the rest
+of their chunk; a file counts as changed if size or time differ, and then its content does too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from llave_jax.embedding.bulk import embed_file
+from llave_jax.embedding.embedder import Embedder
+from llave_jax.embedding.run_info import add_dtype_argument, record_run, settings_of
+from llave_jax.parallel import processes
+from llave_jax.weights.fingerprint import model_fingerprint
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llave_jax.embed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", required=True, help="converted model directory, or a training run's directory"
+    )
+    parser.add_argument("--input", required=True, help="JSON-lines file of items")
+    parser.add_argument("--output", required=True, help="directory to write")
+    parser.add_argument("--batch_size", type=int, help="items encoded together; default: automatic")
+    parser.add_argument("--max_length", type=int, help="tokens of an item; default: the model's")
+    parser.add_argument(
+        "--on_error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="an item that cannot be read ends the job, or is left out and listed",
+    )
+    add_dtype_argument(parser)
+    processes.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    processes.initialize(args)
+    first = jax.process_index() == 0
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    try:
+        embedder = Embedder.from_pretrained(
+            args.model, dtype=args.dtype, max_length=args.max_length
+        )
+        fingerprint = model_fingerprint(args.model, embedder.model.dtype, embedder.config)
+        result = embed_file(
+            embedder,
+            args.input,
+            args.output,
+            fingerprint,
+            batch_size=args.batch_size,
+            on_error=args.on_error,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if first:
+        settings = settings_of(args.model, embedder, fingerprint)
+        record_run(args.output, result.path.name, settings)
+        dimension = embedder.config.text.hidden_size
+        print(f"{result.embedded} embeddings of {dimension} numbers in {result.path}")
+        if result.skipped:
+            print(f"{result.skipped} items skipped, see {result.path.with_name('skipped.jsonl')}")
+
+
+if __name__ == "__main__":
+    main()
