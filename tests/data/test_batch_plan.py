@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from llave_jax.data.batch_plan import BatchPlan, BatchSettings, plan_batch
@@ -22,6 +22,9 @@ SPEC = InputSpec(
     CropGeometry(28, 4),
     vocab_size=100,
 )
+
+# A plan takes a second: shrinking a failure would take many minutes.
+NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
 def draw_sizes(seed, share_of_images, sides=2, count=600):
@@ -54,7 +57,7 @@ def times_parts(arguments):
     return {**arguments, "pairs": arguments["pairs"] * parts}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None, phases=NO_SHRINKING)
 @given(plans, st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([2, 3]))
 def test_every_pair_fits_and_no_more_come_than_asked_for(arguments, seed, images, sides):
     sizes = draw_sizes(seed, images, sides)
@@ -75,20 +78,20 @@ def test_every_pair_fits_and_no_more_come_than_asked_for(arguments, seed, images
     assert BatchPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None, phases=NO_SHRINKING)
 @given(st.integers(0, 99), st.sampled_from([2, 6, 12]))
 def test_batches_of_other_pairs_are_as_full_as_planned(seed, pairs):
     shards = 4
-    sample, rest = draw_sizes(seed, 0.6), draw_sizes(seed + 100, 0.6, count=6000)
+    sample, rest = draw_sizes(seed, 0.6, count=2000), draw_sizes(seed + 100, 0.6, count=4000)
     plan = plan_batch(sample, SPEC, pairs=pairs * shards, shards=shards, micro_batches=1)
     packing = simulate(rest, plan.budget, shards)
-    assert packing.pairs * plan.budget.groups / pairs == pytest.approx(plan.fill, abs=0.06)
-    assert packing.tokens == pytest.approx(plan.tokens, abs=0.06)
-    assert packing.crops == pytest.approx(plan.crops, abs=0.06)
-    assert packing.carried_twice < 0.02
+    assert packing.pairs * plan.budget.groups / pairs == pytest.approx(plan.fill, abs=0.05)
+    assert packing.tokens == pytest.approx(plan.tokens, abs=0.05)
+    assert packing.crops == pytest.approx(plan.crops, abs=0.05)
+    assert packing.carried_twice < 0.05
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=3, deadline=None, phases=NO_SHRINKING)
 @given(st.integers(0, 99), st.booleans())
 def test_more_pairs_get_more_room(seed, by_modality):
     sizes = draw_sizes(seed, 0.6)
@@ -133,7 +136,7 @@ def test_more_room_by_hand_is_no_less_full():
             micro_batches=1,
             settings=BatchSettings(256, tokens, 4.0),
         ).fill
-        for tokens in (80.0, 100.0, 120.0, 160.0, 240.0)
+        for tokens in (50.0, 65.0, 80.0, 100.0, 240.0)
     ]
     assert fills == sorted(fills)
     assert fills[0] < 0.8
@@ -141,7 +144,7 @@ def test_more_room_by_hand_is_no_less_full():
 
 
 def test_what_does_not_fit_by_hand_is_named():
-    with pytest.raises(ValueError, match="a measured pair: needs row_length .* budget has 64"):
+    with pytest.raises(ValueError, match=r"a measured pair: needs row_length .* budget has 64"):
         plan_batch(
             draw_sizes(0, 1.0), SPEC, pairs=8, shards=1, micro_batches=1,
             settings=BatchSettings(row_length=64),
