@@ -6,7 +6,10 @@ from llave_jax.loss import hardness_weighted_contrastive_loss
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llave_jax.embedding.embedder import Embedder
 
 __all__ = ["Embedder"]
 
