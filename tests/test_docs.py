@@ -28,7 +28,7 @@ PAGES = [
 ]
 # A Python file, with or without its folders.
 FILE = re.compile(r"(?<![\w/.<-])[\w/]+\.py\b")
-TREE = ("llave_jax", "tests", "tools", "configs", "benchmarks", "docs", ".ci")
+TREE = ("llave_jax", "tests", "tools", "configs", "benchmarks", "docs", "launch", ".ci")
 
 # Runs each program given on the command line with --help, forked from one process that has imported what
 # all of them need, and prints {program: what it said}.
@@ -106,7 +106,7 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     """(program, arguments) of each command line on a page; a program is a module or a file."""
     found = []
     for code in code_of(page):
-        for line in re.findall(r"(?:^|[\s;&(])python (.+)", code):
+        for line in re.findall(r"(?:^|[\s;&(])python (-m .+|\S+\.py\b.*)", code):
             words = shlex.split(
                 re.split(r"\s(?:&|&&|;|\|)(?:\s|$)|\s {4,}|; ", line)[0], comments=True
             )
