@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llave_jax.data import packing_simulation
 from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import PRESETS
 from llave_jax.ops import gpu_attention
@@ -106,7 +107,7 @@ def main() -> None:
 
 def cases(crops: int) -> list[Case]:
     sizes = workload.sample_pairs(PRESETS["llave-0.5b"].input_spec, 200)
-    packed = workload.simulate(sizes, Budget(1, ROW_LENGTH, crops=42, groups=9), shards=1)
+    packed = packing_simulation.simulate(sizes, Budget(1, ROW_LENGTH, crops=42, groups=9), shards=1)
     rows = packed.segment_ids.reshape(-1, ROW_LENGTH)[:1]
     found = []
     for name in ("llave-0.5b", "llave-2b", "llave-7b"):

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from configs import gpu_h100, llave_0_5b, llave_7b, tpu_v4
+from llave_jax.data import packing_simulation
 from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import PRESETS
 from llave_jax.ops import gpu_attention, tpu_attention
@@ -66,8 +67,10 @@ def main() -> None:
         show("", sizes, Budget(rows, length, math.ceil(groups * 5.1), groups), args.shards)
 
 
-def show(name: str, sizes: workload.PairSizes, budget: Budget, shards: int, **dealing: int) -> None:
-    packing = workload.simulate(sizes, budget, shards, **dealing)
+def show(
+    name: str, sizes: packing_simulation.PairSizes, budget: Budget, shards: int, **dealing: int
+) -> None:
+    packing = packing_simulation.simulate(sizes, budget, shards, **dealing)
     # Scores the kernels compute, over those that sequences need.
     ids = packing.segment_ids
     visited = {

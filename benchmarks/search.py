@@ -1,6 +1,6 @@
 """Time and peak memory of an exact search: 1 000 000 x 1 000 by default.
 
-    python embedding/search.py [--rows 1000000] [--queries 1000] [--dim 896] [--k 100]
+    python benchmarks/search.py [--rows 1000000] [--queries 1000] [--dim 896] [--k 100]
 
 The corpus is random unit vectors in a temporary file, read as a memory map.
 """

@@ -32,6 +32,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from llave_jax.data import packing_simulation  # noqa: E402
 from llave_jax.inputs.batch import Budget  # noqa: E402
 from llave_jax.models.config import PRESETS, LlaveConfig  # noqa: E402
 from llave_jax.ops import tpu_attention  # noqa: E402
@@ -53,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     config = PRESETS[args.model]
     budget = Budget(4, args.row_length, crops=40, groups=8)
-    packing = workload.simulate(
+    packing = packing_simulation.simulate(
         workload.sample_pairs(config.input_spec, 2000), budget, compile_ahead.SHARDS_PER_PROCESS
     )
     rows = {

@@ -114,7 +114,7 @@ def random_side(
     shares = [share for *_, share in side.images]
     width, height, _ = side.images[rng.choice(len(shares), p=shares)]
     taps = image_taps(width, height, config.inputs, config.vision.crop)
-    _, count = workload.image_cost(width, height, config.input_spec)
+    count = workload.image_cost(width, height, config.input_spec).crops
     tokens = np.concatenate([np.full(taps.shape, VISUAL_SLOT), text]).astype(np.int32)
     crops = rng.integers(0, 256, (count, size, size, 3), np.uint8)
     return TokenSequence(tokens, crops, taps, name=f"{width}x{height}")

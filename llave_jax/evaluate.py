@@ -21,11 +21,11 @@ import jax
 from llave_jax.common.files import write_text
 from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
+from llave_jax.embedding.run_info import add_dtype_argument, settings_of
 from llave_jax.evaluation import report, video_data, video_retrieval
 from llave_jax.evaluation.cache import EmbeddingCache, Encode
 from llave_jax.evaluation.mmeb import evaluate_mmeb
 from llave_jax.evaluation.retrieval import evaluate_retrieval, read_task
-from llave_jax.evaluation.run_info import add_dtype_argument, settings_of
 from llave_jax.parallel import processes
 from llave_jax.weights.fingerprint import model_fingerprint
 

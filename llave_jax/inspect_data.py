@@ -15,15 +15,14 @@ import numpy as np
 from absl import app, flags
 
 from llave_jax import train
-from llave_jax.common.progress import Progress
 from llave_jax.config import Config
 from llave_jax.data.inspection_page import write_page
-from llave_jax.data.measure import Measured, measure_subset, mixed_sizes
+from llave_jax.data.measure import MeasuredSubset, measure_subsets, mixed_sizes
+from llave_jax.data.packing_simulation import simulate
 from llave_jax.data.rows import EMPTY_SIDE
 from llave_jax.data.skips import by_subset, listed
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.sequence import SequenceBuilder
-from llave_jax.planning.workload import simulate
 from llave_jax.training import batch_shape, setup
 
 _ROWS = flags.DEFINE_integer("rows", 200, "Rows to measure in each subset.", lower_bound=1)
@@ -43,12 +42,7 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
     builder = SequenceBuilder(tokenizer, setup.model_config(config).input_spec)
     source = setup.open_training_source(config, data_path)
     sides = 3 if config.loss.hard_negatives else 2
-    measured = {}
-    with Progress(len(source.subsets), "measuring", unit="subsets") as progress:
-        for subset in source.subsets:
-            if len(source.subsets[subset]):
-                measured[subset] = measure_subset(source, subset, builder, rows, sides)
-            progress.update()
+    measured = measure_subsets(source, builder, rows, sides)
     lines = subset_lines(measured)
     if source.left_out:
         lines.append(f"left out, as {EMPTY_SIDE}: {by_subset(listed(source.left_out))}")
@@ -57,7 +51,7 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
     return report
 
 
-def subset_lines(measured: dict[str, Measured]) -> list[str]:
+def subset_lines(measured: dict[str, MeasuredSubset]) -> list[str]:
     """A table of the subsets, with the first reasons why rows are unusable below it."""
     width = max(map(len, measured), default=0)
     header = f"{'':{width}}  {'rows':>7}  {'text tokens':>23}  {'image size':>23}  "
@@ -83,7 +77,7 @@ def subset_lines(measured: dict[str, Measured]) -> list[str]:
 
 
 def packing_lines(
-    config: Config, source: PairSource, measured: dict[str, Measured], shards: int
+    config: Config, source: PairSource, measured: dict[str, MeasuredSubset], shards: int
 ) -> list[str]:
     """How the config's batches would be filled, and how many there are in an epoch."""
     budget = batch_shape.batch_budget(config, shards)

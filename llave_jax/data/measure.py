@@ -1,23 +1,30 @@
 """What training pairs take, without decoding their images: tokens, crops, image sizes.
 
-Owns measuring rows of a source; `mix.py` holds assumed sizes for when there is no data at hand, and
-the simulation of packing that both feed.
+Owns measuring rows of a source. `inspection.py` shows the figures, `batch_plan.py` chooses the batch's
+budget by them.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from llave_jax.data.pipeline import sides_of
+from llave_jax.common.progress import Progress
+from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.anyres import image_taps, num_crops
 from llave_jax.inputs.images import image_size
-from llave_jax.inputs.item import ImageLike, Item, VideoLike
+from llave_jax.inputs.item import ImageLike, Pair, VideoLike
 from llave_jax.inputs.sequence import VISUAL_SLOT, SequenceBuilder, TokenSequence, Visual
-from llave_jax.planning.workload import PairSizes
+
+# Pairs that a sample of a whole source is made of.
+_SAMPLE = 8192
+# Rows that are read at the same time: reading waits for the disk or the network.
+_THREADS = 16
 
 
 class LayoutBuilder(SequenceBuilder):
@@ -40,7 +47,7 @@ def _no_pixels(count: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredSubset:
     """n pairs of one subset; Z sides each: query, target, negatives (0 where there is none).
 
     Attributes:
@@ -68,60 +75,175 @@ class Measured:
     unusable: dict[str, str]
 
 
-def measure_subset(
-    source: PairSource, subset: str, builder: SequenceBuilder, count: int, sides: int = 2
-) -> Measured:
-    """Measures at most `count` rows of a subset, evenly spread over it, with `sides` of each."""
-    layout = LayoutBuilder(builder.tokenizer, builder.spec)
-    indices = source.subsets[subset]
-    chosen = indices[:: -(-len(indices) // count)]
-    sequences: list[list[TokenSequence | None]] = []
-    queries: list[Item] = []
-    images: list[tuple[int, int]] = []
-    unusable: dict[str, str] = {}
-    with_negative = 0
-    for index in chosen:
-        try:
-            pair = source[index]
-            items = sides_of(pair, sides)
-            sequences.append([None if item is None else layout(item) for item in items])
-        except ValueError as error:
-            unusable[source.pair_id(index)] = str(error)
-            continue
-        shown = [(i, item.name) for item in items if item for i in item.images if i is not None]
-        images += [image_size(image, name) for image, name in shown]
-        queries.append(pair.query)
-        with_negative += bool(pair.negatives)
+class _MeasuredPair(NamedTuple):
+    """Of one pair: by side tokens that are not visual, all tokens and crops; the rest as of
+    `MeasuredSubset`."""
 
-    def table(value: Callable[[TokenSequence], int]) -> np.ndarray:
-        values = [[0 if s is None else value(s) for s in pair] for pair in sequences]
-        return np.array(values, int).reshape(len(sequences), sides)
+    text: list[int]
+    lengths: list[int]
+    crops: list[int]
+    image_query: bool
+    words: int
+    taps: int
+    images: list[tuple[int, int]]
+    has_negative: bool
 
-    return Measured(
-        rows=len(indices),
-        text=table(lambda s: np.count_nonzero(s.tokens != VISUAL_SLOT)),
-        lengths=table(len),
-        crops=table(lambda s: len(s.crops)),
-        image_query=np.array([any(query.images) for query in queries], bool),
-        words=np.array([len(query.text.split()) for query in queries], int),
-        taps=max((s.taps.width for pair in sequences for s in pair if s), default=1),
-        images=images,
-        with_negative=with_negative,
-        unusable=unusable,
+
+def _measure_pair(pair: Pair, builder: LayoutBuilder, sides: int) -> _MeasuredPair:
+    items = pair.sides(sides)
+    sequences = [None if item is None else builder(item) for item in items]
+
+    def by_side(size: Callable[[TokenSequence], int]) -> list[int]:
+        return [0 if sequence is None else int(size(sequence)) for sequence in sequences]
+
+    return _MeasuredPair(
+        text=by_side(lambda sequence: np.count_nonzero(sequence.tokens != VISUAL_SLOT)),
+        lengths=by_side(len),
+        crops=by_side(lambda sequence: len(sequence.crops)),
+        image_query=any(image is not None for image in pair.query.images),
+        words=len(pair.query.text.split()),
+        taps=max((sequence.taps.width for sequence in sequences if sequence), default=1),
+        images=[
+            image_size(image, item.name)
+            for item in items
+            if item is not None
+            for image in item.images
+            if image is not None
+        ],
+        has_negative=bool(pair.negatives),
     )
 
 
-def mixed_sizes(measured: dict[str, Measured], count: int, seed: int = 0) -> PairSizes:
-    """Sizes of `count` pairs drawn from all rows, each subset standing for its measured ones."""
-    usable = {name: part for name, part in measured.items() if len(part.lengths)}
-    rows = np.array([part.rows for part in usable.values()], float)
+def measure_subset(
+    source: PairSource, subset: str, builder: SequenceBuilder, count: int, sides: int = 2
+) -> MeasuredSubset:
+    """Measures at most `count` rows of a subset, evenly spread over it.
+
+    Args:
+      source: of the pairs.
+      subset: one of `source.subsets`.
+      builder: of the model's sequences.
+      count: the most rows that are measured.
+      sides: Z: 2, or 3 with each row's hard negative.
+    """
+    layout = LayoutBuilder(builder.tokenizer, builder.spec)
+    indices = source.subsets[subset]
+    chosen = indices[:: max(1, -(-len(indices) // count))]
+
+    def measure(index: int) -> _MeasuredPair | str:
+        try:
+            return _measure_pair(source[index], layout, sides)
+        except ValueError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        results = list(threads.map(measure, chosen))
+    pairs = [result for result in results if not isinstance(result, str)]
+
+    def table(field: str) -> np.ndarray:
+        return np.array([getattr(pair, field) for pair in pairs], int).reshape(len(pairs), sides)
+
+    return MeasuredSubset(
+        rows=len(indices),
+        text=table("text"),
+        lengths=table("lengths"),
+        crops=table("crops"),
+        image_query=np.array([pair.image_query for pair in pairs], bool),
+        words=np.array([pair.words for pair in pairs], int),
+        taps=max((pair.taps for pair in pairs), default=1),
+        images=[size for pair in pairs for size in pair.images],
+        with_negative=sum(pair.has_negative for pair in pairs),
+        unusable={
+            source.pair_id(index): result
+            for index, result in zip(chosen, results, strict=True)
+            if isinstance(result, str)
+        },
+    )
+
+
+def measure_subsets(
+    source: PairSource, builder: SequenceBuilder, rows_per_subset: int, sides: int = 2
+) -> dict[str, MeasuredSubset]:
+    """`measure_subset` of every subset that has rows, by its name."""
+    measured = {}
+    with Progress(len(source.subsets), "measuring", unit="subsets") as progress:
+        for subset, indices in source.subsets.items():
+            if len(indices):
+                measured[subset] = measure_subset(source, subset, builder, rows_per_subset, sides)
+            progress.update()
+    return measured
+
+
+def measure_source(
+    source: PairSource,
+    builder: SequenceBuilder,
+    rows_per_subset: int = 100,
+    *,
+    sides: int = 2,
+    weights: Mapping[str, float] | None = None,
+) -> PairSizes:
+    """Sizes of a sample of a source's pairs, drawn as training draws them.
+
+    It depends on nothing but the data and the arguments.
+
+    Args:
+      source: of the pairs.
+      builder: of the model's sequences.
+      rows_per_subset: rows of each subset that are measured.
+      sides: Z: 2, or 3 with each row's hard negative.
+      weights: as of `Composition`.
+
+    Raises:
+      ValueError: no measured row can be used.
+    """
+    measured = measure_subsets(source, builder, rows_per_subset, sides)
+    return mixed_sizes(measured, _SAMPLE, weights=weights)
+
+
+def mixed_sizes(
+    measured: Mapping[str, MeasuredSubset],
+    count: int,
+    seed: int = 0,
+    weights: Mapping[str, float] | None = None,
+) -> PairSizes:
+    """Sizes of pairs drawn from all rows, each subset standing for its measured ones.
+
+    Args:
+      measured: by subset.
+      count: n, pairs to draw.
+      seed: of the draw.
+      weights: subset -> share of the pairs; None: as many as it has rows.
+
+    Raises:
+      ValueError: no measured row can be used.
+    """
+    parts = [
+        (part, part.rows if weights is None else weights[name])
+        for name, part in measured.items()
+        if len(part.lengths) and (weights is None or name in weights)
+    ]
+    if not parts:
+        reasons = [
+            f"{name}: {why}" for part in measured.values() for name, why in part.unusable.items()
+        ]
+        raise ValueError(
+            "none of the measured rows can be used"
+            + "".join(f"; {reason}" for reason in reasons[:3])
+        )
     rng = np.random.default_rng(seed)
-    lengths, crops, images, words = [], [], [], []
-    for choice in rng.choice(len(rows), size=count, p=rows / rows.sum()):
-        part = list(usable.values())[choice]
-        index = rng.integers(len(part.lengths))
-        lengths.append(part.lengths[index])
-        crops.append(part.crops[index])
-        images.append(part.image_query[index])
-        words.append(part.words[index])
-    return PairSizes(np.array(lengths), np.array(crops), np.array(images), np.array(words))
+    shares = np.array([share for _, share in parts], float)
+    chosen = rng.choice(len(parts), size=count, p=shares / shares.sum())
+    first = np.cumsum([0, *(len(part.lengths) for part, _ in parts)])
+    sizes = np.diff(first)[chosen]
+    indices = first[chosen] + (rng.random(count) * sizes).astype(np.int64)
+
+    def joined(field: str) -> np.ndarray:
+        return np.concatenate([getattr(part, field) for part, _ in parts])[indices]
+
+    return PairSizes(
+        joined("lengths"),
+        joined("crops"),
+        joined("image_query"),
+        joined("words"),
+        taps=max(part.taps for part, _ in parts),
+    )

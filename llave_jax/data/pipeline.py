@@ -49,7 +49,7 @@ from llave_jax.data.sources import PairSource
 from llave_jax.inputs.batch import Budget, PackedBatch, stack_batches
 from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.images import read_image_file
-from llave_jax.inputs.item import Item, Pair
+from llave_jax.inputs.item import Item
 from llave_jax.inputs.packing import Packer, default_lookahead, place_dealt
 from llave_jax.inputs.sequence import SequenceBuilder, TokenSequence
 from llave_jax.inputs.taps import Taps
@@ -237,7 +237,7 @@ class _Load:
 
     def _load(self, index: int) -> dict[str, Any]:
         pair = self._source[index]
-        items = sides_of(pair, self._sides)
+        items = pair.sides(self._sides)
         sequences = [None if item is None else self._builder(item) for item in items]
         return {
             "id": pair.id,
@@ -245,12 +245,6 @@ class _Load:
             "target_ids": np.array([content_id(item) for item in items[1:]], np.int32),
             "sequences": [None if s is None else _to_arrays(s) for s in sequences],
         }
-
-
-def sides_of(pair: Pair, sides: int) -> list[Item | None]:
-    """Query, target, and as many negatives as there are further sides; None where it has fewer."""
-    negatives = [*pair.negatives[: sides - 2]]
-    return [pair.query, pair.target, *negatives] + [None] * (sides - 2 - len(negatives))
 
 
 def content_id(item: Item | None) -> int:

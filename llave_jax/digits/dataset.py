@@ -1,9 +1,9 @@
 """The bundled benchmark: a miniature MMEB of handwritten digits, built on first use.
 
-Owns the rows and files, in MMEB's own format and layout, so that training and evaluation read them
-as they read MMEB. What the pictures show and the texts say is `digits_scenes.py`.
+Owns the rows and files. They have MMEB's format and layout, so training and evaluation read them as
+they read MMEB. What the pictures show and what the texts say is `scenes.py`.
 
-    DIRECTORY/digits.json                                   what was built; decides a rebuild
+    DIRECTORY/digits.json                                   version, seed and sizes of what was built
     DIRECTORY/annotations.json                              what every picture shows, by its path
     DIRECTORY/train/<subset>.json                           rows as in MMEB-train
     DIRECTORY/train_images/<subset>/*.png
@@ -26,10 +26,10 @@ import pyarrow
 import pyarrow.parquet
 
 from llave_jax.common.files import replace_directory, scratch_directory
-from llave_jax.digits import scenes as S
+from llave_jax.digits import scenes
 from llave_jax.evaluation.mmeb_data import DatasetInfo
 
-# Raise it with every change of what is built: directories built before are then rebuilt.
+# Raise it with every change of the files' content: directories of an earlier version are then rebuilt.
 VERSION = 4
 
 CLASSIFICATION = "Digits-Classification"
@@ -47,7 +47,7 @@ SUBSETS: dict[str, str] = {
     GROUNDING: "grounding",
 }
 INFOS = tuple(DatasetInfo(name, meta_task) for name, meta_task in SUBSETS.items())
-# Pictures that several subsets share.
+# Folder of the pictures that several subsets share.
 SCENES = "Digits-Scenes"
 
 CLASSIFY = "<|image_1|>\nRepresent the given image for classification"
@@ -59,17 +59,23 @@ SELECT = '<|image_1|>\nSelect the portion of the image that isolates the object 
 CROP = "<|image_1|>\nRepresent the given cropped image of the object"
 CLASS = "the digit {}"
 
-# Candidates of a query; classification has the ten classes.
+# Candidates of a query. Classification has ten, the classes.
 CANDIDATES = 20
-# Scenes come in pairs of the same scans in other places: each other's hard negatives.
+# Scenes come in pairs of the same scans in different cells: each is the other's hard negative.
 _FAMILY = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Rows of every training subset, queries of every eval subset; scenes come in pairs.
+    """How much is built.
 
-    Classification has at most one query for each held-out scan.
+    Attributes:
+      train: rows of each training subset; even, since scenes come in pairs.
+      eval: queries of each eval subset; even, at least 40. Classification has at most one query for each
+        held-out scan.
+
+    Raises:
+      ValueError: a number is too small or odd.
     """
 
     train: int = 6000
@@ -84,10 +90,15 @@ class Sizes:
 
 
 def build(directory: str | os.PathLike, *, seed: int = 0, sizes: Sizes | None = None) -> Path:
-    """Make sure that `directory` holds the benchmark for this seed and these sizes.
+    """Build the benchmark for this seed and these sizes, unless `directory` holds it already.
 
-    At once if it does already; otherwise it is built (seconds) beside the directory and renamed into
-    place, so that it is never seen half done. The same arguments give the same files, byte for byte.
+    Building takes seconds. The directory appears when it is whole. The same arguments give the same
+    files, byte for byte.
+
+    Args:
+      directory: to make, or to replace if it holds another version, seed or sizes.
+      seed: of the split into training and test scans, and of everything drawn.
+      sizes: None: the default sizes.
 
     Returns:
       The directory.
@@ -110,7 +121,11 @@ def build(directory: str | os.PathLike, *, seed: int = 0, sizes: Sizes | None = 
 
 
 def chance(rows: Iterable[dict[str, Any]]) -> float:
-    """Expected precision@1 of guessing among each row's candidates (`tgt_text`)."""
+    """Expected precision@1 of guessing among the candidates.
+
+    Args:
+      rows: of an eval subset; a row's candidates are as many as its `tgt_text`.
+    """
     return float(np.mean([1 / len(row["tgt_text"]) for row in rows]))
 
 
@@ -128,9 +143,9 @@ def _read_marker(directory: Path) -> dict[str, Any] | None:
 
 
 def _write(root: Path, seed: int, sizes: Sizes) -> None:
-    """Everything but the marker."""
-    scans = S.load_scans()
-    train, test = S.split_scans(scans.labels, seed)
+    """Write everything but digits.json into the empty directory `root`."""
+    scans = scenes.load_scans()
+    train, test = scenes.split_scans(scans.labels, seed)
     annotations: dict[str, Any] = {}
 
     images = _Images(root, "train_images", annotations)
@@ -152,7 +167,7 @@ def _write(root: Path, seed: int, sizes: Sizes) -> None:
 
 
 class _Images:
-    """Writes pictures under one image root and notes what they show."""
+    """Writes pictures below one image root, and enters what they show into `annotations`."""
 
     def __init__(self, root: Path, image_root: str, annotations: dict[str, Any]):
         self._root = root / image_root
@@ -167,12 +182,12 @@ class _Images:
         folder: str,
         name: str,
         pixels: np.ndarray,
-        scans: Sequence[int],
-        digits: Sequence[int],
+        scans: Sequence[int] | np.ndarray,
+        digits: Sequence[int] | np.ndarray,
     ) -> str:
-        """The path to put into a row."""
+        """Write a picture uint8 [height, width]. Returns its path as rows give it."""
         path = f"{folder}/{name}.png"
-        # Level 1: ten thousand small files, where time matters and bytes do not.
+        # Level 1 is the fastest. There are ten thousand pictures of a few hundred bytes.
         PIL.Image.fromarray(pixels).save(self._root / path, compress_level=1)
         self._annotations[f"{self._image_root}/{path}"] = {
             "scans": [int(index) for index in scans],
@@ -182,22 +197,22 @@ class _Images:
 
 
 class _Picture(NamedTuple):
-    scene: S.Scene
+    scene: scenes.Scene
     pixels: np.ndarray
     path: str
-    twin: int  # index of the picture of the same scans in other places
+    twin: int  # index of the picture of the same scans in different cells
 
 
 def _draw_pictures(
-    scans: S.Scans, members: np.ndarray, count: int, rng: np.random.Generator, images: _Images
+    scans: scenes.Scans, members: np.ndarray, count: int, rng: np.random.Generator, images: _Images
 ) -> list[_Picture]:
-    """`count` scenes of the scans `members`, saved."""
+    """Draw and save `count` scenes, made of the scans `members`."""
     pools = [members[scans.labels[members] == digit] for digit in range(10)]
     pictures: list[_Picture] = []
     while len(pictures) < count:
-        for scene in S.make_family(rng, pools, _FAMILY):
+        for scene in scenes.make_family(rng, pools, _FAMILY):
             index = len(pictures)
-            pixels = S.draw_scene(scene, scans, rng)
+            pixels = scenes.draw_scene(scene, scans, rng)
             path = images.save(SCENES, f"{index:05d}", pixels, scene.scans, scene.digits)
             pictures.append(_Picture(scene, pixels, path, twin=index ^ 1))
     return pictures
@@ -206,7 +221,7 @@ def _draw_pictures(
 def _save_crop(
     name: str, picture: _Picture, cell: int, rng: np.random.Generator, images: _Images
 ) -> str:
-    pixels = S.crop_cell(picture.pixels, cell, rng)
+    pixels = scenes.crop_cell(picture.pixels, cell, rng)
     scene = picture.scene
     return images.save(GROUNDING, name, pixels, [scene.scans[cell]], [scene.digits[cell]])
 
@@ -228,36 +243,38 @@ def _train_row(
 
 
 def _train_rows(
-    scans: S.Scans, members: np.ndarray, count: int, rng: np.random.Generator, images: _Images
+    scans: scenes.Scans, members: np.ndarray, count: int, rng: np.random.Generator, images: _Images
 ) -> dict[str, list[dict[str, str]]]:
-    """`count` rows of every subset; the negatives of retrieval are the scene's other arrangement."""
+    """`count` rows of each subset, made of the scans `members`. Retrieval rows have a negative: the twin."""
     rows: dict[str, list[dict[str, str]]] = {subset: [] for subset in SUBSETS}
     rounds = -(-count // len(members))
     order = np.concatenate([rng.permutation(members) for _ in range(rounds)])[:count]
     for number, index in enumerate(order):
         digit = scans.labels[index]
-        pixels = S.draw_scan(scans.pixels[index], rng)
-        path = images.save(CLASSIFICATION, f"{number:05d}", pixels, [index], [digit])
-        rows[CLASSIFICATION].append(_train_row(CLASSIFY, path, CLASS.format(S.DIGITS[digit]), ""))
+        pixels = scenes.draw_scan(scans.pixels[index], rng)
+        path = images.save(CLASSIFICATION, f"{number:05d}", pixels, [int(index)], [int(digit)])
+        rows[CLASSIFICATION].append(
+            _train_row(CLASSIFY, path, CLASS.format(scenes.DIGITS[digit]), "")
+        )
 
     pictures = _draw_pictures(scans, members, count, rng, images)
     for number, picture in enumerate(pictures):
         scene, path = picture.scene, picture.path
         twin = pictures[picture.twin]
-        question, answer = S.ask(scene, rng)
+        question, answer = scenes.ask(scene, rng)
         rows[VQA].append(_train_row(ANSWER.format(question), path, answer, ""))
 
-        facts = S.choose_facts(scene, [twin.scene], rng)
-        swapped = S.describe(twin.scene, [fact.cell for fact in facts])
-        texts = S.caption(facts), S.caption(swapped)
+        facts = scenes.choose_facts(scene, [twin.scene], rng)
+        swapped = scenes.describe(twin.scene, [fact.cell for fact in facts])
+        texts = scenes.caption(facts), scenes.caption(swapped)
         rows[RETRIEVAL_I2T].append(_train_row(FIND_CAPTION, path, texts[0], "", texts[1], ""))
 
-        facts = S.choose_facts(scene, [twin.scene], rng)
-        query = FIND_IMAGE.format(S.caption(facts))
+        facts = scenes.choose_facts(scene, [twin.scene], rng)
+        query = FIND_IMAGE.format(scenes.caption(facts))
         rows[RETRIEVAL_T2I].append(_train_row(query, "", IMAGE, path, IMAGE, twin.path))
 
         cell = int(rng.integers(4))
-        label = rng.choice(S.labels(scene, cell))
+        label = rng.choice(scenes.labels(scene, cell))
         crop = _save_crop(f"{number:05d}", picture, cell, rng, images)
         rows[GROUNDING].append(_train_row(SELECT.format(label), path, CROP, crop))
     return rows
@@ -276,7 +293,7 @@ _EVAL_SCHEMA = pyarrow.schema(
 
 
 def _eval_row(query: str, query_image: str, targets: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """`targets` are (text, image path), the positive first; "" for none."""
+    """`targets` are (text, image path), the positive first; "" where there is no text or image."""
     texts, paths = zip(*targets, strict=True)
     return {
         "qry_text": query,
@@ -292,9 +309,9 @@ def _candidates(
     draw: Callable[[], str | None],
     rng: np.random.Generator,
 ) -> list[str]:
-    """CANDIDATES different ones: the positive, then the hard negatives and drawn ones, mixed.
+    """CANDIDATES different candidates: the positive, then hard negatives and drawn ones in random order.
 
-    `draw` gives another wrong candidate, or None for one that could be right.
+    `draw` gives a wrong candidate, or None if the one it drew could be right.
     """
     found = dict.fromkeys([positive, *hard])
     while len(found) < CANDIDATES:
@@ -306,9 +323,9 @@ def _candidates(
 
 
 def _eval_rows(
-    scans: S.Scans, members: np.ndarray, count: int, rng: np.random.Generator, images: _Images
+    scans: scenes.Scans, members: np.ndarray, count: int, rng: np.random.Generator, images: _Images
 ) -> dict[str, list[dict[str, Any]]]:
-    """`count` queries of every subset, each with its candidates: the positive first."""
+    """`count` queries of each subset, made of the scans `members`, with their candidates."""
     pictures = _draw_pictures(scans, members, count, rng, images)
     return {
         CLASSIFICATION: _classification(scans, rng.permutation(members)[:count], rng, images),
@@ -320,28 +337,28 @@ def _eval_rows(
 
 
 def _classification(
-    scans: S.Scans, members: np.ndarray, rng: np.random.Generator, images: _Images
+    scans: scenes.Scans, members: np.ndarray, rng: np.random.Generator, images: _Images
 ) -> list[dict[str, Any]]:
     rows = []
     for number, index in enumerate(members):
         digit = int(scans.labels[index])
-        pixels = S.draw_scan(scans.pixels[index])
-        path = images.save(CLASSIFICATION, f"{number:05d}", pixels, [index], [digit])
+        pixels = scenes.draw_scan(scans.pixels[index])
+        path = images.save(CLASSIFICATION, f"{number:05d}", pixels, [int(index)], [int(digit)])
         others = [other for other in rng.permutation(10) if other != digit]
-        texts = [CLASS.format(S.DIGITS[other]) for other in (digit, *others)]
+        texts = [CLASS.format(scenes.DIGITS[other]) for other in (digit, *others)]
         rows.append(_eval_row(CLASSIFY, path, [(text, "") for text in texts]))
     return rows
 
 
-def _vqa(scene: S.Scene, path: str, rng: np.random.Generator) -> dict[str, Any]:
-    """All ten words are candidates, and readings: first of the scene's lines, either way round."""
-    question, answer = S.ask(scene, rng)
-    lines = [reading for _, reading in S.questions(scene)["reading"]]
+def _vqa(scene: scenes.Scene, path: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Candidates are all ten digit words, and readings: those of the scene, both ways, then random ones."""
+    question, answer = scenes.ask(scene, rng)
+    lines = [reading for _, reading in scenes.questions(scene)["reading"]]
     backwards = [" ".join(reversed(reading.split())) for reading in lines]
-    hard = [text for text in (*S.DIGITS, *lines, *backwards) if text != answer]
+    hard = [text for text in (*scenes.DIGITS, *lines, *backwards) if text != answer]
 
     def draw() -> str:
-        return " ".join(rng.choice(S.DIGITS, 2))
+        return " ".join(rng.choice(scenes.DIGITS, 2))
 
     texts = _candidates(answer, hard, draw, rng)
     return _eval_row(ANSWER.format(question), path, [(text, "") for text in texts])
@@ -350,40 +367,40 @@ def _vqa(scene: S.Scene, path: str, rng: np.random.Generator) -> dict[str, Any]:
 def _image_to_text(
     picture: _Picture, pictures: Sequence[_Picture], rng: np.random.Generator
 ) -> dict[str, Any]:
-    """The hard negative says of the same cells what stands there in the twin."""
+    """The hard negative is a caption of the same cells of the twin."""
     twin = pictures[picture.twin].scene
-    facts = S.choose_facts(picture.scene, [twin], rng)
-    swapped = S.describe(twin, [fact.cell for fact in facts])
+    facts = scenes.choose_facts(picture.scene, [twin], rng)
+    swapped = scenes.describe(twin, [fact.cell for fact in facts])
 
     def draw() -> str | None:
-        other = pictures[rng.integers(len(pictures))].scene
-        wrong = S.choose_facts(other, [], rng)
-        return None if S.holds(wrong, picture.scene) else S.caption(wrong)
+        other = pictures[int(rng.integers(len(pictures)))].scene
+        wrong = scenes.choose_facts(other, [], rng)
+        return None if scenes.holds(wrong, picture.scene) else scenes.caption(wrong)
 
-    texts = _candidates(S.caption(facts), [S.caption(swapped)], draw, rng)
+    texts = _candidates(scenes.caption(facts), [scenes.caption(swapped)], draw, rng)
     return _eval_row(FIND_CAPTION, picture.path, [(text, "") for text in texts])
 
 
 def _text_to_image(
     picture: _Picture, pictures: Sequence[_Picture], rng: np.random.Generator
 ) -> dict[str, Any]:
-    """The hard negative is the twin."""
+    """The hard negative is the twin's picture."""
     twin = pictures[picture.twin]
-    facts = S.choose_facts(picture.scene, [twin.scene], rng)
+    facts = scenes.choose_facts(picture.scene, [twin.scene], rng)
 
     def draw() -> str | None:
-        other = pictures[rng.integers(len(pictures))]
-        return None if S.holds(facts, other.scene) else other.path
+        other = pictures[int(rng.integers(len(pictures)))]
+        return None if scenes.holds(facts, other.scene) else other.path
 
     paths = _candidates(picture.path, [twin.path], draw, rng)
-    query = FIND_IMAGE.format(S.caption(facts))
+    query = FIND_IMAGE.format(scenes.caption(facts))
     return _eval_row(query, "", [(IMAGE, path) for path in paths])
 
 
 def _grounding(
     pictures: Sequence[_Picture], rng: np.random.Generator, images: _Images
 ) -> list[dict[str, Any]]:
-    """Hard negatives are the scene's other cells; no other candidate shows the right one's scan."""
+    """Hard negatives are crops of the scene's other cells. No negative shows the positive's scan."""
     crops = [
         [_save_crop(f"{number:05d}_{cell}", picture, cell, rng, images) for cell in range(4)]
         for number, picture in enumerate(pictures)
@@ -399,7 +416,7 @@ def _grounding(
 
         hard = [crop for where, crop in enumerate(crops[number]) if where != cell]
         paths = _candidates(crops[number][cell], hard, draw, rng)
-        label = rng.choice(S.labels(picture.scene, cell))
+        label = rng.choice(scenes.labels(picture.scene, cell))
         targets = [(CROP, path) for path in paths]
         rows.append(_eval_row(SELECT.format(label), picture.path, targets))
     return rows

@@ -1,7 +1,7 @@
 """Pictures of handwritten digits, and what can truly be said about them.
 
-Owns the scans (scikit-learn's, 8 x 8 pixels), the scenes drawn from them and the language of the
-bundled benchmark: questions with answers, captions, labels. Rows and files are `digits.py`.
+Owns the scans (scikit-learn's, 8 x 8 pixels), the scenes drawn from them and the texts of the bundled
+benchmark: questions with answers, captions, labels. Rows and files are `dataset.py`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-import sklearn.datasets
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # A scene is a grid of 2 x 2 cells, counted row by row.
@@ -29,7 +28,7 @@ CELL_PIXELS = 24
 SCENE_PIXELS = 2 * CELL_PIXELS
 TEST_SHARE = 0.22
 
-# How far drawing and cropping stray from the exact place: about what handwriting does by itself.
+# Largest random deviations of drawing and cropping: about those of handwriting itself.
 _ROTATION_DEGREES = 5.0
 _SCALE = 0.05
 _SHIFT_PIXELS = 1.0
@@ -44,12 +43,24 @@ class Scans(NamedTuple):
 
 
 def load_scans() -> Scans:
-    bunch = sklearn.datasets.load_digits()
+    """Read the scans that come with scikit-learn."""
+    import sklearn.datasets
+
+    bunch: Any = sklearn.datasets.load_digits()
     return Scans(np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target)
 
 
 def split_scans(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Disjoint train and test scans, every digit in its share: two int arrays of indices."""
+    """Split scans into training and test scans, each digit in the same share.
+
+    Args:
+      labels: int [n], 0 to 9.
+      seed: of the split.
+
+    Returns:
+      train: int [a], indices of scans, sorted.
+      test: int [n - a], about TEST_SHARE of each digit.
+    """
     rng = np.random.default_rng([seed, 0])
     train, test = [], []
     for digit in range(10):
@@ -61,14 +72,19 @@ def split_scans(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_scan(scan: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-    """A scan uint8 [8, 8] enlarged to a cell uint8 [24, 24], with a margin around it.
+    """Enlarge a scan to a cell, with a margin around it.
 
-    With `rng` it is slightly turned, shifted and scaled, as no two hands write alike.
+    Args:
+      scan: uint8 [8, 8].
+      rng: turns, shifts and scales the scan a little; None: exactly in place.
+
+    Returns:
+      uint8 [24, 24].
     """
     jitter = rng.uniform(-1, 1, 4) if rng is not None else np.zeros(4)
     padded = PIL.Image.fromarray(np.pad(scan, 1))
     angle = np.deg2rad(_ROTATION_DEGREES * jitter[0])
-    # Pillow wants the way back: from a place in the cell to one in the padded scan.
+    # Pillow takes the inverse map, from the cell to the padded scan.
     scale = padded.width / CELL_PIXELS / (1 + _SCALE * jitter[1])
     turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     centre = CELL_PIXELS / 2 + _SHIFT_PIXELS * jitter[2:]
@@ -81,35 +97,61 @@ def draw_scan(scan: np.ndarray, rng: np.random.Generator | None = None) -> np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What stands in the four cells: the digits, and which scans show them."""
+    """What the four cells show.
+
+    Attributes:
+      digits: the digit of each cell.
+      scans: index of the scan that shows it.
+    """
 
     digits: tuple[int, ...]
     scans: tuple[int, ...]
 
     def cells_of(self, digit: int) -> list[int]:
+        """The cells that show a digit."""
         return [cell for cell, other in enumerate(self.digits) if other == digit]
 
 
 def draw_scene(scene: Scene, scans: Scans, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [48, 48]."""
+    """Draw a scene.
+
+    Args:
+      scene: what to draw.
+      scans: all scans.
+      rng: of the small deviations of each digit.
+
+    Returns:
+      uint8 [48, 48].
+    """
     cells = [draw_scan(scans.pixels[index], rng) for index in scene.scans]
     return np.block([cells[:2], cells[2:]])
 
 
 def crop_cell(picture: np.ndarray, cell: int, rng: np.random.Generator) -> np.ndarray:
-    """A cell cut out of a scene, not quite in place: uint8 [22 to 24, 22 to 24]."""
+    """Cut a cell out of a picture, up to 2 pixels beside its exact place.
+
+    Args:
+      picture: uint8 [48, 48].
+      cell: 0 to 3.
+      rng: of the deviation.
+
+    Returns:
+      uint8 [22 to 24, 22 to 24]: what lies outside the picture is missing.
+    """
     top, left = np.array(divmod(cell, 2)) * CELL_PIXELS + rng.integers(-_CROP, _CROP + 1, 2)
     bottom, right = top + CELL_PIXELS, left + CELL_PIXELS
     return picture[max(top, 0) : bottom, max(left, 0) : right]
 
 
 def make_family(rng: np.random.Generator, pools: Sequence[np.ndarray], size: int) -> list[Scene]:
-    """`size` (at most 4) scenes of the same four scans in different places.
+    """Scenes of the same four scans in different cells.
 
-    Three families of ten have only two different digits, so that there is something to count.
+    Three families in ten have only two different digits, so that there is something to count.
 
     Args:
-      pools: for each digit, the scans that may be used.
+      rng: of digits, scans and places.
+      pools: for each digit, int [n], the scans that may be used.
+      size: number of scenes, at most 4.
     """
     while True:
         choices = rng.choice(10, 2, replace=False) if rng.random() < 0.3 else np.arange(10)
@@ -134,10 +176,15 @@ def make_family(rng: np.random.Generator, pools: Sequence[np.ndarray], size: int
 
 
 def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
-    """Every question with its one right answer, by kind; a kind may be empty.
+    """All questions about a scene, each with its only right answer.
 
-    Answers are digit words or what two cells read ("three seven"): a question has no second right
-    answer among them.
+    Answers are digit words, or what two cells read ("three seven").
+
+    Args:
+      scene: what the picture shows.
+
+    Returns:
+      (question, answer), by kind of question; a kind may have none.
     """
     word = [DIGITS[digit] for digit in scene.digits]
     unique = [cell for cell in range(4) if len(scene.cells_of(scene.digits[cell])) == 1]
@@ -161,55 +208,66 @@ def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """One question with its answer: a kind, then an answer, then a question, each by equal chance."""
+    """Draw one question with its answer.
+
+    First the kind is drawn, then the answer, then the question, each with equal chances, so that frequent
+    answers are not asked for more often.
+    """
     kinds = [pairs for pairs in questions(scene).values() if pairs]
-    pairs = kinds[rng.integers(len(kinds))]
+    pairs = kinds[int(rng.integers(len(kinds)))]
     answers = sorted({answer for _, answer in pairs})
-    answer = answers[rng.integers(len(answers))]
+    answer = answers[int(rng.integers(len(answers)))]
     fitting = [question for question, other in pairs if other == answer]
-    return fitting[rng.integers(len(fitting))], answer
+    return fitting[int(rng.integers(len(fitting)))], answer
 
 
 class Fact(NamedTuple):
-    """That a digit stands in a cell. A caption is a tuple of facts, in the order of the cells."""
+    """A digit stands in a cell. A caption is made of facts, in the order of the cells."""
 
     cell: int
     digit: int
 
 
 def holds(facts: Sequence[Fact], scene: Scene) -> bool:
+    """Whether all facts are true of a scene."""
     return all(scene.digits[cell] == digit for cell, digit in facts)
 
 
 def describe(scene: Scene, cells: Sequence[int]) -> tuple[Fact, ...]:
+    """The facts of some cells of a scene."""
     return tuple(Fact(cell, scene.digits[cell]) for cell in cells)
 
 
 def caption(facts: Sequence[Fact]) -> str:
-    """ "a three at the top left and an eight at the bottom right"."""
+    """Facts as a text, such as "a three at the top left and an eight at the bottom right"."""
     parts = [f"{article(digit)} {DIGITS[digit]} at the {CELLS[cell]}" for cell, digit in facts]
     return " and ".join(", ".join(parts).rsplit(", ", 1))
 
 
 def article(digit: int) -> str:
+    """The indefinite article of a digit's word."""
     return "an" if digit == 8 else "a"
 
 
 def choose_facts(
     scene: Scene, others: Sequence[Scene], rng: np.random.Generator
 ) -> tuple[Fact, ...]:
-    """Two to four facts of the scene that, together, hold for none of the others.
+    """Draw two to four facts of a scene that do not all hold for any of the others.
 
-    The others must differ from the scene in some cell, so that all four facts always do.
+    Args:
+      scene: what the facts are about.
+      others: scenes that each differ from it in some cell. All four facts tell them apart, so there is
+        always a choice.
+      rng: of the choice.
     """
     subsets = [cells for n in (2, 3, 4) for cells in itertools.combinations(range(4), n)]
     captions = [describe(scene, cells) for cells in subsets]
     telling = [facts for facts in captions if not any(holds(facts, other) for other in others)]
-    return telling[rng.integers(len(telling))]
+    return telling[int(rng.integers(len(telling)))]
 
 
 def labels(scene: Scene, cell: int) -> list[str]:
-    """What to call the digit in a cell so that no other cell of the scene is meant."""
+    """Names of the digit in a cell that fit no other cell of the scene."""
     digit = scene.digits[cell]
     names = [f"the {DIGITS[digit]} at the {CELLS[cell]}", f"the digit at the {CELLS[cell]}"]
     return names + ([f"the {DIGITS[digit]}"] if len(scene.cells_of(digit)) == 1 else [])

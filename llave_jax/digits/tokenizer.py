@@ -1,7 +1,7 @@
-"""A Qwen2-style tokenizer for the digits benchmark, built where no tokenizer can be downloaded.
+"""A Qwen2-style tokenizer for the digits benchmark, so that nothing has to be downloaded.
 
-Byte-level BPE, so that any text can be tokenised; every word of the benchmark and of the chat prompt
-is one token. Writes the files that Qwen2 checkpoints have.
+It is a byte-level BPE, which can tokenise any text. Every word of the benchmark and of the chat prompt
+is one token. The files are those of Qwen2 checkpoints.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import tokenizers
 
 from llave_jax.common.files import write_text
 from llave_jax.digits import dataset as digits
-from llave_jax.digits import scenes as S
+from llave_jax.digits import scenes
 from llave_jax.inputs import chat
 
 VOCABULARY = 512  # at most; as in the "tiny" preset
 MAX_LENGTH = 128  # tokens, without the visual ones; as in the "tiny" preset
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# How Qwen2 cuts a text into words; bytes are merged within words only.
+# The pattern by which Qwen2 splits a text into words. Bytes are merged within words only.
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,9 +30,12 @@ QWEN2_WORDS = (
 
 
 def build_tokenizer(directory: str | os.PathLike) -> Path:
-    """Write the tokenizer to a directory, which `transformers.AutoTokenizer` then loads.
+    """Write the tokenizer to a directory, for `transformers.AutoTokenizer`.
 
-    The same files every time, byte for byte; files of these names are replaced.
+    The files are the same every time, byte for byte.
+
+    Args:
+      directory: is made; files of the same names are replaced.
 
     Returns:
       The directory.
@@ -41,7 +44,8 @@ def build_tokenizer(directory: str | os.PathLike) -> Path:
     tokenizer = _train()
     model = json.loads(tokenizer.to_str())["model"]
     merges = [" ".join(pair) for pair in model["merges"]]
-    special = {token: tokenizer.token_to_id(token) for token in (PAD, START, END)}
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    special = {token: ids[token] for token in (PAD, START, END)}
     files = {
         "tokenizer.json": tokenizer.to_str(pretty=True),
         "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
@@ -59,20 +63,24 @@ def build_tokenizer(directory: str | os.PathLike) -> Path:
 
 
 def corpus() -> Iterator[str]:
-    """Every instruction, question, answer, caption and label, over scenes that show all digits."""
+    """All instructions, questions, answers, captions and labels, of scenes that show all digits.
+
+    Yields:
+      Texts; together they hold every word of the benchmark and of the chat prompt.
+    """
     yield from chat.chat_text("").replace(START, END).split(END)
     yield from (digits.CLASSIFY, digits.FIND_CAPTION, digits.IMAGE, digits.CROP)
     for digit in range(10):
-        scene = S.Scene(tuple((digit + step) % 10 for step in range(4)), (0, 1, 2, 3))
-        yield digits.CLASS.format(S.DIGITS[digit])
-        yield digits.FIND_IMAGE.format(S.caption(S.describe(scene, range(4))))
-        yield S.caption(S.describe(scene, range(4)))
-        for pairs in S.questions(scene).values():
+        scene = scenes.Scene(tuple((digit + step) % 10 for step in range(4)), (0, 1, 2, 3))
+        yield digits.CLASS.format(scenes.DIGITS[digit])
+        yield digits.FIND_IMAGE.format(scenes.caption(scenes.describe(scene, range(4))))
+        yield scenes.caption(scenes.describe(scene, range(4)))
+        for pairs in scenes.questions(scene).values():
             for question, answer in pairs:
                 yield digits.ANSWER.format(question)
                 yield answer
         for cell in range(4):
-            yield from (digits.SELECT.format(label) for label in S.labels(scene, cell))
+            yield from (digits.SELECT.format(label) for label in scenes.labels(scene, cell))
 
 
 def _train() -> tokenizers.Tokenizer:
@@ -94,7 +102,7 @@ def _train() -> tokenizers.Tokenizer:
     )
     texts = [text.replace("<|image_1|>", "") for text in corpus()]
     tokenizer.train_from_iterator(texts, trainer)
-    # After training, as in Qwen2: special tokens have the last ids.
+    # Added after training, so that special tokens have the last ids, as in Qwen2.
     tokenizer.add_special_tokens(special)
     return tokenizer
 

@@ -15,14 +15,18 @@ from llave_jax.parallel import sharding
 def build_embedding_step(
     model: Llave, mesh: jax.sharding.Mesh
 ) -> Callable[[Any, PackedBatch], jax.Array]:
-    """`(params, batch) -> float32 [S, Z, G, D]`, jitted: embeddings as of the model, whole on every device.
+    """The forward pass on a mesh, jitted.
 
     Args:
-      mesh: of real devices or of a topology; parameters are used where they lie, batches are split over
-        the batch axes.
+      model: the module.
+      mesh: of real devices, or of a topology that is compiled for. Parameters are used where they lie;
+        batches are split over the batch axes.
+
+    Returns:
+      `(params, batch) -> embeddings`: float32 [S, Z, G, D], the whole array on every device.
     """
 
-    def embed(params: Any, batch: PackedBatch) -> jax.Array:
+    def embed(params: Any, batch: PackedBatch) -> Any:
         with sharding.use_mesh(mesh):
             return model.apply({"params": params}, batch)
 

@@ -1,12 +1,14 @@
-"""Exact nearest neighbours by cosine, in blocks: no queries x corpus matrix is ever held.
+"""Exact nearest neighbours by cosine. The corpus is compared block by block, so that memory does not
+grow with it.
 
-Owns the search only; metrics over its result are `retrieval.py`.
+Owns the search only; metrics over its result are `evaluation/retrieval.py`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llave_jax.common.progress import Progress
 
-# Rows of the corpus a device works on at once: a block's similarities take 64 KiB a query.
+# Corpus rows that a device compares at once. The similarities of a block take 64 KiB for each query.
 BLOCK_ROWS = 16_384
 
 
@@ -25,12 +27,12 @@ def search(
     k: int,
     *,
     block_rows: int = BLOCK_ROWS,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     show_progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k corpus rows most similar to each query, best first; equal scores by lower index.
+    """The k corpus rows most similar to each query, best first. Of equal scores the lower row comes first.
 
-    Every device keeps the best k of the corpus blocks it was given; they are merged at the end. The
+    Every device keeps the best k rows of the blocks that it compared; these are merged at the end. The
     corpus may be a memory map larger than memory: it is read once, block by block.
 
     Args:
@@ -38,10 +40,15 @@ def search(
       corpus: [m, D].
       k: at most m are returned.
       block_rows: corpus rows a device compares at once.
-      devices: all local ones if None.
+      devices: of JAX; None: all local ones.
+      show_progress: show a progress bar.
 
     Returns:
-      Scores float32 [n, min(k, m)] and indices int32 [n, min(k, m)].
+      scores: float32 [n, min(k, m)].
+      indices: int32 [n, min(k, m)], rows of the corpus.
+
+    Raises:
+      ValueError: shapes that do not fit, or nothing to search in or for.
     """
     if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
         raise ValueError(
@@ -69,7 +76,7 @@ def search(
             block = np.zeros((stride, corpus.shape[1]), np.float32)
             block[: len(rows)] = rows
             best = step(best, on_device, jax.device_put(block, split), start, len(corpus))
-            # Otherwise blocks would be read, and held, faster than they are compared.
+            # Without waiting, blocks are read faster than they are compared, and held until then.
             jax.block_until_ready(best)
             progress.update(len(rows))
     scores, indices = (np.concatenate(np.asarray(array), axis=1) for array in best)
@@ -79,16 +86,17 @@ def search(
 
 @functools.cache
 def _make_step(mesh: Mesh, k: int):
-    """Merges one block of the corpus into the best so far, on every device for itself."""
+    """A function that merges one block a device into the best rows found so far on that device."""
 
     def step(best, queries, block, start, total):
         best_scores, best_indices = (array[0] for array in best)
         similarity = jnp.einsum("nd,bd->nb", queries, block, precision=jax.lax.Precision.HIGHEST)
         first = start + jax.lax.axis_index("devices") * len(block)
-        # The last block is filled up with rows that do not exist.
+        # The last block is padded with rows that do not exist.
         exists = first + jnp.arange(len(block)) < total
         scores, indices = jax.lax.top_k(jnp.where(exists, similarity, -jnp.inf), k)
-        # top_k prefers earlier positions among equals: what was found before has lower indices.
+        # Among equals top_k takes the earlier position. Rows found before have lower indices, so they
+        # come first.
         scores = jnp.concatenate([best_scores, scores], axis=1)
         indices = jnp.concatenate([best_indices, first + indices], axis=1)
         scores, places = jax.lax.top_k(scores, k)

@@ -119,11 +119,11 @@ class Store:
         skipped: Sequence[tuple[int, str]],
     ) -> None:
         """Keep a chunk's float32 [rows, D] and what identifies its items."""
-        self._begin()
+        data = self._begin()
         first_row = self._end_row()
-        self._data.seek(self._offset(first_row))
-        self._data.write(np.ascontiguousarray(vectors, "<f4").tobytes())
-        _sync(self._data)
+        data.seek(self._offset(first_row))
+        data.write(np.ascontiguousarray(vectors, "<f4").tobytes())
+        _sync(data)
         items = len(vectors) + len(skipped)
         self._put(index, Chunk(items, first_row, len(vectors), stamp, content, tuple(skipped)))
 
@@ -168,31 +168,31 @@ class Store:
             )
         else:
             (self._directory / "skipped.jsonl").unlink(missing_ok=True)
-        if self._data is None:
+        data, self._data = self._data, None
+        if data is None:
             return
         if in_order:
-            self._data.truncate(self._offset(total))
-            self._data.seek(0)
-            self._data.write(_header(total, self._dimension))
-            _sync(self._data)
-            self._data.close()
+            data.truncate(self._offset(total))
+            data.seek(0)
+            data.write(_header(total, self._dimension))
+            _sync(data)
+            data.close()
             self._partial.replace(self._final)
         else:
-            self._write_in_order(done.values(), total)
-            self._data.close()
+            self._write_in_order(data, done.values(), total)
+            data.close()
             self._partial.unlink()
             self._count_rows_anew()
             self._write_log()
-        self._data = None
 
-    def _write_in_order(self, chunks: Iterable[Chunk], total: int) -> None:
+    def _write_in_order(self, data: IO[bytes], chunks: Iterable[Chunk], total: int) -> None:
         with atomic_file(self._final) as temporary, temporary.open("wb") as file:
             file.write(_header(total, self._dimension))
             for chunk in chunks:
-                self._data.seek(self._offset(chunk.first_row))
+                data.seek(self._offset(chunk.first_row))
                 left = self._offset(chunk.rows) - self._offset(0)
                 while left:
-                    part = self._data.read(min(left, _COPY_BYTES))
+                    part = data.read(min(left, _COPY_BYTES))
                     file.write(part)
                     left -= len(part)
 
@@ -221,14 +221,15 @@ class Store:
         )
 
     def _load(self) -> None:
-        heading, *entries = _whole_lines(self._progress) or [None]
-        if heading is None:
+        lines = _whole_lines(self._progress)
+        if not lines:
             if self._final.exists():
                 raise ValueError(
                     f"{self._final}: has no progress.jsonl beside it that says what it is; use "
                     "another --output"
                 )
             return
+        heading, *entries = lines
         if heading["model"] != self._heading["model"]:
             raise ValueError(
                 f"{self._directory} holds embeddings of another model (or of other settings); use "
@@ -263,10 +264,10 @@ class Store:
             self.chunks[index] = dataclasses.replace(self.chunks[index], first_row=row)
             row += self.chunks[index].rows
 
-    def _begin(self) -> None:
-        """Bring the array into its growing form, which goes on after the last row that counts."""
+    def _begin(self) -> IO[bytes]:
+        """The growing array, cut off after the last row that counts; the finished one becomes it."""
         if self._data is not None:
-            return
+            return self._data
         # Before the finished array is renamed: in it rows are counted by their order, whatever the
         # log says.
         self._write_log()
@@ -280,18 +281,18 @@ class Store:
         self._data.write(_header(0, self._dimension))
         self._data.truncate(self._offset(end))
         self.source = self._heading["input"]
+        return self._data
 
     def _end_row(self) -> int:
         return max((chunk.first_row + chunk.rows for chunk in self.chunks.values()), default=0)
 
     def _put(self, index: int, chunk: Chunk) -> None:
-        if self._log is None:
-            self._write_log()
+        log = self._log or self._write_log()
         self.chunks[index] = chunk
-        self._log.write(_json_line({"chunk": index, **dataclasses.asdict(chunk)}))
-        _sync(self._log)
+        log.write(_json_line({"chunk": index, **dataclasses.asdict(chunk)}))
+        _sync(log)
 
-    def _write_log(self) -> None:
+    def _write_log(self) -> IO[str]:
         """progress.jsonl with the lines that count, open for more."""
         if self._log is not None:
             self._log.close()
@@ -300,6 +301,7 @@ class Store:
             lines.append(_json_line({"chunk": index, **dataclasses.asdict(self.chunks[index])}))
         write_text(self._progress, "".join(lines))
         self._log = self._closing.enter_context(self._progress.open("a", encoding="utf-8"))
+        return self._log
 
     def _offset(self, row: int) -> int:
         return len(_header(0, self._dimension)) + 4 * self._dimension * row

@@ -1,12 +1,11 @@
 """Embeddings by content: each item is encoded once, and a killed evaluation continues.
 
-Owns item keys, the store (memory or disk) and the loop that encodes what is missing. The disk store
-is a folder of safetensors shards, each written whole (temporary name, then renamed).
+Owns the store (memory or disk) and the loop that encodes what is missing. On disk the store is a
+directory of safetensors shards. What makes two items the same is `inputs/content.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -14,82 +13,20 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import PIL.Image
 import safetensors
-from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from llave_jax.common.files import atomic_file
-from llave_jax.inputs.item import ImageLike, Item
+from llave_jax.embedding.checks import check_embeddings
+from llave_jax.inputs.content import DIGEST_BYTES, item_key
+from llave_jax.inputs.item import Item
+from llave_jax.parallel.processes import from_first_process
 
+# Items -> float32 [n, D], L2-normalised, in order: `Embedder.encode`, or a stand-in in tests.
 Encode = Callable[[Sequence[Item]], np.ndarray]
 
 # Encoded between two shards: what a killed run loses at most. Larger packs better.
 SHARD_ITEMS = 1024
-
-_KEY_BYTES = 32
-
-
-def item_key(item: Item) -> bytes:
-    """Digest of what an item shows the model: text and the content of its images or video.
-
-    Paths and names do not enter: the same picture under two names is one item. Images given as
-    files and as pixels differ, since decoding is the model's business.
-
-    Raises:
-      OSError: a file cannot be read.
-    """
-    return _item_digest(item, _file_digest)
-
-
-def item_stamp(item: Item) -> bytes:
-    """As `item_key`, but of a file its path, size and time of change instead of its content.
-
-    Equal stamps show that nothing has changed without reading files again; from different ones
-    nothing follows.
-    """
-    return _item_digest(item, _file_stamp)
-
-
-def _item_digest(item: Item, file_digest: Callable[[str | os.PathLike], bytes]) -> bytes:
-    digest = hashlib.sha256()
-
-    def add(tag: bytes, value: bytes) -> None:
-        digest.update(tag + len(value).to_bytes(8, "little") + value)
-
-    add(b"text", item.text.encode("utf-8"))
-    for image in item.images:
-        if image is None:
-            add(b"zero picture", b"")
-        else:
-            add(b"image", _image_digest(image, file_digest))
-    if isinstance(item.video, str | os.PathLike):
-        add(b"video", file_digest(item.video))
-    elif item.video is not None:
-        frames = (_image_digest(frame, file_digest) for frame in item.video)
-        add(b"frames", b"".join(frames))
-    return digest.digest()
-
-
-def _image_digest(image: ImageLike, file_digest: Callable[[str | os.PathLike], bytes]) -> bytes:
-    if isinstance(image, PIL.Image.Image):
-        rgb = image.convert("RGB")
-        header = f"pixels {rgb.width} {rgb.height} ".encode()
-        return hashlib.sha256(header + rgb.tobytes()).digest()
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).digest()
-    return file_digest(image)
-
-
-def _file_digest(path: str | os.PathLike) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _file_stamp(path: str | os.PathLike) -> bytes:
-    status = os.stat(path)
-    stamp = f"{os.fspath(path)} {status.st_size} {status.st_mtime_ns}"
-    return hashlib.sha256(os.fsencode(stamp)).digest()
 
 
 class EmbeddingCache:
@@ -121,7 +58,7 @@ class EmbeddingCache:
 
     def add(self, keys: Sequence[bytes], embeddings: np.ndarray) -> None:
         """Store `embeddings` float32 [n, D] under n different keys."""
-        key_array = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), _KEY_BYTES)
+        key_array = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), DIGEST_BYTES)
         if self._directory is None:
             self._register(key_array, embeddings)
             return
@@ -201,25 +138,3 @@ def embed(
         if first:
             cache.add([keys[i] for i in chunk], embeddings)
     return cache.gather(keys) if first else None
-
-
-def from_first_process(array: np.ndarray) -> np.ndarray:
-    """The first process's array on every process; shapes must agree."""
-    if jax.process_count() == 1:
-        return array
-    return np.asarray(multihost_utils.broadcast_one_to_all(array))
-
-
-def check_embeddings(embeddings: np.ndarray, items: Sequence[Item]) -> None:
-    """Raises ValueError, naming the item, unless there is a finite row for each item."""
-    if embeddings.ndim != 2 or len(embeddings) != len(items):
-        raise ValueError(
-            f"encode returned shape {embeddings.shape} for {len(items)} items; expected [n, D]"
-        )
-    broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(broken):
-        name = items[broken[0]].name or f"item {broken[0]}"
-        raise ValueError(
-            f"{name}: the embedding is not finite (and {len(broken) - 1} more of {len(items)}); "
-            "check the model's weights, or use float32"
-        )

@@ -23,10 +23,11 @@ import numpy as np
 
 from llave_jax.common.files import write_text
 from llave_jax.common.tables import align
+from llave_jax.embedding.run_info import record_run
 from llave_jax.embedding.search import search
-from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed, from_first_process
-from llave_jax.evaluation.run_info import record_run
+from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed
 from llave_jax.inputs.item import Item, as_item
+from llave_jax.parallel.processes import from_first_process
 
 CUTOFFS = (1, 5, 10, 100)
 

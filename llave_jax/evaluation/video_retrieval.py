@@ -18,11 +18,12 @@ import numpy as np
 
 from llave_jax.common.files import write_array, write_text
 from llave_jax.common.tables import align
+from llave_jax.embedding.run_info import record_run
 from llave_jax.evaluation import published
-from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed, from_first_process
-from llave_jax.evaluation.run_info import record_run
+from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed
 from llave_jax.evaluation.video_data import VideoDataset
 from llave_jax.inputs.item import Item
+from llave_jax.parallel.processes import from_first_process
 
 # The wording (sic) is the authors': the model has seen the first as an instruction.
 QUERY = "Find me an video that matches the given caption: {}"

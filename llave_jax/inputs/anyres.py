@@ -69,11 +69,6 @@ def num_crops(width: int, height: int, config: InputConfig, crop: CropGeometry) 
     return 1 + math.prod(tile_grid(width, height, config, crop))
 
 
-def num_visual_tokens(width: int, height: int, config: InputConfig, crop: CropGeometry) -> int:
-    """How many visual tokens an image has. Arguments are those of `tile_grid`."""
-    return image_taps(width, height, config, crop).shape[0]
-
-
 def image_crops(image: PIL.Image.Image, config: InputConfig, crop: CropGeometry) -> np.ndarray:
     """The crops of an image: the base crop (all of it), then its tiles row by row.
 

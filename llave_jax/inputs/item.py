@@ -59,6 +59,11 @@ class Pair:
     negatives: tuple[Item, ...] = ()
     subset: str = ""
 
+    def sides(self, count: int) -> list[Item | None]:
+        """Query, target, and `count - 2` negatives; None for each negative that the pair lacks."""
+        negatives = list(self.negatives[: count - 2])
+        return [self.query, self.target, *negatives] + [None] * (count - 2 - len(negatives))
+
 
 # What users give: a text, an image, a dict with any of the keys below, or an Item.
 ItemLike = Union[str, PIL.Image.Image, Mapping[str, Any], Item]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 flags.DEFINE_bool(
     "distributed", False, "Join the job's other processes; TPU pods, SLURM and MPI are recognised."
@@ -36,3 +39,43 @@ def initialize(values: Any = flags.FLAGS) -> None:
         jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
     elif values.distributed:
         jax.distributed.initialize()
+
+
+def from_first_process(array: np.ndarray) -> np.ndarray:
+    """The first process's array, on every process.
+
+    Args:
+      array: of the same shape and dtype in every process.
+
+    Returns:
+      An array of that shape and dtype.
+    """
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def on_first_process(action: Callable[[], int | None]) -> int:
+    """Call `action` on the first process only; every process gets its result, or fails with it.
+
+    Args:
+      action: returns a number that is not negative, or None for 0.
+
+    Returns:
+      The number.
+
+    Raises:
+      ValueError, OSError: `action` raised it, on the first process; the others raise a ValueError.
+    """
+    value, failure = 0, None
+    if jax.process_index() == 0:
+        try:
+            value = int(action() or 0)
+        except (ValueError, OSError) as error:
+            value, failure = -1, error
+    value = int(from_first_process(np.array(value, np.int32)))
+    if failure is not None:
+        raise failure
+    if value < 0:
+        raise ValueError("stopped with the first process of the job, which says why")
+    return value

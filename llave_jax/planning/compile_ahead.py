@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from llave_jax.config import Config
+from llave_jax.data import packing_simulation
 from llave_jax.embedding.embedding_step import build_embedding_step
 from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import LlaveConfig
@@ -141,7 +142,7 @@ def report(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     devices = mesh.devices.size
     cost = hlo.cost(compiled.program.as_text(), devices)
     micro_batches = config.batch.micro_batches if training else 1
-    packing = workload.simulate(
+    packing = packing_simulation.simulate(
         workload.sample_pairs(model.config.input_spec, SAMPLE),
         compiled.budget,
         SHARDS_PER_PROCESS,

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
-from llave_jax.data.order import IMAGE, MIXED, TEXT, ModalityOrder
-from llave_jax.inputs.anyres import num_crops, num_visual_tokens
-from llave_jax.inputs.batch import Budget
+from llave_jax.data.packing_simulation import PairSizes
+from llave_jax.inputs.anyres import image_taps, num_crops
 from llave_jax.inputs.config import InputSpec
-from llave_jax.inputs.packing import Placement, Planner, default_lookahead, place_dealt
 
 # (width, height, share) of the image sizes of a source. COCO, VOC and ImageNet are published as
 # files; the others are what their papers or hosts say they scaled images to.
@@ -100,28 +99,18 @@ CHAT_TOKENS = 24
 TEXT_SPREAD = 0.4
 
 
-@dataclasses.dataclass(frozen=True)
-class PairSizes:
-    """Sizes of n pairs, query and target, and what `ModalityOrder` goes by.
-
-    Attributes:
-      lengths: int [n, 2], tokens.
-      crops: int [n, 2].
-      image_query: bool [n], the query has an image.
-      words: int [n], of the query.
-    """
-
-    lengths: np.ndarray
-    crops: np.ndarray
-    image_query: np.ndarray
-    words: np.ndarray
-
-
 def sample_pairs(spec: InputSpec, count: int, seed: int = 0) -> PairSizes:
-    """Sizes of pairs drawn uniformly from all rows of the mix, as the model's inputs lay them out."""
+    """Sizes of pairs drawn uniformly from all rows of the mix, as the model's inputs lay them out.
+
+    Args:
+      spec: of the model.
+      count: n.
+      seed: of the draw.
+    """
     rng = np.random.default_rng(seed)
     rows = np.array([subset.rows for subset in SUBSETS.values()], float)
     lengths, crops, texts = np.zeros((3, count, 2), np.int64)
+    taps = 1
     for i, choice in enumerate(rng.choice(len(rows), size=count, p=rows / rows.sum())):
         subset = list(SUBSETS.values())[choice]
         for side, content in enumerate((subset.query, subset.target)):
@@ -131,177 +120,28 @@ def sample_pairs(spec: InputSpec, count: int, seed: int = 0) -> PairSizes:
             if content.images is not None:
                 shares = [share for *_, share in content.images]
                 width, height, _ = content.images[rng.choice(len(shares), p=shares)]
-                visual, crops[i, side] = image_cost(width, height, spec)
-                length += visual
+                cost = image_cost(width, height, spec)
+                length, crops[i, side], taps = (
+                    length + cost.tokens,
+                    cost.crops,
+                    max(taps, cost.taps),
+                )
             lengths[i, side] = min(length, spec.config.max_length)
     # A word is about a token.
-    return PairSizes(lengths, crops, crops[:, 0] > 0, texts[:, 0])
+    return PairSizes(lengths, crops, crops[:, 0] > 0, texts[:, 0], taps)
+
+
+class ImageCost(NamedTuple):
+    """What one image takes: visual tokens, crops, and taps of a token."""
+
+    tokens: int
+    crops: int
+    taps: int
 
 
 @functools.lru_cache
-def image_cost(width: int, height: int, spec: InputSpec) -> tuple[int, int]:
-    """(tokens, crops) of an image."""
-    layout = width, height, spec.config, spec.crop
-    return num_visual_tokens(*layout), num_crops(*layout)
-
-
-@dataclasses.dataclass(frozen=True)
-class Packing:
-    """How well pairs fill batches of a budget: shares of what the batches have room for.
-
-    Attributes:
-      tokens, crops, pairs: filled share of row tokens, crop slots, pair slots.
-      carried, carried_twice: share of pairs that did not fit into one batch, or two, or more.
-      segment_ids: int32 [all batches' shards, rows, row length], 0 for unused tokens.
-    """
-
-    tokens: float
-    crops: float
-    pairs: float
-    carried: float
-    carried_twice: float
-    segment_ids: np.ndarray = dataclasses.field(repr=False, compare=False)
-
-
-def simulate(
-    sizes: PairSizes,
-    budget: Budget,
-    shards: int,
-    *,
-    group_size: int | None = None,
-    micro_batches: int = 1,
-    lookahead: int | None = None,
-    skip_batches: int = 2,
-) -> Packing:
-    """Packs pairs as training does.
-
-    Args:
-      shards: of one process, which packs by itself.
-      group_size: by modality, pairs dealt to a shard of a micro-batch; None: the uniform order.
-      micro_batches: of a step by modality.
-      lookahead: as of `data.pipeline.train_iterator`.
-      skip_batches: the first few batches of the uniform order, in which nothing has waited yet, do not
-        count. The last one does not count either.
-
-    Raises:
-      ValueError: a pair does not fit in an empty batch either, or there are too few pairs.
-    """
-    lookahead = lookahead or default_lookahead(budget, shards)
-    planner = Planner(budget, shards)
-    pairs = [
-        (lengths, sum(crops)) for lengths, crops in zip(sizes.lengths, sizes.crops, strict=True)
-    ]
-    for lengths, crops in pairs:
-        planner.check(lengths, crops, 0, "a pair of the mix")
-    if group_size is None:
-        batches, times_carried = _simulate_uniform(pairs, budget, shards, lookahead)
-        batches = batches[skip_batches:]
-    else:
-        order = ModalityOrder(
-            sizes.image_query,
-            sizes.words,
-            num_groups=micro_batches * shards,
-            group_size=group_size,
-            seed=0,
-        )
-        steps = range(order.batches_per_epoch if len(pairs) >= order.batch_size else 0)
-        batches, times_carried = _simulate_modality(
-            pairs, budget, shards, order, steps, micro_batches, lookahead
-        )
-    return _shares(sizes, budget, shards, batches, times_carried)
-
-
-_Sizes = list[tuple[np.ndarray, int]]  # (lengths, crops) of pairs
-_Batches = list[dict[int, Placement]]  # pair -> place, of each micro-batch
-
-
-def _simulate_uniform(
-    pairs: _Sizes, budget: Budget, shards: int, lookahead: int
-) -> tuple[_Batches, np.ndarray]:
-    """The batches that were filled, and how often each pair had to wait."""
-    stream = iter(range(len(pairs)))
-    waiting: list[int] = []
-    times_carried = np.zeros(len(pairs), int)
-    batches: _Batches = []
-    while True:
-        planner = Planner(budget, shards)
-        placed: dict[int, Placement] = {}
-        for i in waiting:
-            if placement := planner.place(*pairs[i]):
-                placed[i] = placement
-        waiting = [i for i in waiting if i not in placed]
-        while not planner.full and len(waiting) < lookahead:
-            i = next(stream, None)
-            if i is None:
-                return batches, times_carried
-            if placement := planner.place(*pairs[i]):
-                placed[i] = placement
-            else:
-                waiting.append(i)
-        times_carried[waiting] += 1
-        batches.append(placed)
-
-
-def _simulate_modality(
-    pairs: _Sizes,
-    budget: Budget,
-    shards: int,
-    order: ModalityOrder,
-    steps: range,
-    micro_batches: int,
-    lookahead: int,
-) -> tuple[_Batches, np.ndarray]:
-    """As `_simulate_uniform`."""
-    waiting: list[int] = []
-    homes: dict[int, tuple[int, int]] = {}
-    times_carried = np.zeros(len(pairs), int)
-    batches: list[dict[int, Placement]] = []
-    for number in steps:
-        planners = [Planner(budget, shards) for _ in range(micro_batches)]
-        step: _Batches = [{} for _ in planners]
-
-        def add(pair: int, micro_batch: int, shard: int | None) -> bool:
-            placement = planners[micro_batch].place(*pairs[pair], shard)  # noqa: B023
-            if placement:
-                step[micro_batch][pair] = placement  # noqa: B023
-            return placement is not None
-
-        kind = order.kind(number)
-        free = [i for i in waiting if kind in (MIXED, IMAGE if order.has_image(i) else TEXT)]
-        later = [i for i in waiting if i not in free]
-        dealt = order.rows(number).reshape(micro_batches, shards, order.group_size)
-        homes |= {int(pair): (m, s) for (m, s, _), pair in np.ndenumerate(dealt)}
-        refused = place_dealt(
-            free, dealt.reshape(-1).tolist(), homes.get, add, micro_batches, lookahead
-        )
-        times_carried[refused] += 1
-        waiting = sorted(later + refused)
-        batches += step
-    return batches, times_carried
-
-
-def _shares(
-    sizes: PairSizes,
-    budget: Budget,
-    shards: int,
-    batches: list[dict[int, Placement]],
-    times_carried: np.ndarray,
-) -> Packing:
-    if not batches:
-        raise ValueError("too few pairs to fill batches of this budget; give more")
-    segment_ids = np.zeros((len(batches), shards, budget.rows, budget.row_length), np.int32)
-    for batch, placed in zip(segment_ids, batches, strict=True):
-        for pair, placement in placed.items():
-            for length, span in zip(sizes.lengths[pair], placement.spans, strict=True):
-                row, start, segment = span
-                batch[placement.shard, row, start : start + length] = segment
-    placed = np.concatenate([list(batch) for batch in batches])
-    room = len(batches) * shards
-    return Packing(
-        tokens=float(np.mean(segment_ids > 0)),
-        crops=sizes.crops[placed].sum() / (room * budget.crops),
-        pairs=len(placed) / (room * budget.groups),
-        carried=float(np.mean(times_carried[placed] > 0)),
-        carried_twice=float(np.mean(times_carried[placed] > 1)),
-        segment_ids=segment_ids.reshape(-1, budget.rows, budget.row_length),
-    )
+def image_cost(width: int, height: int, spec: InputSpec) -> ImageCost:
+    """What an image of width x height pixels takes."""
+    taps = image_taps(width, height, spec.config, spec.crop)
+    crops = num_crops(width, height, spec.config, spec.crop)
+    return ImageCost(taps.shape[0], crops, taps.width)

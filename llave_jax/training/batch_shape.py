@@ -101,7 +101,7 @@ def pairs_per_group(config: Config, shards: int) -> int:
 
 
 def dealing(config: Config, shards: int) -> dict[str, int]:
-    """What `data.mix.simulate` is told of `data.order`."""
+    """What `data.packing_simulation.simulate` is told of `data.order`."""
     if config.data.order != "modality":
         return {}
     return {

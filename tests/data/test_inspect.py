@@ -9,6 +9,7 @@ import pytest
 from llave_jax import config as config_lib
 from llave_jax.data.measure import LayoutBuilder, measure_subset, mixed_sizes
 from llave_jax.data.sources import open_source
+from llave_jax.digits.tokenizer import build_tokenizer
 from llave_jax.inspect_data import inspect
 from tests.data.mmeb_tree import TEMPLATES, make_tree
 
@@ -50,10 +51,16 @@ def test_a_subset_is_measured(tree, builder):
     assert {tuple(row) for row in sizes.lengths} <= {tuple(row) for row in part.lengths}
 
 
-def run_config(tree, golden):
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A directory with a tokenizer of the tiny preset's vocabulary."""
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def run_config(tree, tokenizer):
     config = config_lib.default_config()
     config.model.preset = "tiny"
-    config.model.tokenizer = str(golden / "checkpoint")
+    config.model.tokenizer = str(tokenizer)
     config.data.path = str(tree)
     config.batch.pairs = 16
     config.batch.row_length = 512
@@ -62,8 +69,8 @@ def run_config(tree, golden):
     return config
 
 
-def test_the_report_and_the_page_show_every_subset(tree, golden, tmp_path):
-    report = inspect(run_config(tree, golden), tmp_path, rows=4, samples=2, shards=2)
+def test_the_report_and_the_page_show_every_subset(tree, tokenizer, tmp_path):
+    report = inspect(run_config(tree, tokenizer), tmp_path, rows=4, samples=2, shards=2)
     page = (tmp_path / "data.html").read_text()
     for subset in TEMPLATES:
         assert re.search(rf"^{subset} +{ROWS} ", report, re.MULTILINE)
@@ -82,11 +89,11 @@ def test_the_report_and_the_page_show_every_subset(tree, golden, tmp_path):
     assert "http" not in page  # self-contained
 
 
-def test_unusable_rows_are_shown_where_they_stand(golden, tmp_path):
+def test_unusable_rows_are_shown_where_they_stand(tokenizer, tmp_path):
     good = {"qry": "a <b>", "qry_image_path": "", "pos_text": "t", "pos_image_path": ""}
     rows = [good, {**good, "qry_image_path": "gone.png"}]
     (tmp_path / "Mine.json").write_text(json.dumps(rows))
-    config = run_config(tmp_path / "Mine.json", golden)
+    config = run_config(tmp_path / "Mine.json", tokenizer)
     report = inspect(config, tmp_path / "out", rows=4, samples=2, shards=2)
     assert "1 of 2" in report
     assert "gone.png): the file does not exist" in report
@@ -95,8 +102,8 @@ def test_unusable_rows_are_shown_where_they_stand(golden, tmp_path):
     assert "a &lt;b&gt;" in page
 
 
-def test_a_budget_that_is_too_small_is_said(tree, golden, tmp_path):
-    config = run_config(tree, golden)
+def test_a_budget_that_is_too_small_is_said(tree, tokenizer, tmp_path):
+    config = run_config(tree, tokenizer)
     config.batch.crops_per_pair = 0.5
     report = inspect(config, tmp_path, rows=4, samples=0, shards=2)
     assert re.search(r"TOO SMALL .* need crops \d+", report)

@@ -18,16 +18,25 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from llave_jax import embed
-from llave_jax.embedding import store
+from llave_jax.common import files
+from llave_jax.embedding import bulk, item_lines, store
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.evaluation.cache import item_key
 from llave_jax.inputs import images
+from llave_jax.inputs.content import item_key
 from llave_jax.inputs.item import as_item
 from tests.evaluation.fake_encoder import hash_vector
 from tests.training.test_processes import free_port
 
 SIZE = 16
+
+
+SMALL_CHUNKS = """
+from llave_jax import embed
+from llave_jax.embedding import item_lines
+
+item_lines.CHUNK_WEIGHT = 16
+embed.main()
+"""
 
 
 class FakeEmbedder:
@@ -60,8 +69,8 @@ class FakeEmbedder:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """4 texts or 2 pictures each."""
-    monkeypatch.setattr(embed, "CHUNK", 4)
-    monkeypatch.setattr(embed, "IMAGE_WEIGHT", 2)
+    monkeypatch.setattr(item_lines, "CHUNK_WEIGHT", 4)
+    monkeypatch.setattr(item_lines, "IMAGE_WEIGHT", 2)
 
 
 class Case:
@@ -89,7 +98,7 @@ class Case:
     def run(self, embedder=None, model="model", **options):
         """Texts that were encoded."""
         embedder = FakeEmbedder() if embedder is None else embedder
-        self.result = embed.embed_file(embedder, self.input, self.output, model, **options)
+        self.result = bulk.embed_file(embedder, self.input, self.output, model, **options)
         self.check()
         return getattr(embedder, "texts", None)
 
@@ -98,7 +107,7 @@ class Case:
         names = {path.name for path in self.output.iterdir()}
         assert names - {"skipped.jsonl"} == {"embeddings.npy", "ids.jsonl", "progress.jsonl"}
         skipped = {entry["line"] for entry in self.skipped()}
-        lines = [line for line in embed.read_lines(self.input) if line.number not in skipped]
+        lines = [line for line in item_lines.read_lines(self.input) if line.number not in skipped]
         assert self.ids() == [line.id for line in lines]
         assert self.result == (self.output / "embeddings.npy", len(lines), len(skipped))
         vectors = np.load(self.output / "embeddings.npy")
@@ -180,7 +189,7 @@ def test_a_picture_changed_while_work_was_stopped(case, monkeypatch):
     case.write(*({"text": f"{i}", "image": f"{i}.bmp"} for i in range(6)))
     for i in range(6):
         case.picture(f"{i}.bmp", i)
-    with kill_at(monkeypatch, 6), pytest.raises(Killed):
+    with kill_at(monkeypatch, 7), pytest.raises(Killed):
         case.run()
     done = len((case.output / "progress.jsonl").read_text().splitlines()) - 1
     assert done == 2
@@ -205,7 +214,7 @@ def test_content_is_read_once_after_a_change_of_times(case, monkeypatch):
     case.run()
     os.utime(case.folder / "a.bmp", ns=(1, 1))
     case.run()
-    monkeypatch.setattr(embed.caching, "item_key", None)
+    monkeypatch.setattr(bulk, "item_key", None)
     monkeypatch.setattr(Case, "check", lambda self: None)
     assert case.run() == []
 
@@ -324,7 +333,7 @@ def test_null_is_a_missing_picture(case):
         {"text": "<image> beside <image>", "images": ["a.bmp", None]},
         {"text": "no picture", "image": None, "images": None, "video": None},
     )
-    pictures = [line.item.images for line in embed.read_lines(case.input)]
+    pictures = [line.item.images for line in item_lines.read_lines(case.input)]
     assert pictures == [(None,), (str(case.folder / "a.bmp"), None), ()]
 
 
@@ -406,7 +415,12 @@ class kill_at:
     def __enter__(self):
         self.patch = self.monkeypatch.context()
         patch = self.patch.__enter__()
-        for owner, name in [(store, "_sync"), (Path, "replace"), (Path, "unlink")]:
+        for owner, name in [
+            (store, "_sync"),
+            (files, "_sync"),
+            (Path, "replace"),
+            (Path, "unlink"),
+        ]:
             patch.setattr(owner, name, self.dying(getattr(owner, name)))
         return self
 
@@ -528,7 +542,7 @@ def test_the_input_is_not_held(case, monkeypatch):
         most = max(most, len(alive))
         return item
 
-    monkeypatch.setattr(embed, "as_item", watched)
+    monkeypatch.setattr(item_lines, "as_item", watched)
     monkeypatch.setattr(Case, "check", lambda self: None)
     case.write(*(f"text {i}" for i in range(400)))
     case.run()
@@ -540,9 +554,9 @@ def test_the_input_is_not_held(case, monkeypatch):
 def test_weights_bound_chunks(case):
     picture, video = {"image": "a.bmp"}, {"video": "a.mp4"}
     case.write(*["text"] * 5, *[picture] * 5, *[video] * 2)
-    lines = embed.read_lines(case.input)
+    lines = item_lines.read_lines(case.input)
     sizes = []
-    while chunk := embed._take(lines, 0):
+    while chunk := item_lines.take_chunk(lines, 0):
         sizes.append(len(chunk))
     assert sizes == [4, 3, 2, 2, 1]
 
@@ -568,13 +582,13 @@ def real(case, golden):
 def test_a_marker_without_a_picture_is_named(embedder, case):
     case.write("fine", {"text": "<|image_1|>\nWhat is it?"})
     with pytest.raises(ValueError, match=r"items\.jsonl:2: the text has 1 image marker\(s\) for 0"):
-        embed.embed_file(embedder, case.input, case.output, "model")
+        bulk.embed_file(embedder, case.input, case.output, "model")
 
 
 def test_vectors_are_those_of_the_embedder(embedder, real):
-    result = embed.embed_file(embedder, real.input, real.output, "model", on_error="skip")
+    result = bulk.embed_file(embedder, real.input, real.output, "model", on_error="skip")
     assert result[1:] == (6, 1)
-    items = [line.item for line in embed.read_lines(real.input)]
+    items = [line.item for line in item_lines.read_lines(real.input)]
     np.testing.assert_allclose(np.load(result.path), embedder.encode(items[:6]), atol=1e-6)
     assert real.ids() == ["c0", "c1", "picture", "c2", "c3", "c4"]
     assert real.skipped()[0]["id"] == "missing"
@@ -608,8 +622,7 @@ def test_killed_for_real(golden_model, embedder, case):
     """kill -9 several times; with float noise, what a run that is left alone gives."""
     texts = [f"caption {i} " + "word " * (i % 20) for i in range(400)]
     case.write(*texts)
-    small = "from llave_jax import embed; embed.CHUNK = 16; embed.main()"
-    arguments = [sys.executable, "-c", small, *command(golden_model.directory, case)[3:]]
+    arguments = [sys.executable, "-c", SMALL_CHUNKS, *command(golden_model.directory, case)[3:]]
     for wanted in (3, 9, 16):
         job = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
         progress = case.output / "progress.jsonl"
@@ -633,8 +646,7 @@ def test_several_processes(golden_model, embedder, case):
     lines = [{"text": f"caption {i} " + "word " * (i % 20)} for i in range(40)]
     lines[7:7] = [{"text": "see", "image": "a.bmp"}, {"text": "see", "image": "nowhere.bmp"}]
     case.write(*lines)
-    small = "from llave_jax import embed; embed.CHUNK = 16; embed.main()"
-    script = [sys.executable, "-c", small, *command(golden_model.directory, case)[3:]]
+    script = [sys.executable, "-c", SMALL_CHUNKS, *command(golden_model.directory, case)[3:]]
 
     def run(*options, returncode=0):
         port = free_port()
@@ -669,7 +681,7 @@ def test_several_processes(golden_model, embedder, case):
     said = run("--on_error=skip")
     assert "41 embeddings" in said[0][0]
     assert "embeddings" not in said[1][0]
-    texts = [line.item for line in embed.read_lines(case.input) if line.number != 9]
+    texts = [line.item for line in item_lines.read_lines(case.input) if line.number != 9]
     vectors = np.load(case.output / "embeddings.npy")
     np.testing.assert_allclose(vectors, embedder.encode(texts), rtol=0, atol=1e-5)
     assert [entry["line"] for entry in case.skipped()] == [9]

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llave_jax.embedding import embedder as embedder_module
-from llave_jax.embedding.embedder import Embedder, as_item
-from llave_jax.inputs.item import Item
+from llave_jax.embedding import shapes as batch_shapes
+from llave_jax.embedding.embedder import Embedder
+from llave_jax.inputs.item import Item, as_item
 from llave_jax.models.llave import Llave
 from llave_jax.parallel import sharding
 
@@ -122,7 +122,7 @@ def test_many_batches_are_those_of_few(golden_model):
     apply = small._apply
     small._apply = lambda params, batch: shapes.append(batch.tokens.shape) or apply(params, batch)
     vectors = small.encode(texts)
-    assert len(shapes) > 2 * embedder_module.FULL_BATCHES_BEFORE_REST
+    assert len(shapes) > 2 * batch_shapes.FULL_BATCHES_BEFORE_REST
     assert len(set(shapes)) == 2  # one a length of rows
     alone = [small.encode(texts[i]) for i in (0, 39, 100)]
     np.testing.assert_allclose(vectors[[0, 39, 100]], alone, rtol=0, atol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 
 from llave_jax import embed, evaluate
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.evaluation.run_info import record_run
+from llave_jax.embedding.run_info import record_run
 from tests.test_golden import REFUSED, load_cases, make_item
 
 # bfloat16 keeps 8 bits. Sixteen roundings of 2^-8 in a row, all in one direction, through three layers

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from llave_jax.evaluation.cache import item_key
+from llave_jax.inputs.content import item_key
 
 
 def hash_vector(key: bytes, size: int = 16) -> np.ndarray:

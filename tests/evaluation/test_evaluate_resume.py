@@ -12,7 +12,8 @@ import pytest
 
 from llave_jax.common.files import partial_path
 from llave_jax.evaluation import mmeb, mmeb_data
-from llave_jax.evaluation.cache import EmbeddingCache, item_key
+from llave_jax.evaluation.cache import EmbeddingCache
+from llave_jax.inputs.content import item_key
 from tests.evaluation.fake_encoder import HashEncoder, hash_vector
 from tests.evaluation.mmeb_eval_tree import make_tree
 

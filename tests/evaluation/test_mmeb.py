@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from llave_jax.evaluation import mmeb, mmeb_data, published
-from llave_jax.evaluation.cache import EmbeddingCache, item_key
+from llave_jax.evaluation.cache import EmbeddingCache
 from llave_jax.evaluation.mmeb_data import MMEB_DATASETS, DatasetInfo
 from llave_jax.evaluation.results import DatasetResult, Results
+from llave_jax.inputs.content import item_key
 from llave_jax.inputs.item import Item
 from tests.evaluation.fake_encoder import HashEncoder, hash_vector
 

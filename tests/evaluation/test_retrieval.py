@@ -9,7 +9,7 @@ import pytest
 import sklearn.metrics
 
 from llave_jax.evaluation import retrieval
-from llave_jax.evaluation.cache import item_key
+from llave_jax.inputs.content import item_key
 from tests.evaluation.fake_encoder import HashEncoder, hash_vector
 
 pytest.importorskip("ir_measures")

@@ -1,6 +1,6 @@
 """`run.json` beside results: which model, and in which precision, computed each of them.
 
-The leaderboard's score files have a fixed form with no room for it.
+The score files that a leaderboard takes have a fixed form with no room for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ FILE = "run.json"
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype` to a command line."""
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -31,7 +32,11 @@ def settings_of(model: str | os.PathLike, embedder: Embedder, fingerprint: str) 
 
     Args:
       model: the directory that `embedder` was loaded from.
-      fingerprint: of the model, see `weights.fingerprint.model_fingerprint`.
+      embedder: the model as it was loaded.
+      fingerprint: of the model, as of `weights.fingerprint`.
+
+    Returns:
+      Plain values, for JSON.
     """
     return {
         "model": str(model),
@@ -45,7 +50,10 @@ def record_run(directory: str | os.PathLike, name: str, settings: Mapping[str, A
     """Note in `directory/run.json` that the result `name` was computed with `settings`.
 
     Args:
-      settings: None: not known, so that what an earlier run noted of `name` no longer holds.
+      directory: of the results.
+      name: of the result.
+      settings: as of `settings_of`. None: unknown; the entry of an earlier run is removed, since it
+        does not hold for the new result.
     """
     path = Path(directory) / FILE
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,110 @@
+"""Items as users give them to token sequences: in threads, a bounded number ahead of the device.
+
+Owns this process's share of the items and what is wrong with them. What an item is, and how it is
+laid out, is `inputs/`.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+
+from llave_jax.inputs.cuts import CutWarnings
+from llave_jax.inputs.item import Item, ItemLike, as_item
+from llave_jax.inputs.sequence import SequenceBuilder, TokenSequence
+
+# Texts in one task of a thread: with fewer, handing tasks over costs more than the work in them.
+TEXTS_PER_TASK = 64
+# Tasks for each thread that wait or run: what is held of a generator's items.
+_TASKS_AHEAD = 4
+
+
+class ItemReader:
+    """One reading of items.
+
+    Attributes:
+      count: items that were looked at, in all processes.
+      failures: why an item of this process cannot be read, by the item's index.
+    """
+
+    def __init__(self, builder: SequenceBuilder, cuts: CutWarnings, *, stop: bool):
+        """Args:
+        builder: lays items out.
+        cuts: counts the items that are cut at the model's length, and warns.
+        stop: an item that cannot be read raises; otherwise it goes to `failures`.
+        """
+        self.count = 0
+        self.failures: dict[int, str] = {}
+        self._builder = builder
+        self._cuts = cuts
+        self._stop = stop
+
+    def sequences(self, items: Iterable[ItemLike]) -> Iterator[tuple[int, TokenSequence]]:
+        """Read and lay out this process's share of the items.
+
+        Args:
+          items: all items of the job, the same in each process.
+
+        Yields:
+          (index of the item, its sequence), in order.
+
+        Raises:
+          ValueError: with `stop`, an item cannot be read; it names the item.
+        """
+        workers = os.cpu_count() or 1
+        tasks: collections.deque[Future[list[tuple[int, TokenSequence]]]] = collections.deque()
+        with ThreadPoolExecutor(workers) as pool:
+            for group in self._groups(items):
+                tasks.append(pool.submit(self._lay_out, group))
+                if len(tasks) > _TASKS_AHEAD * workers:
+                    yield from self._finished(tasks.popleft())
+            while tasks:
+                yield from self._finished(tasks.popleft())
+        self._cuts.report()
+
+    def _finished(
+        self, task: Future[list[tuple[int, TokenSequence]]]
+    ) -> list[tuple[int, TokenSequence]]:
+        for _, sequence in task.result():
+            self._cuts.note(sequence)
+        return task.result()
+
+    def _groups(self, items: Iterable[ItemLike]) -> Iterator[list[tuple[int, Item]]]:
+        """This process's items in tasks for threads: several texts, or one other item."""
+        texts: list[tuple[int, Item]] = []
+        for index, value in enumerate(items):
+            self.count = index + 1
+            if index % jax.process_count() != jax.process_index():
+                continue
+            try:
+                item = as_item(value, f"item {index}")
+            except ValueError as error:
+                self._fail(index, error)
+                continue
+            if item.images or item.video is not None:
+                yield [(index, item)]
+                continue
+            texts.append((index, item))
+            if len(texts) == TEXTS_PER_TASK:
+                yield texts
+                texts = []
+        if texts:
+            yield texts
+
+    def _lay_out(self, group: list[tuple[int, Item]]) -> list[tuple[int, TokenSequence]]:
+        sequences = []
+        for index, item in group:
+            try:
+                sequences.append((index, self._builder(item)))
+            except ValueError as error:
+                self._fail(index, error)
+        return sequences
+
+    def _fail(self, index: int, error: ValueError) -> None:
+        if self._stop:
+            raise error
+        self.failures[index] = str(error)
