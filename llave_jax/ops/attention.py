@@ -1,7 +1,8 @@
-"""Attention over packed rows: one function, several implementations.
+"""Attention over packed rows: one function, `attention`, with several implementations.
 
-The XLA form is the reference and runs everywhere. The kernels (`tpu_attention.py`, `gpu_attention.py`) are for
-one kind of device each. What an implementation cannot do raises; none falls back silently.
+Owns the choice of implementation and the XLA form, which is the reference and runs everywhere. The
+kernels for one kind of device each are `tpu_attention.py` and `gpu_attention.py`. An implementation
+that cannot do what is asked raises; none falls back silently.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from llave_jax.ops import gpu_attention, tpu_attention
 from llave_jax.parallel import sharding
 
-# By the platform of the devices; "auto" means these.
-BY_PLATFORM = {"cpu": "xla", "tpu": "splash", "gpu": "triton"}
+# What "auto" means on devices of a platform.
+AUTO = {"cpu": "xla", "tpu": "splash", "gpu": "triton"}
 KERNELS = {"splash": tpu_attention.splash_attention, "triton": gpu_attention.triton_attention}
 IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
 
-# Queries whose scores the XLA form holds at once.
-BLOCK = 512
-# `attention_at` computes the scores of all its queries with all keys if there are no more of a head,
-# and otherwise copies the keys of a query's row: so many at once.
-MOST_SCORES = 2**21
-KEYS_AT_ONCE = 2**18
+# The XLA form holds the scores of this many queries at once.
+QUERY_BLOCK = 512
+# Up to this many scores of one head and shard, `attention_at` computes the scores of all its queries with
+# all keys of the shard, and masks those of other rows.
+MAX_MASKED_SCORES = 2**21
+# Beyond that, it copies the keys of each query's row, and holds this many copied keys at once.
+MAX_COPIED_KEYS = 2**18
 
 
 def attention(
@@ -38,28 +41,31 @@ def attention(
     max_segment_length: int | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Softmax attention with scale 1 / sqrt(head size), softmax in float32.
+    """Softmax attention with scale 1 / sqrt(E), softmax in float32.
 
-    Kernels are not something XLA can split over devices, so on the mesh in use
-    (`sharding.use_mesh`) each device calls them on its own rows and heads.
+    XLA cannot split a kernel over devices. So each device of the mesh in use (`sharding.use_mesh`)
+    calls the kernel on its own rows and heads.
 
     Args:
-      query: [B, T, H, D].
-      key, value: [B, T, G, D]; H is a multiple of G (grouped-query attention).
-      segment_ids: int32 [B, T], not negative; tokens see only tokens of their own segment. 0 marks
-        unused tokens: what they get holds no meaning. None: all of a row is one segment.
-      causal: tokens see none after them.
-      max_segment_length: tokens of the longest segment, where that is known to be less than a row and segments
-        ascend, as packed. Splash attention then needs memory for that many only; with longer segments
-        than said all it gives is NaN.
-      implementation: "xla"; "splash" (TPU); "triton" (GPU); or "auto", what suits the default
-        device.
+      query: [B, T, H, E].
+      key, value: [B, T, J, E]; H is a multiple of J (grouped-query attention).
+      segment_ids: int32 [B, T], not negative. A token sees only tokens of its own segment. 0 marks
+        unused tokens, whose results hold no meaning. None: each row is one segment.
+      causal: whether a token sees none of the tokens after it.
+      max_segment_length: tokens of the longest segment, if segments ascend along a row (as packing
+        leaves them) and this is known to be less than a row. It limits the memory of splash
+        attention. If a longer segment occurs, all results of splash attention are NaN.
+      implementation: one of IMPLEMENTATIONS: "xla"; "splash" (TPU); "triton" (GPU); "auto", the one
+        for the default device.
 
     Returns:
-      [B, T, H, D] in the query's dtype.
+      [B, T, H, E] in the query's dtype.
 
     Raises:
       ValueError: no such implementation, or the shapes do not fit together.
+
+    References: Vaswani et al., Attention Is All You Need (arXiv 1706.03762), section 3.2.1;
+      Ainslie et al., GQA (arXiv 2305.13245).
     """
     _check(query, key, value, segment_ids)
     implementation = _resolve(implementation)
@@ -74,14 +80,30 @@ def attention(
 
 
 def on_mesh(implementation: str, mesh: jax.sharding.Mesh) -> str:
-    """The implementation that "auto" means on the devices of a mesh; others as they are."""
+    """The implementation to use on the devices of a mesh.
+
+    Args:
+      implementation: one of IMPLEMENTATIONS.
+
+    Returns:
+      For "auto", the implementation of the devices' platform; otherwise the argument.
+
+    Raises:
+      ValueError: no such implementation.
+    """
     if implementation == "auto":
-        return BY_PLATFORM[mesh.devices.flat[0].platform]
+        return AUTO[mesh.devices.flat[0].platform]
     return _resolve(implementation)
 
 
 def padded_length(length: int, implementation: str) -> int:
-    """What an implementation pads rows to. Longer rows of that length it need not copy."""
+    """The length to which an implementation pads rows of `length` tokens.
+
+    A caller that pads its rows to this length once saves a copy in each call.
+
+    Raises:
+      ValueError: no such implementation.
+    """
     implementation = _resolve(implementation)
     if implementation == "splash":
         return tpu_attention.Blocks.of(length).length
@@ -90,15 +112,25 @@ def padded_length(length: int, implementation: str) -> int:
 
 def _resolve(implementation: str) -> str:
     if implementation == "auto":
-        return BY_PLATFORM[jax.default_backend()]
+        return AUTO[jax.default_backend()]
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention is {implementation!r}; expected one of {IMPLEMENTATIONS}")
     return implementation
 
 
-def xla_attention(query, key, value, segment_ids, *, causal: bool) -> jax.Array:
-    """Long rows go through in blocks of queries: memory is linear in the row's length, and of a
-    causal mask only the keys up to the block's last query are looked at."""
+def xla_attention(
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B T J E"],
+    value: Float[Array, "B T J E"],
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    causal: bool,
+) -> Float[Array, "B T H E"]:
+    """The reference: arguments and result are those of `attention`.
+
+    Long rows are computed in blocks of queries, so memory is linear in the length of a row. Under a
+    causal mask, a block skips the keys after its last query.
+    """
     length = query.shape[1]
 
     def attend(start, query, key, value, query_segments, key_segments):
@@ -110,11 +142,11 @@ def xla_attention(query, key, value, segment_ids, *, causal: bool) -> jax.Array:
             visible &= query_segments[:, :, None] == key_segments[:, None, :]
         return masked_attention(query, key, value, visible)
 
-    if length > BLOCK:
+    if length > QUERY_BLOCK:
         attend = jax.checkpoint(attend, static_argnums=0)
     blocks = []
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
         seen = stop if causal else length
         segments = (None, None)
         if segment_ids is not None:
@@ -125,76 +157,84 @@ def xla_attention(query, key, value, segment_ids, *, causal: bool) -> jax.Array:
 
 
 def attention_at(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    query_indices: jax.Array,
+    query: Float[Array, "S I H E"],
+    key: Float[Array, "S L J E"],
+    value: Float[Array, "S L J E"],
+    query_indices: Int[Array, "S I"],
     *,
-    segment_ids: jax.Array,
+    segment_ids: Int[Array, "S L"],
     row_length: int,
-) -> jax.Array:
+) -> Float[Array, "S I H E"]:
     """Causal attention of single tokens, each over the keys of its own row.
 
     Args:
-      query: [S, N, H, D], of the tokens `query_indices`.
-      key, value: [S, R * T, G, D], rows of `row_length` tokens T one after the other.
-      query_indices: int32 [S, N], indices in R * T.
-      segment_ids: int32 [S, R * T].
+      query: [S, I, H, E], the queries of the tokens at `query_indices`.
+      key, value: [S, L, J, E], of all tokens of a shard: its rows one after another.
+      query_indices: int32 [S, I], in range(L).
+      segment_ids: int32 [S, L].
+      row_length: tokens of a row; divides L.
 
     Returns:
-      [S, N, H, D].
+      [S, I, H, E].
     """
-
     tokens = key.shape[1]
-    if query_indices.shape[1] * tokens <= MOST_SCORES:
-        # Few enough that the keys of other rows may be looked at in vain.
+    if query_indices.shape[1] * tokens <= MAX_MASKED_SCORES:
         row = jnp.arange(tokens) // row_length
         same_row = (query_indices // row_length)[..., None] == row
-        same = (
-            jnp.take_along_axis(segment_ids, query_indices, axis=1)[..., None]
-            == segment_ids[:, None]
-        )
-        before = query_indices[..., None] >= jnp.arange(tokens)
-        return masked_attention(query, key, value, same_row & same & before)
+        query_segments = jnp.take_along_axis(segment_ids, query_indices, axis=1)
+        same_segment = query_segments[..., None] == segment_ids[:, None]
+        not_after = query_indices[..., None] >= jnp.arange(tokens)
+        return masked_attention(query, key, value, same_row & same_segment & not_after)
 
-    def rows_of(x: jax.Array) -> jax.Array:
+    def split_rows(x: jax.Array) -> jax.Array:
         return x.reshape(len(x), -1, row_length, *x.shape[2:])
 
-    rows = tuple(rows_of(x) for x in (key, value, segment_ids))
+    rows = tuple(split_rows(x) for x in (key, value, segment_ids))
 
-    def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Queries [S, H, D] of one token of each shard, with a copy of its row's keys."""
-        query, query_indices = inputs
-        row, place = query_indices // row_length, query_indices % row_length
+    def attend(inputs: tuple[Float[Array, "S H E"], Int[Array, " S"]]) -> Float[Array, "S H E"]:
+        """One token of each shard, with a copy of the keys of its row."""
+        query, index = inputs
+        row, position = index // row_length, index % row_length
         key, value, segments = (jax.vmap(lambda x, n: x[n])(x, row) for x in rows)
-        segment = jnp.take_along_axis(segments, place[:, None], axis=1)
-        visible = (segments == segment) & (jnp.arange(row_length) <= place[:, None])
+        segment = jnp.take_along_axis(segments, position[:, None], axis=1)
+        visible = (segments == segment) & (jnp.arange(row_length) <= position[:, None])
         return masked_attention(query[:, None], key, value, visible[:, None])[:, 0]
 
-    at_once = max(1, KEYS_AT_ONCE // row_length)
+    batch_size = max(1, MAX_COPIED_KEYS // row_length)
     inputs = (query.swapaxes(0, 1), query_indices.T)
-    return jax.lax.map(jax.checkpoint(one), inputs, batch_size=at_once).swapaxes(0, 1)
+    return jax.lax.map(jax.checkpoint(attend), inputs, batch_size=batch_size).swapaxes(0, 1)
 
 
 def masked_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array
-) -> jax.Array:
-    """Softmax attention of queries [B, T, H, D] over keys and values [B, S, G, D] where `visible`,
-    bool [B or 1, T, S], is true; at least once for each query. All scores are held at once."""
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B U J E"],
+    value: Float[Array, "B U J E"],
+    visible: Bool[Array, "#B T U"],
+) -> Float[Array, "B T H E"]:
+    """Softmax attention under any mask, with all scores in memory at once.
+
+    Args:
+      query: [B, T, H, E].
+      key, value: [B, U, J, E].
+      visible: bool [B or 1, T, U], whether a query sees a key; each query must see at least one.
+
+    Returns:
+      [B, T, H, E] in the dtype of `value`.
+    """
     batch, length, heads, head_dim = query.shape
     groups, repeats = key.shape[2], heads // key.shape[2]
-    # The query heads of a group as further rows of one product: batch axes first and nothing
-    # repeated is several times faster on CPUs than heads left where they are.
+    # Queries of all heads that share keys become the rows of one product, [B, J, H / J * T, E]. With
+    # batch axes in front and no key repeated, CPUs are several times faster than with heads in place.
     query = query.reshape(batch, length, groups, repeats, head_dim).transpose(0, 2, 3, 1, 4)
     query = query.reshape(batch, groups, repeats * length, head_dim)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    scores = jnp.einsum("BGND,BGSD->BGNS", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BJTE,BJUE->BJTU", query, key, preferred_element_type=jnp.float32)
     scores *= 1.0 / math.sqrt(head_dim)
     scores = scores.reshape(batch, groups, repeats, length, -1)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, groups, repeats * length, -1)
-    out = jnp.einsum("BGNS,BGSD->BGND", weights, value)
+    out = jnp.einsum("BJTU,BJUE->BJTE", weights, value)
     out = out.reshape(batch, groups, repeats, length, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, head_dim)
 

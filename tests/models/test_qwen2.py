@@ -18,8 +18,8 @@ from llave_jax.planning import flops
 def test_pooled_tokens_are_those_of_all_tokens(layers, remat, at_once, monkeypatch):
     """Values and gradients, for tokens in any row, several of one segment, unused ones."""
     if at_once is not None:
-        monkeypatch.setattr(attention, "MOST_SCORES", 0)
-        monkeypatch.setattr(attention, "KEYS_AT_ONCE", at_once * 16)
+        monkeypatch.setattr(attention, "MAX_MASKED_SCORES", 0)
+        monkeypatch.setattr(attention, "MAX_COPIED_KEYS", at_once * 16)
     config = dataclasses.replace(PRESETS["tiny"].text, num_layers=layers)
     shards, rows, length = 2, 3, 16
     rng = np.random.default_rng(0)

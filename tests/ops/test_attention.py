@@ -94,7 +94,7 @@ def test_xla_in_blocks_is_xla(causal, monkeypatch):
 
     compute = jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True)
     (_, expected), expected_gradients = compute(*inputs)
-    monkeypatch.setattr("llave_jax.ops.attention.BLOCK", 64)
+    monkeypatch.setattr("llave_jax.ops.attention.QUERY_BLOCK", 64)
     (_, actual), gradients = compute(*inputs)
     np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
     for g, e in zip(gradients, expected_gradients, strict=True):
