@@ -1,8 +1,8 @@
-"""Memory and time of the contrastive loss, plain and in blocks, on one device.
+"""Memory and time of the contrastive loss, plain and in tiles, on one device.
 
     python benchmarks/loss_memory.py                       # 65 536 pairs: many minutes on a CPU
     python benchmarks/loss_memory.py --compile-only        # the same memory figures, no time
-    python benchmarks/loss_memory.py --pairs 4096 8192 --dims 896 --forms plain blocks
+    python benchmarks/loss_memory.py --pairs 4096 8192 --dims 896 --forms plain tiles
 
 Each case is one value and gradient with respect to queries and targets, in a process of its own.
 "compiled" is what XLA allocates for the program: arguments, results and temporaries. "measured" is
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from llave_jax.loss import hardness_weighted_contrastive_loss
-from llave_jax.loss.cross_device import BLOCK_SIZE, contrastive_loss
+from llave_jax.loss.cross_device import TILE_SIZE, contrastive_loss
 from llave_jax.loss.hardness import similarity_matrix
 
 MIB = 2**20
@@ -38,7 +38,7 @@ def main() -> None:
         print(json.dumps(measure(*json.loads(args.case))))
         return
     print(f"machine: {_machine()}")
-    print(f"jax {jax.__version__}, float32, tiles of {args.block_size}, best of {args.repeats}")
+    print(f"jax {jax.__version__}, float32, tiles of {args.tile_size}, best of {args.repeats}")
     header = f"{'form':8}{'pairs':>8}{'dim':>6}{'N x N':>10}{'arguments':>11}{'results':>9}"
     print(
         header
@@ -48,7 +48,7 @@ def main() -> None:
         for dim in args.dims:
             for form in args.forms:
                 repeats = 0 if args.compile_only else args.repeats
-                case = json.dumps([form, pairs, dim, args.block_size, repeats])
+                case = json.dumps([form, pairs, dim, args.tile_size, repeats])
                 command = [sys.executable, __file__, "--case", case]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
                 row = json.loads(output)
@@ -65,19 +65,19 @@ def main() -> None:
                 )
 
 
-def measure(form: str, pairs: int, dim: int, block_size: int, repeats: int) -> dict[str, float]:
+def measure(form: str, pairs: int, dim: int, tile_size: int, repeats: int) -> dict[str, float]:
     """Compiles one case and, if `repeats` is not 0, runs it: memory in MiB, time of the fastest."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
 
     def plain(query, target):
         return hardness_weighted_contrastive_loss(similarity_matrix(query, target))
 
-    def blocks(query, target):
+    def tiles(query, target):
         valid = jnp.ones(pairs, bool)
-        options = {"mesh": mesh, "axes": ("data",), "block_size": block_size}
+        options = {"mesh": mesh, "axes": ("data",), "tile_size": tile_size}
         return contrastive_loss(query, target, valid, **options)[0]
 
-    loss = {"plain": plain, "blocks": blocks}[form]
+    loss = {"plain": plain, "tiles": tiles}[form]
     shape = jax.ShapeDtypeStruct((pairs, dim), jnp.float32)
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(shape, shape).compile()
     memory = step.memory_analysis()
@@ -139,8 +139,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, nargs="+", default=[65_536])
     parser.add_argument("--dims", type=int, nargs="+", default=[896, 3584])
-    parser.add_argument("--forms", nargs="+", default=["blocks"], choices=["plain", "blocks"])
-    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
+    parser.add_argument("--forms", nargs="+", default=["tiles"], choices=["plain", "tiles"])
+    parser.add_argument("--tile-size", type=int, default=TILE_SIZE)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)

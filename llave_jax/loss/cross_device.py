@@ -1,23 +1,25 @@
 """The contrastive loss of a batch whose pairs are spread over the devices of a mesh.
 
-Owns the communication: gathering candidates from all devices and averaging over them. The formulas
-are `loss.py` and `focal_loss.py`.
+Owns the communication: the gather of candidates from all devices and the mean over them. The formulas are
+`hardness.py` and `focal.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int32
 
 from llave_jax.loss.focal import Focal
 from llave_jax.loss.hardness import (
     Formula,
     Hardness,
+    Number,
     RowStatistics,
     masked_mean,
     metrics_from_rows,
@@ -27,13 +29,16 @@ from llave_jax.loss.hardness import (
 )
 from llave_jax.loss.tiled import Negatives, PoolMask, pool_sums
 
+# "embedding" [.., D], "valid" bool [..] and "ids" int32 [..] of targets; None for what there is not.
+Targets = dict[str, Any]
 KINDS = ("hardness", "focal")
 
-# Up to this many similarities per device their matrix is held (16 MiB, and value and gradient hold
-# seven such); a larger one is computed in tiles, which is also faster: benchmarks/loss_memory.py.
-LARGEST_MATRIX = 2**22
-# Larger tiles are no faster and take a TPU's compiler minutes.
-BLOCK_SIZE = 1024
+# A device holds its matrix of similarities if it has at most this many entries: 16 MiB, of which value and
+# gradient hold seven copies. A larger matrix is computed in tiles, which is also faster:
+# benchmarks/loss_memory.py.
+MAX_MATRIX_SIZE = 2**22
+# Larger tiles are not faster, and a TPU's compiler takes minutes for them.
+TILE_SIZE = 1024
 
 
 def contrastive_loss(
@@ -44,53 +49,52 @@ def contrastive_loss(
     mesh: jax.sharding.Mesh,
     axes: tuple[str, ...] = ("data", "fsdp"),
     kind: str = "hardness",
-    alpha: ArrayLike = 9.0,
-    temperature: ArrayLike = 0.02,
-    margin: ArrayLike = 0.3,
+    alpha: Number = 9.0,
+    temperature: Number = 0.02,
+    margin: Number = 0.3,
     cross_device: bool = True,
     extra_targets: jax.Array | None = None,
     extra_valid: jax.Array | None = None,
     target_ids: jax.Array | None = None,
     extra_ids: jax.Array | None = None,
-    block_size: int | None = None,
+    tile_size: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Contrastive loss of the global batch, each device computing its own rows.
+    """Contrastive loss of the global batch, in which each device computes the rows of its own pairs.
 
-    Equals `hardness_weighted_contrastive_loss(query @ target.T, valid=valid)` of the whole batch
-    (`focal_contrastive_loss` for kind "focal"), in value and in gradient, however the valid pairs
-    are spread over the devices. Gradients flow through the gather: a device's embeddings are also
-    negatives of the others' rows.
+    It equals `hardness_weighted_contrastive_loss(query @ target.T, valid=valid)` of the whole batch
+    (`focal_contrastive_loss` for kind "focal") in value and in gradient, however the valid pairs are
+    spread over the devices. Gradients flow through the gather, because a device's embeddings are
+    negatives of the other devices' rows too.
 
-    With `cross_device=False` nothing is gathered: the pairs of each shard are a pool by themselves,
-    and the result is the mean over all valid pairs of their losses there. Where all shards have
-    equally many valid pairs that is the mean of the shards' losses, as the authors take it.
+    With `cross_device=False` nothing is gathered. The pairs of each shard are a pool of their own, and the
+    result is the mean over all valid pairs of their losses in these pools. If all shards have equally many
+    valid pairs, it is the mean of the shards' losses, as the authors compute it.
 
     Args:
       query: [N, D] L2-normalised embeddings of the global batch, sharded over `axes` (arrays with
         another sharding are resharded). N is a multiple of the number of shards.
       target: [N, D]; row i is the positive of query i.
       valid: bool [N], False for empty slots.
-      mesh: the mesh; axes of it that are not in `axes` (tensor) do the same work redundantly.
-      axes: the mesh axes that split the batch. An axis left out would not lose negatives, only
-        repeat work.
+      mesh: the mesh. Devices along an axis that is not in `axes` (tensor) repeat the same work.
+      axes: the mesh axes that split the batch. Leaving one out repeats work, but loses no negatives.
       kind: one of KINDS.
-      alpha: hardness, for kind "hardness"; 0 is InfoNCE. Like the temperature and the margin it may
-        be traced and has a gradient.
+      alpha: hardness, for kind "hardness"; 0 is InfoNCE. Alpha, temperature and margin may be traced,
+        and have gradients.
       temperature: positive.
       margin: for kind "focal".
       cross_device: whether the targets of all shards are candidates of every query.
-      extra_targets: [K, D] further negatives of every query (hard negatives), K a multiple of the
-        number of shards. They are no rows: the target -> query direction does not see them.
-      extra_valid: bool [K]; goes with `extra_targets`.
+      extra_targets: [Y, D], further negatives of every query (hard negatives); Y is a multiple of the
+        number of shards. They have no queries, so the target -> query direction does not use them.
+      extra_valid: bool [Y]; goes with `extra_targets`.
       target_ids: int32 [N]; targets of equal id are the same target, so neither is a negative
         for the other's query. None: every other pair is a negative, as in the authors' code.
-      extra_ids: int32 [K]; goes with `extra_targets` if `target_ids` is given.
-      block_size: compute the similarities in square tiles of this side, never holding a device's
-        whole [N / shards, N + K] matrix. None: tiles of BLOCK_SIZE if that matrix has more than
-        LARGEST_MATRIX entries, else the whole matrix.
+      extra_ids: int32 [Y]; goes with `extra_targets` if `target_ids` is given.
+      tile_size: side of the square tiles in which similarities are computed, so that a device never
+        holds its whole [N / shards, N + Y] matrix. None: TILE_SIZE if that matrix has more than
+        MAX_MATRIX_SIZE entries; otherwise the whole matrix is held.
 
     Returns:
-      The loss, a float32 scalar (0 if no pair is valid), and the scalars of
+      (loss, metrics): a float32 scalar, 0 if no pair is valid; the scalars of
       `loss.similarity_metrics` for the global batch.
 
     Raises:
@@ -103,20 +107,20 @@ def contrastive_loss(
     formula = _formula(kind, alpha, temperature, margin)
     batch = {"embedding": target, "valid": valid, "ids": target_ids}
     extra = {"embedding": extra_targets, "valid": extra_valid, "ids": extra_ids}
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size must be at least 1, found {block_size}")
+    if tile_size is not None and tile_size < 1:
+        raise ValueError(f"tile_size must be at least 1, found {tile_size}")
     shards = _check(query, batch, extra, mesh, axes)
     size = query.shape[0]
     candidates = size + (0 if extra_targets is None else extra_targets.shape[0])
     if not cross_device:
         candidates //= shards
-    if block_size is None and size // shards * candidates > LARGEST_MATRIX:
-        block_size = BLOCK_SIZE
+    if tile_size is None and size // shards * candidates > MAX_MATRIX_SIZE:
+        tile_size = TILE_SIZE
     options = {"axes": axes, "pool_axes": axes if cross_device else ()}
-    if block_size is None:
-        local = functools.partial(_loss_of_rows, **options)
+    if tile_size is None:
+        local = functools.partial(_loss_from_matrix, **options)
     else:
-        local = functools.partial(_loss_in_blocks, **options, block_size=block_size)
+        local = functools.partial(_loss_from_tiles, **options, tile_size=tile_size)
     spec, everywhere = PartitionSpec(axes), PartitionSpec()
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=(spec, spec, spec, everywhere), out_specs=everywhere
@@ -124,23 +128,39 @@ def contrastive_loss(
     return sharded(query, batch, extra, formula)
 
 
-def _formula(kind: str, alpha: ArrayLike, temperature: ArrayLike, margin: ArrayLike) -> Formula:
-    """The formula of that kind, its numbers checked and float32."""
-    formulas = {"hardness": Hardness(alpha, temperature), "focal": Focal(margin, temperature)}
+def _formula(kind: str, alpha: Number, temperature: Number, margin: Number) -> Formula:
+    """The formula of this kind; its numbers are checked and become float32 arrays."""
+    formulas: dict[str, Formula] = {
+        "hardness": Hardness(alpha, temperature),
+        "focal": Focal(margin, temperature),
+    }
     if kind not in formulas:
         raise ValueError(f"kind is {kind!r}; expected one of {KINDS}")
     formulas[kind].check()
     return jax.tree.map(lambda number: jnp.asarray(number, jnp.float32), formulas[kind])
 
 
-def _loss_of_rows(query, batch, extra, formula, *, axes, pool_axes):
-    """One device's n = N / shards queries, and its n targets, against all candidates.
+def _loss_from_matrix(
+    query: Float[Array, "n D"],
+    batch: Targets,
+    extra: Targets,
+    formula: Formula,
+    *,
+    axes: tuple[str, ...],
+    pool_axes: tuple[str, ...],
+) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
+    """The loss of one device's n queries and n targets, from the matrix of their similarities.
 
-    `batch` holds the device's targets with their masks, `extra` its hard negatives; candidates come
-    from the devices along `pool_axes`, the mean is taken over those along `axes`.
+    Args:
+      query: [n, D].
+      batch: the device's n targets.
+      extra: its extra targets.
+      formula: its numbers are float32 arrays.
+      axes: mesh axes over which the mean is taken.
+      pool_axes: mesh axes whose devices contribute candidates.
     """
     valid, ids = batch["valid"], batch["ids"]
-    # An empty slot may hold anything; 0 * nan in the matrix product's gradient would be nan.
+    # An empty slot may hold nan, and 0 * nan in the gradient of the matrix product would be nan.
     query = jnp.where(valid[:, None], query.astype(jnp.float32), 0)
     targets = _gather_candidates(batch, extra, pool_axes)
     targets["embedding"] = jnp.where(targets["valid"][:, None], targets["embedding"], 0)
@@ -150,68 +170,79 @@ def _loss_of_rows(query, batch, extra, formula, *, axes, pool_axes):
     positive = _first_row(n, pool_axes) + jnp.arange(n)
     target = jax.lax.dynamic_slice_in_dim(targets["embedding"], positive[0], n)
 
-    to_target = {"columns": targets["valid"], "negatives": None}
-    to_query = {"columns": targets["valid"][:size], "negatives": None}
+    to_target = {"column_valid": targets["valid"], "can_be_negative": None}
+    to_query = {"column_valid": targets["valid"][:size], "can_be_negative": None}
     if ids is not None:
-        to_target["negatives"] = ids[:, None] != targets["ids"]
-        to_query["negatives"] = to_target["negatives"][:, :size]
+        to_target["can_be_negative"] = ids[:, None] != targets["ids"]
+        to_query["can_be_negative"] = to_target["can_be_negative"][:, :size]
     query_to_target = similarity_matrix(query, targets["embedding"])
     target_to_query = similarity_matrix(target, queries)
     losses = row_losses(query_to_target, positive, formula, **to_target)
     losses += row_losses(target_to_query, positive, formula, **to_query)
     statistics = row_statistics(query_to_target, positive, **to_target)
-    targets_correct = row_statistics(target_to_query, positive, **to_query).correct
-    metrics = metrics_from_rows(statistics, targets_correct, valid, axes)
+    target_is_correct = row_statistics(target_to_query, positive, **to_query).is_correct
+    metrics = metrics_from_rows(statistics, target_is_correct, valid, axes)
     return 0.5 * masked_mean(losses, valid, axes), metrics
 
 
-def _loss_in_blocks(query, batch, extra, formula, *, axes, pool_axes, block_size):
-    """The same from tiles of the device's n queries against all candidates.
+def _loss_from_tiles(
+    query: Float[Array, "n D"],
+    batch: Targets,
+    extra: Targets,
+    formula: Formula,
+    *,
+    axes: tuple[str, ...],
+    pool_axes: tuple[str, ...],
+    tile_size: int,
+) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
+    """The same as `_loss_from_matrix`, from tiles of the matrix.
 
-    The rows of the target -> query direction are the columns of these tiles: each device holds a
-    part of every target's logsumexp, and the parts are put together. Queries are not gathered.
+    The rows of the target -> query direction are the columns of the query -> target matrix. Each device
+    computes a part of every column, and `_merge_columns` puts the parts together. So queries are not
+    gathered.
     """
     valid = batch["valid"]
     n = valid.shape[0]
     targets = _gather_candidates(batch, extra, pool_axes)
     first = _first_row(n, pool_axes)
-    # The rule of `pool_sums` gives each device's part of the numbers' gradient; pcast adds them up.
+    # `pool_sums` gives each device's part of the gradient of the formula's numbers. The gradient of
+    # pcast is the sum of the parts.
     formula = jax.tree.map(lambda number: jax.lax.pcast(number, axes, to="varying"), formula)
-    pool = PoolMask(valid, targets["valid"], first, batch["ids"], targets["ids"])
+    mask = PoolMask(valid, targets["valid"], first, batch["ids"], targets["ids"])
     query = query.astype(jnp.float32)
-    sums = pool_sums(query, targets["embedding"], pool, formula, block_size)
-    of_targets = _merge_columns(sums.columns, n, pool_axes)
+    sums = pool_sums(query, targets["embedding"], mask, formula, tile_size)
+    columns = _merge_columns(sums.columns, n, pool_axes)
 
     logit = formula.positive(sums.positive) / formula.temperature
     losses = jax.nn.softplus(sums.rows.logsumexp - logit)
-    losses += jax.nn.softplus(of_targets.logsumexp - logit)
-    sums, of_targets = jax.lax.stop_gradient((sums, of_targets))
+    losses += jax.nn.softplus(columns.logsumexp - logit)
+    sums, columns = jax.lax.stop_gradient((sums, columns))
     has_negative = jnp.isfinite(sums.rows.hardest)
     index = first + jnp.arange(n)
     statistics = RowStatistics(
         positive=sums.positive,
         hard_negative=jnp.where(has_negative, sums.rows.hardest, 0),
         easy_negative=jnp.where(has_negative, sums.rows.easiest, 0),
-        correct=valid & _is_first_maximum(sums.positive, index, sums.rows),
+        is_correct=valid & _is_first_maximum(sums.positive, index, sums.rows),
         has_negative=has_negative,
     )
-    targets_correct = valid & _is_first_maximum(sums.positive, index, of_targets)
-    metrics = metrics_from_rows(statistics, targets_correct, valid, axes)
+    target_is_correct = valid & _is_first_maximum(sums.positive, index, columns)
+    metrics = metrics_from_rows(statistics, target_is_correct, valid, axes)
     return 0.5 * masked_mean(losses, valid, axes), metrics
 
 
 def _gather(arrays, axes: tuple[str, ...]):
-    """The arrays of all devices along `axes`, one after the other; without axes the device's own."""
+    """Concatenates the arrays of all devices along `axes`. Without axes, returns the device's own."""
     return jax.lax.all_gather(arrays, axes, tiled=True) if axes else arrays
 
 
-def _first_row(n: int, axes: tuple[str, ...]) -> jax.Array:
-    """Where the device's own n rows begin in what `_gather` returns."""
+def _first_row(n: int, axes: tuple[str, ...]) -> Int32[Array, ""]:
+    """The index of the device's own first row in the result of `_gather`."""
     return jax.lax.axis_index(axes) * n if axes else jnp.int32(0)
 
 
-def _gather_candidates(batch, extra, axes: tuple[str, ...]):
-    """The devices' targets, followed by the devices' extra targets, float32."""
+def _gather_candidates(batch: Targets, extra: Targets, axes: tuple[str, ...]) -> Targets:
+    """The targets of all devices in float32, then the extra targets of all devices."""
     batch = {**batch, "embedding": batch["embedding"].astype(jnp.float32)}
     candidates = _gather(batch, axes)
     if extra["embedding"] is None:
@@ -222,7 +253,10 @@ def _gather_candidates(batch, extra, axes: tuple[str, ...]):
 
 
 def _merge_columns(columns: Negatives, n: int, axes: tuple[str, ...]) -> Negatives:
-    """Of what each device found in its rows for all columns, the total for its own n columns."""
+    """Combines the devices' column statistics: each device has A partial ones, and gets its n complete.
+
+    The sums of exponentials are combined by psum_scatter, relative to the maximum over devices.
+    """
     if not axes:
         return jax.tree.map(lambda x: x[:n], columns)
     first = _first_row(n, axes)
@@ -234,8 +268,8 @@ def _merge_columns(columns: Negatives, n: int, axes: tuple[str, ...]) -> Negativ
     columns = jax.tree.map(lambda x: x[:size], columns)
     found = jax.lax.stop_gradient(columns)
     maximum = jax.lax.pmax(found.logsumexp, axes)
-    shares = jnp.exp(columns.logsumexp - maximum)
-    total = jax.lax.psum_scatter(shares, axes, tiled=True)
+    partial = jnp.exp(columns.logsumexp - maximum)
+    total = jax.lax.psum_scatter(partial, axes, tiled=True)
     hardest = jax.lax.pmax(found.hardest, axes)
     nowhere = jnp.iinfo(jnp.int32).max
     index = jax.lax.pmin(jnp.where(found.hardest == hardest, found.hardest_index, nowhere), axes)
@@ -247,13 +281,27 @@ def _merge_columns(columns: Negatives, n: int, axes: tuple[str, ...]) -> Negativ
     )
 
 
-def _is_first_maximum(positive: jax.Array, index: jax.Array, negatives: Negatives) -> jax.Array:
+def _is_first_maximum(
+    positive: Float[Array, " n"], index: Int32[Array, " n"], negatives: Negatives
+) -> Bool[Array, " n"]:
+    """Whether the positive, at column `index` of its row, comes before every equal or larger negative."""
     ties = (positive == negatives.hardest) & (index < negatives.hardest_index)
     return (positive > negatives.hardest) | ties
 
 
-def _check(query, batch, extra, mesh, axes) -> int:
-    """Raises ValueError if the arrays do not fit together; the number of shards if they do."""
+def _check(
+    query: jax.Array,
+    batch: Targets,
+    extra: Targets,
+    mesh: jax.sharding.Mesh,
+    axes: tuple[str, ...],
+) -> int:
+    """Returns the number of shards.
+
+    Raises:
+      ValueError: the arrays do not fit together.
+      TypeError: a mask is not bool.
+    """
     missing = [axis for axis in axes if axis not in mesh.shape]
     if missing:
         raise ValueError(f"mesh has axes {tuple(mesh.shape)}, but the batch is split over {axes}")
@@ -274,7 +322,7 @@ def _check(query, batch, extra, mesh, axes) -> int:
     if has_extra:
         shape = extra["embedding"].shape
         if len(shape) != 2 or shape[1] != query.shape[1]:
-            raise ValueError(f"extra_targets must be [K, {query.shape[1]}]; found {shape}")
+            raise ValueError(f"extra_targets must be [Y, {query.shape[1]}]; found {shape}")
         masks = {"extra_valid": extra["valid"], "extra_ids": extra["ids"]}
         _check_sizes("extra targets", shape[0], shards, **masks)
     return shards

@@ -1,31 +1,31 @@
-"""Focal-InfoNCE, which the paper's Table 3 compares with hardness weighting: a formula for `loss.py`.
+"""Focal-InfoNCE, which the paper's Table 3 compares with hardness weighting.
 
-Owns the formula alone. Rows, masks and both directions are those of `loss.py`.
+Owns the formula alone. Rows, masks and the two directions are those of `hardness.py`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
-from llave_jax.loss.hardness import check_finite, check_temperature, symmetric_loss
+from llave_jax.loss.hardness import Number, check_finite, check_temperature, symmetric_loss
 
 
 class Focal(NamedTuple):
     """The formula of `focal_contrastive_loss`."""
 
-    margin: ArrayLike = 0.3
-    temperature: ArrayLike = 0.02
+    margin: Number = 0.3
+    temperature: Number = 0.02
 
-    def positive(self, similarity: jax.Array) -> jax.Array:
+    def positive(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
         return similarity * similarity
 
-    def negative(self, similarity: jax.Array) -> jax.Array:
+    def negative(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
         return similarity * (similarity + self.margin)
 
-    def log_weight(self, similarity: jax.Array) -> float:
+    def log_weight(self, similarity: Float[Array, "..."]) -> float:
         return 0.0
 
     def check(self) -> None:
@@ -36,23 +36,24 @@ class Focal(NamedTuple):
 def focal_contrastive_loss(
     similarity: ArrayLike,
     *,
-    margin: ArrayLike = 0.3,
-    temperature: ArrayLike = 0.02,
+    margin: Number = 0.3,
+    temperature: Number = 0.02,
     valid: ArrayLike | None = None,
-) -> jax.Array:
-    """Symmetric InfoNCE with logits that similarity itself scales.
+) -> Float[Array, ""]:
+    """Symmetric InfoNCE whose logits are scaled by the similarity itself.
 
     For row i,
 
         L_i = -log( exp(s_ii^2/t) / (exp(s_ii^2/t) + sum_{j != i} exp(s_ij (s_ij + m)/t)) )
 
     and the loss is the mean of L over the valid rows and over the valid columns, averaged. The
-    gradient flows through both factors. The authors of Focal-InfoNCE have the first direction only
-    and temperature 0.05; LLaVE's authors do not say which margin they used.
+    gradient flows through both factors. The authors of Focal-InfoNCE use the query -> target direction
+    alone, with temperature 0.05. LLaVE's authors do not say which margin they used.
 
     Args:
       similarity: [N, N] cosines; row i is query i, its positive is column i.
-      margin: added to the factor of negatives; 0.3 in the example of the method's authors.
+      margin: m, added to the similarity that scales a negative; 0.3 in the example of the method's
+        authors.
       temperature: positive.
       valid: bool [N], False for empty slots, which have no influence. None: all are valid.
 

@@ -1,8 +1,8 @@
 """The hardness-weighted contrastive loss of LLaVE: pure functions of a similarity matrix.
 
-Owns the formula and the diagnostics of the matrix. Knows nothing of devices or training: the loss
-of a batch spread over a mesh is `contrastive.py`, of a pool without its matrix `blockwise_loss.py`.
-Another formula for the same matrix is `focal_loss.py`.
+Owns the formula and the diagnostics of the matrix. It can be lifted out: it needs jax alone, and jaxtyping
+for its annotations. A batch spread over devices is `cross_device.py`, a pool too large for its matrix is
+`tiled.py`, another formula for the same matrix is `focal.py`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+# A number of a formula: known, or traced.
+Number = int | float | jax.Array
 
 
 def hardness_weighted_contrastive_loss(
     similarity: ArrayLike,
     *,
-    alpha: ArrayLike = 9.0,
-    temperature: ArrayLike = 0.02,
+    alpha: Number = 9.0,
+    temperature: Number = 0.02,
     valid: ArrayLike | None = None,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Symmetric InfoNCE in which a negative weighs more the closer it is to the query.
 
     For row i, with sg the stop-gradient,
@@ -32,16 +37,16 @@ def hardness_weighted_contrastive_loss(
     (target -> query), averaged. `alpha=0` is plain InfoNCE.
 
     Value and gradient are finite for every finite float32 `alpha` and `temperature >= 1e-3` if
-    the similarities are cosines (or smaller than 1e30 in magnitude). A weight `alpha * s` beyond
-    +-8e37 counts as +-8e37.
+    the similarities are cosines (or smaller than 1e30 in magnitude). `alpha * s` is clipped to
+    +-8e37.
 
     Args:
       similarity: [N, N] cosines; row i is query i, its positive is column i. Half precision is
-        computed in float32.
+        converted to float32.
       alpha: hardness; 9 in the paper, 0 for no weighting.
       temperature: positive; 0.02 in the paper.
-      valid: bool [N], False for empty slots. Row and column of an empty slot have no influence
-        on value or gradient, whatever they hold, nan included. None: all are valid.
+      valid: bool [N], False for empty slots. The row and the column of an empty slot may hold anything,
+        nan included: they change neither value nor gradient. None: all are valid.
 
     Returns:
       Scalar, float32 (float64 for float64 similarities); 0 if no pair is valid.
@@ -62,43 +67,46 @@ def hardness_weighted_contrastive_loss(
 
 @runtime_checkable
 class Formula(Protocol):
-    """A kind of contrastive loss; a pytree of its numbers. The loss of a row is, with temperature t,
+    """A kind of contrastive loss, as a pytree of its numbers.
+
+    With temperature t, the loss of a row is
 
         L = -log( exp(p/t) / (exp(p/t) + sum_j w_j exp(n_j/t)) )
 
-    where p = positive(s) of the positive's similarity s, and n_j = negative(s_j) and
-    log w_j = log_weight(s_j) of each negative's.
+    where p = positive(s) for the similarity s of the positive, and n_j = negative(s_j) and
+    log w_j = log_weight(s_j) for the similarity s_j of each negative.
     """
 
-    temperature: ArrayLike
+    @property
+    def temperature(self) -> Number: ...
 
-    def positive(self, similarity: jax.Array) -> jax.Array: ...
+    def positive(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]: ...
 
-    def negative(self, similarity: jax.Array) -> jax.Array: ...
+    def negative(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]: ...
 
-    def log_weight(self, similarity: jax.Array) -> ArrayLike: ...
+    def log_weight(self, similarity: Float[Array, "..."]) -> Number: ...
 
     def check(self) -> None:
-        """Raises ValueError for a number out of range. Traced numbers are the caller's to check."""
+        """Raises ValueError if a number is out of range. The caller checks traced numbers."""
 
 
 class Hardness(NamedTuple):
     """The formula of `hardness_weighted_contrastive_loss`."""
 
-    alpha: ArrayLike = 9.0
-    temperature: ArrayLike = 0.02
+    alpha: Number = 9.0
+    temperature: Number = 0.02
 
-    def positive(self, similarity: jax.Array) -> jax.Array:
+    def positive(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
         return similarity
 
-    def negative(self, similarity: jax.Array) -> jax.Array:
+    def negative(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
         return similarity
 
-    def log_weight(self, similarity: jax.Array) -> jax.Array:
-        """alpha * sg(s), what a negative's weight w = exp(alpha * sg(s)) adds to its logit.
+    def log_weight(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
+        """alpha * sg(s), the logarithm of a negative's weight w = exp(alpha * sg(s)).
 
-        The weight itself is never formed: the exponential would overflow. Saturates at a quarter of
-        the largest number, so that sums and differences of logits stay finite.
+        It is added to the logit, because the exponential itself would overflow. It is clipped to a
+        quarter of the largest number, so that sums and differences of logits stay finite.
         """
         limit = float(jnp.finfo(similarity.dtype).max) / 4
         return jnp.clip(self.alpha * jax.lax.stop_gradient(similarity), -limit, limit)
@@ -110,22 +118,31 @@ class Hardness(NamedTuple):
 
 def symmetric_loss(
     similarity: ArrayLike, formula: Formula, valid: ArrayLike | None = None
-) -> jax.Array:
-    """The mean of a formula's loss over rows and over columns, averaged.
+) -> Float[Array, ""]:
+    """The mean of a formula's loss over rows and its mean over columns, averaged.
 
-    Args, results and errors as of `hardness_weighted_contrastive_loss`.
+    Args:
+      similarity, valid: as for `hardness_weighted_contrastive_loss`.
+      formula: `Hardness(alpha, temperature)`, or another one.
+
+    Returns:
+      Scalar, float32 (float64 for float64 similarities); 0 if no pair is valid.
+
+    Raises:
+      ValueError: a shape does not fit, or a number of the formula is out of range.
+      TypeError: `valid` is not bool.
     """
-    similarity, valid = _check_pairs(similarity, valid)
-    positive = jnp.arange(similarity.shape[0])
-    query_to_target = row_losses(similarity, positive, formula, columns=valid)
-    target_to_query = row_losses(similarity.T, positive, formula, columns=valid)
-    return 0.5 * (masked_mean(query_to_target, valid) + masked_mean(target_to_query, valid))
+    matrix, is_valid = _check_pairs(similarity, valid)
+    positive = jnp.arange(matrix.shape[0])
+    query_to_target = row_losses(matrix, positive, formula, column_valid=is_valid)
+    target_to_query = row_losses(matrix.T, positive, formula, column_valid=is_valid)
+    return 0.5 * (masked_mean(query_to_target, is_valid) + masked_mean(target_to_query, is_valid))
 
 
 def similarity_metrics(
     similarity: ArrayLike, *, valid: ArrayLike | None = None
 ) -> dict[str, jax.Array]:
-    """What to watch during training, from the matrix the loss sees; without gradient.
+    """What to watch during training, from the matrix that the loss sees. It has no gradient.
 
     Args:
       similarity: [N, N] cosines; row i is query i, its positive is column i.
@@ -133,85 +150,114 @@ def similarity_metrics(
 
     Returns:
       Scalars: `positive_similarity`, the mean over queries; `hard_negative_similarity` and
-      `easy_negative_similarity`, the means of each query's largest and smallest negative;
-      `query_to_target_accuracy` and `target_to_query_accuracy`, the share of rows whose first
+      `easy_negative_similarity`, the means over queries of the largest and the smallest similarity of a
+      negative; `query_to_target_accuracy` and `target_to_query_accuracy`, the share of rows whose first
       maximum is the positive. A mean over nothing is 0.
+
+    Raises:
+      ValueError: a shape does not fit.
+      TypeError: `valid` is not bool.
     """
-    similarity, valid = _check_pairs(similarity, valid)
-    positive = jnp.arange(similarity.shape[0])
-    queries = row_statistics(similarity, positive, columns=valid)
-    targets = row_statistics(similarity.T, positive, columns=valid)
-    return metrics_from_rows(queries, targets.correct, valid)
+    matrix, is_valid = _check_pairs(similarity, valid)
+    positive = jnp.arange(matrix.shape[0])
+    queries = row_statistics(matrix, positive, column_valid=is_valid)
+    targets = row_statistics(matrix.T, positive, column_valid=is_valid)
+    return metrics_from_rows(queries, targets.is_correct, is_valid)
 
 
-def similarity_matrix(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Cosines [n, M] of L2-normalised embeddings [n, D] and [M, D], in full float32 (or float64).
+def similarity_matrix(
+    rows: Float[Array, "n D"], columns: Float[Array, "A D"]
+) -> Float[Array, "n A"]:
+    """Cosines of L2-normalised embeddings, in full float32 (or float64).
 
-    At temperature 0.02 the bfloat16 products of accelerators' default would move logits by 0.2.
+    By default accelerators round the factors to bfloat16. At temperature 0.02 that moves logits by 0.2.
+
+    Args:
+      rows: [n, D].
+      columns: [A, D].
+
+    Returns:
+      [n, A].
     """
-    return jnp.einsum("nD,MD->nM", rows, columns, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("nD,AD->nA", rows, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def row_losses(
-    similarity: ArrayLike,
-    positive: ArrayLike,
+    similarity: Float[Array, "n A"],
+    positive: Int[Array, " n"],
     formula: Formula,
     *,
-    columns: ArrayLike,
-    negatives: ArrayLike | None = None,
-) -> jax.Array:
+    column_valid: Bool[Array, " A"],
+    can_be_negative: Bool[Array, "n A"] | None = None,
+) -> Float[Array, " n"]:
     """One direction of the loss for some rows of the matrix, such as those of one device.
 
     Args:
-      similarity: [n, M] cosines of n queries with M candidates; candidates that are nobody's
-        positive (hard negatives) are fine.
-      positive: int [n], the column of each row's positive, in 0..M-1.
+      similarity: [n, A] cosines of n queries and A candidates. A candidate may be nobody's positive (a
+        hard negative).
+      positive: int [n], the column of each row's positive, in range(A).
       formula: `Hardness(alpha, temperature)`, or another one.
-      columns: bool [M], False for candidates that are empty slots.
-      negatives: bool [n, M], False where a candidate must not count as a negative of that row
-        (it is known to match). The positive's own entry is ignored. None: all count.
+      column_valid: bool [A], False for candidates that are empty slots.
+      can_be_negative: bool [n, A], False where a candidate must not count as a negative of that row,
+        because it is known to match. The entry of the positive itself is ignored. None: all can.
 
     Returns:
-      [n] losses; 0 for rows whose positive is an empty slot, and for rows without negatives.
+      [n] losses; 0 for a row whose positive is an empty slot, and for a row without negatives.
+
+    Raises:
+      ValueError: a shape does not fit, or a number of the formula is out of range.
     """
     formula.check()
-    rows, is_positive, is_negative = _roles(similarity, positive, columns, negatives)
-    # Before any arithmetic: a nan in an empty slot would survive a mask applied later, in the
-    # gradient of the temperature if not in the value.
+    row_valid, is_positive, is_negative = _masks(
+        similarity, positive, column_valid, can_be_negative
+    )
+    # Empty slots are masked before any arithmetic. A nan there would survive a later mask, if not in the
+    # value then in the gradient of the temperature.
     similarity = jnp.where(is_positive | is_negative, similarity, 0)
     positives = jnp.sum(jnp.where(is_positive, similarity, 0), axis=1, keepdims=True)
     logits = (formula.negative(similarity) - formula.positive(positives)) / formula.temperature
     logits += formula.log_weight(similarity)
-    logits = jnp.where(is_negative, logits, no_logit(similarity.dtype))
-    # log(1 + sum_j exp(logit_j)) with logits relative to the positive's: exact for small losses.
-    return jnp.where(rows, jax.nn.softplus(jax.nn.logsumexp(logits, axis=1)), 0)
+    logits = jnp.where(is_negative, logits, masked_logit(similarity.dtype))
+    # log(1 + sum_j exp(logit_j)), logits relative to that of the positive: exact for small losses.
+    return jnp.where(row_valid, jax.nn.softplus(jax.nn.logsumexp(logits, axis=1)), 0)
 
 
-def no_logit(dtype: jnp.dtype) -> float:
-    """Stands for the logit of what is no negative: below every logit, but finite, since the
-    gradient of a logsumexp over nothing but -inf is nan."""
+def masked_logit(dtype: jnp.dtype) -> float:
+    """The logit of an entry that is no negative: finite, and below every real logit.
+
+    With -inf instead, a row without negatives would have a gradient of nan.
+    """
     return -float(jnp.finfo(dtype).max) / 2
 
 
 class RowStatistics(NamedTuple):
-    """Diagnostics of n rows; an entry is 0 or False where `rows` (or `has_negative`) is False."""
+    """Diagnostics of n rows. An entry is 0 or False where the row is an empty slot or has no negative.
 
-    positive: jax.Array  # [n] similarity of the positive
-    hard_negative: jax.Array  # [n] largest similarity of a negative
-    easy_negative: jax.Array  # [n] smallest similarity of a negative
-    correct: jax.Array  # bool [n], the row's first maximum is its positive
-    has_negative: jax.Array  # bool [n]
+    Attributes:
+      positive: [n], similarity of the positive.
+      hard_negative, easy_negative: [n], largest and smallest similarity of a negative.
+      is_correct: bool [n], whether the first maximum of the row is its positive.
+      has_negative: bool [n].
+    """
+
+    positive: Float[Array, " n"]
+    hard_negative: Float[Array, " n"]
+    easy_negative: Float[Array, " n"]
+    is_correct: Bool[Array, " n"]
+    has_negative: Bool[Array, " n"]
 
 
 def row_statistics(
-    similarity: ArrayLike,
-    positive: ArrayLike,
+    similarity: Float[Array, "n A"],
+    positive: Int[Array, " n"],
     *,
-    columns: ArrayLike,
-    negatives: ArrayLike | None = None,
+    column_valid: Bool[Array, " A"],
+    can_be_negative: Bool[Array, "n A"] | None = None,
 ) -> RowStatistics:
-    """Diagnostics of the rows that `row_losses` takes, without gradient; same arguments."""
-    rows, is_positive, is_negative = _roles(similarity, positive, columns, negatives)
+    """Diagnostics of rows, without gradient. Arguments and errors are those of `row_losses`."""
+    row_valid, is_positive, is_negative = _masks(
+        similarity, positive, column_valid, can_be_negative
+    )
     similarity = jax.lax.stop_gradient(similarity)
     candidates = jnp.where(is_positive | is_negative, similarity, -jnp.inf)
     has_negative = jnp.any(is_negative, axis=1)
@@ -221,97 +267,119 @@ def row_statistics(
         positive=jnp.sum(jnp.where(is_positive, similarity, 0), axis=1),
         hard_negative=jnp.where(has_negative, hard, 0),
         easy_negative=jnp.where(has_negative, easy, 0),
-        correct=rows & (jnp.argmax(candidates, axis=1) == positive),
+        is_correct=row_valid & (jnp.argmax(candidates, axis=1) == positive),
         has_negative=has_negative,
     )
 
 
 def metrics_from_rows(
     queries: RowStatistics,
-    targets_correct: jax.Array,
-    valid: jax.Array,
+    target_is_correct: Bool[Array, " n"],
+    valid: Bool[Array, " n"],
     axes: tuple[str, ...] = (),
 ) -> dict[str, jax.Array]:
-    """The dictionary of `similarity_metrics` from per-row diagnostics.
+    """Averages the diagnostics of rows.
 
     Args:
       queries: statistics of the query -> target rows.
-      targets_correct: bool [n], `correct` of the target -> query rows.
-      valid: bool [n].
+      target_is_correct: bool [n], `is_correct` of the target -> query rows.
+      valid: bool [n], False for empty slots.
       axes: mesh axes over which the rows are spread, inside `shard_map`; () for none.
+
+    Returns:
+      The scalars of `similarity_metrics`.
     """
     return {
         "positive_similarity": masked_mean(queries.positive, valid, axes),
         "hard_negative_similarity": masked_mean(queries.hard_negative, queries.has_negative, axes),
         "easy_negative_similarity": masked_mean(queries.easy_negative, queries.has_negative, axes),
-        "query_to_target_accuracy": masked_mean(queries.correct, valid, axes),
-        "target_to_query_accuracy": masked_mean(targets_correct, valid, axes),
+        "query_to_target_accuracy": masked_mean(queries.is_correct, valid, axes),
+        "target_to_query_accuracy": masked_mean(target_is_correct, valid, axes),
     }
 
 
-def masked_mean(values: jax.Array, mask: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
-    """Mean of `values` [n] where `mask` [n], over all devices of `axes`; 0 over nothing.
+def masked_mean(
+    values: Float[Array, " n"] | Bool[Array, " n"],
+    mask: Bool[Array, " n"],
+    axes: tuple[str, ...] = (),
+) -> Float[Array, ""]:
+    """The mean of the values where a mask is True.
 
-    `values` must be 0 (or False) where `mask` is False.
+    Args:
+      values: [n]; 0 (or False) where `mask` is False.
+      mask: bool [n].
+      axes: mesh axes over which the values are spread, inside `shard_map`; () for none.
+
+    Returns:
+      Scalar; 0 if the mask is False everywhere.
     """
     count = jnp.sum(mask)
     if axes:
         count = jax.lax.psum(count, axes)
-    # Divided first: a sum of very large losses would overflow although their mean does not.
+    # Values are divided before they are summed: the sum of very large losses would overflow.
     total = jnp.sum(values / jnp.maximum(count, 1))
     return jax.lax.psum(total, axes) if axes else total
 
 
-def _roles(
-    similarity: ArrayLike, positive: ArrayLike, columns: ArrayLike, negatives: ArrayLike | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which rows are real [n], and which entries [n, M] are their positives and negatives."""
-    n, m = similarity.shape
-    if positive.shape != (n,) or columns.shape != (m,):
+def _masks(
+    similarity: jax.Array,
+    positive: jax.Array,
+    column_valid: jax.Array,
+    can_be_negative: jax.Array | None,
+) -> tuple[Bool[Array, " n"], Bool[Array, "n A"], Bool[Array, "n A"]]:
+    """Which rows are valid, and which entries are their positives and their negatives."""
+    n, size = similarity.shape
+    if positive.shape != (n,) or column_valid.shape != (size,):
         raise ValueError(
-            f"similarity is [{n}, {m}]: expected positive of shape ({n},) and columns of shape "
-            f"({m},), found {positive.shape} and {columns.shape}"
+            f"similarity is [{n}, {size}]: expected positive of shape ({n},) and column_valid of "
+            f"shape ({size},), found {positive.shape} and {column_valid.shape}"
         )
-    if negatives is not None and negatives.shape != (n, m):
-        raise ValueError(f"similarity is [{n}, {m}], but negatives is {negatives.shape}")
-    rows = columns[positive]
-    is_positive = jnp.arange(m) == positive[:, None]
-    is_negative = ~is_positive & columns & rows[:, None]
-    if negatives is not None:
-        is_negative &= negatives
-    return rows, is_positive & rows[:, None], is_negative
+    if can_be_negative is not None and can_be_negative.shape != (n, size):
+        raise ValueError(
+            f"similarity is [{n}, {size}], but can_be_negative is {can_be_negative.shape}"
+        )
+    row_valid = column_valid[positive]
+    is_positive = jnp.arange(size) == positive[:, None]
+    is_negative = ~is_positive & column_valid & row_valid[:, None]
+    if can_be_negative is not None:
+        is_negative &= can_be_negative
+    return row_valid, is_positive & row_valid[:, None], is_negative
 
 
-def _check_pairs(similarity: ArrayLike, valid: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
-    similarity = jnp.asarray(similarity)
-    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or not similarity.size:
+def _check_pairs(
+    similarity: ArrayLike, valid: ArrayLike | None
+) -> tuple[Float[Array, "N N"], Bool[Array, " N"]]:
+    """The matrix in float32 or float64, and its mask."""
+    matrix = jnp.asarray(similarity)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
         raise ValueError(
             f"similarity must be [N, N] with N >= 1, row i's positive at column i; "
-            f"found shape {similarity.shape}"
+            f"found shape {matrix.shape}"
         )
     # Logits reach 50 to 1000: half precision would round them to whole numbers.
-    similarity = similarity.astype(jnp.promote_types(similarity.dtype, jnp.float32))
-    size = similarity.shape[0]
+    matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    size = matrix.shape[0]
     if valid is None:
-        return similarity, jnp.ones(size, bool)
-    valid = jnp.asarray(valid)
-    if valid.dtype != jnp.bool_:
-        raise TypeError(f"valid must be bool [{size}]; found dtype {valid.dtype}")
-    if valid.shape != (size,):
-        raise ValueError(f"similarity is [{size}, {size}], but valid has shape {valid.shape}")
-    return similarity, valid
+        return matrix, jnp.ones(size, bool)
+    mask = jnp.asarray(valid)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"valid must be bool [{size}]; found dtype {mask.dtype}")
+    if mask.shape != (size,):
+        raise ValueError(f"similarity is [{size}, {size}], but valid has shape {mask.shape}")
+    return matrix, mask
 
 
-def check_finite(**values: ArrayLike) -> None:
-    """Values that are known while tracing are checked; traced ones are the caller's to check."""
+def check_finite(**values: Number) -> None:
+    """Raises ValueError for a number that is no finite float32. The caller checks traced numbers."""
     for name, value in values.items():
-        if not isinstance(value, jax.core.Tracer) and not abs(float(value)) <= _LARGEST:
+        if not isinstance(value, Tracer) and not abs(float(value)) <= _MAX_FLOAT32:
             raise ValueError(f"{name} must be a finite float32, found {value}")
 
 
-def check_temperature(temperature: ArrayLike) -> None:
-    if not isinstance(temperature, jax.core.Tracer) and not 0 < float(temperature) < math.inf:
+def check_temperature(temperature: Number) -> None:
+    """Raises ValueError for a temperature that is not positive and finite, unless it is traced."""
+    if not isinstance(temperature, Tracer) and not 0 < float(temperature) < math.inf:
         raise ValueError(f"temperature must be positive and finite, found {temperature}")
 
 
-_LARGEST = float(jnp.finfo(jnp.float32).max)
+_MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)

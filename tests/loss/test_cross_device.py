@@ -1,4 +1,4 @@
-"""The loss over a mesh, held as a matrix or in blocks, against the whole batch on one device."""
+"""The loss over a mesh, held as a matrix or in tiles, against the whole batch on one device."""
 
 import functools
 import json
@@ -135,7 +135,7 @@ def assert_equal_loss(found, expected, numbers=HARDNESS, width=40):
         )
 
 
-# One device is below, in blocks; 2 and 4 devices are compared with the authors' numbers.
+# One device is below, in tiles; 2 and 4 devices are compared with the authors' numbers.
 MESHES = [
     ({"data": 8}, ("data",)),
     ({"data": 2, "fsdp": 4}, ("data", "fsdp")),
@@ -144,23 +144,23 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.parametrize("tile_size", [None, 3])
 @pytest.mark.parametrize(
     ("sizes", "axes", "numbers"),
     [*((*mesh, HARDNESS) for mesh in MESHES), (*MESHES[-1], FOCAL)],
     ids=str,
 )
-def test_every_mesh_gives_the_loss_of_the_whole_batch(sizes, axes, block_size, numbers):
-    loss = compiled_loss(make_mesh(**sizes), axes, extra=True, ids=True, block_size=block_size)
+def test_every_mesh_gives_the_loss_of_the_whole_batch(sizes, axes, tile_size, numbers):
+    loss = compiled_loss(make_mesh(**sizes), axes, extra=True, ids=True, tile_size=tile_size)
     for seed in range(3):
         batch = draw_batch(seed, pairs=16, extra=8)
         expected = whole_batch(batch, numbers, extra=True, ids=True)
         assert_equal_loss(loss(batch, numbers), expected, numbers)
 
 
-@pytest.mark.parametrize("block_size", [None, 3])
-def test_numbers_are_not_part_of_the_program(block_size):
-    loss = compiled_loss(make_mesh(data=8), ("data",), extra=True, ids=True, block_size=block_size)
+@pytest.mark.parametrize("tile_size", [None, 3])
+def test_numbers_are_not_part_of_the_program(tile_size):
+    loss = compiled_loss(make_mesh(data=8), ("data",), extra=True, ids=True, tile_size=tile_size)
     batch = draw_batch(0, pairs=16, extra=8)
 
     @hypothesis.settings(max_examples=20)
@@ -173,7 +173,7 @@ def test_numbers_are_not_part_of_the_program(block_size):
     check()
 
 
-@pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.parametrize("tile_size", [None, 3])
 @pytest.mark.parametrize(
     ("sizes", "axes", "numbers", "options"),
     [
@@ -183,10 +183,10 @@ def test_numbers_are_not_part_of_the_program(block_size):
     ],
     ids=str,
 )
-def test_pools_of_one_device(sizes, axes, block_size, numbers, options):
+def test_pools_of_one_device(sizes, axes, tile_size, numbers, options):
     shards = int(np.prod([sizes[axis] for axis in axes]))
     loss = compiled_loss(
-        make_mesh(**sizes), axes, block_size=block_size, cross_device=False, **options
+        make_mesh(**sizes), axes, tile_size=tile_size, cross_device=False, **options
     )
     for seed in range(3):
         batch = draw_batch(seed, pairs=4 * shards, extra=2 * shards)
@@ -194,12 +194,12 @@ def test_pools_of_one_device(sizes, axes, block_size, numbers, options):
         assert_equal_loss(loss(batch, numbers), expected, numbers)
 
 
-@pytest.mark.parametrize("block_size", [None, 3])
-def test_full_pools_of_one_device_are_averaged_over_the_devices(block_size):
+@pytest.mark.parametrize("tile_size", [None, 3])
+def test_full_pools_of_one_device_are_averaged_over_the_devices(tile_size):
     """As the authors do: the mean over devices of the means over their own rows."""
     batch = draw_batch(0, pairs=32)
     batch["valid"][:] = True
-    loss = compiled_loss(make_mesh(data=8), ("data",), block_size=block_size, cross_device=False)
+    loss = compiled_loss(make_mesh(data=8), ("data",), tile_size=tile_size, cross_device=False)
     parts = [{k: v[i : i + 4] for k, v in batch.items()} for i in range(0, 32, 4)]
     own = [whole_batch(part)[0][0] for part in parts]
     np.testing.assert_allclose(loss(batch)[0][0], np.mean(own), rtol=1e-5)
@@ -207,33 +207,33 @@ def test_full_pools_of_one_device_are_averaged_over_the_devices(block_size):
 
 
 @pytest.mark.parametrize("options", [{"extra": True}, {"ids": True}], ids=str)
-@pytest.mark.parametrize("block_size", [None, 3])
-def test_options_alone(options, block_size):
-    loss = compiled_loss(make_mesh(data=4), ("data",), block_size=block_size, **options)
+@pytest.mark.parametrize("tile_size", [None, 3])
+def test_options_alone(options, tile_size):
+    loss = compiled_loss(make_mesh(data=4), ("data",), tile_size=tile_size, **options)
     batch = draw_batch(0, pairs=16, extra=8)
     assert_equal_loss(loss(batch), whole_batch(batch, **options))
 
 
-@pytest.mark.parametrize("block_size", [None, 3])
-def test_of_equal_candidates_the_first_is_the_answer(block_size):
+@pytest.mark.parametrize("tile_size", [None, 3])
+def test_of_equal_candidates_the_first_is_the_answer(tile_size):
     batch = draw_batch(0, pairs=16)
     axis = np.arange(16) % DIM  # unit vectors: equal similarities are equal to the last bit
     batch["target"] = np.eye(DIM, dtype=np.float32)[axis]
     axis[0] = 1
     batch["query"] = np.eye(DIM, dtype=np.float32)[axis]
     batch["valid"][[0, 1]] = True
-    loss = compiled_loss(make_mesh(data=2, fsdp=2), ("data", "fsdp"), block_size=block_size)
+    loss = compiled_loss(make_mesh(data=2, fsdp=2), ("data", "fsdp"), tile_size=tile_size)
     (expected, metrics), gradients = whole_batch(batch)
     assert 0 < metrics["query_to_target_accuracy"] < 1
     assert 0 < metrics["target_to_query_accuracy"] < 1
     assert_equal_loss(loss(batch), ((expected, metrics), gradients))
 
 
-@pytest.mark.parametrize("block_size", [1, 6, 64])
-def test_blocks_equal_the_matrix(block_size):
+@pytest.mark.parametrize("tile_size", [1, 6, 64])
+def test_tiles_equal_the_matrix(tile_size):
     mesh = make_mesh(data=1)
     held = compiled_loss(mesh, ("data",), extra=True, ids=True)
-    blocks = compiled_loss(mesh, ("data",), extra=True, ids=True, block_size=block_size)
+    tiles = compiled_loss(mesh, ("data",), extra=True, ids=True, tile_size=tile_size)
 
     @hypothesis.settings(max_examples=20)
     @hypothesis.given(
@@ -249,16 +249,16 @@ def test_blocks_equal_the_matrix(block_size):
         batch["target"][list(duplicates)] = batch["target"][0]
         for name in ("query", "target", "extra"):  # exact products: ties are ties in every tile
             batch[name] = np.round(8 * batch[name]) / 8
-        assert_equal_loss(blocks(batch), held(batch))
+        assert_equal_loss(tiles(batch), held(batch))
 
     check()
 
 
 @pytest.mark.parametrize("alpha", [-4.0, 1e4, 3e38])
-def test_blocks_take_hardness_of_any_size(alpha):
+def test_tiles_take_hardness_of_any_size(alpha):
     batch = draw_batch(1, pairs=16, extra=8)
     numbers = HARDNESS | {"alpha": alpha}
-    loss = compiled_loss(make_mesh(data=2), ("data",), block_size=3)
+    loss = compiled_loss(make_mesh(data=2), ("data",), tile_size=3)
     found = loss(batch, numbers)
     (value, _), gradients = found
     assert np.isfinite(value)
@@ -270,9 +270,9 @@ def test_blocks_take_hardness_of_any_size(alpha):
         assert abs(float(value) - expected) <= 4 * DIM * reference.UNIT * (2 / 0.1 + abs(alpha))
 
 
-@pytest.mark.parametrize("block_size", [None, 3])
-def test_empty_slots_have_no_influence_whatever_they_hold(block_size):
-    loss = compiled_loss(make_mesh(data=4), ("data",), extra=True, block_size=block_size)
+@pytest.mark.parametrize("tile_size", [None, 3])
+def test_empty_slots_have_no_influence_whatever_they_hold(tile_size):
+    loss = compiled_loss(make_mesh(data=4), ("data",), extra=True, tile_size=tile_size)
     batch = draw_batch(2, pairs=16, extra=8)
     expected = loss(batch)
     empty = ~batch["valid"]
@@ -286,17 +286,17 @@ def test_empty_slots_have_no_influence_whatever_they_hold(block_size):
         assert not np.asarray(gradient)[slots].any()
 
 
-@pytest.mark.parametrize("block_size", [None, 3])
-def test_nothing_valid_gives_zero(block_size):
-    loss = compiled_loss(make_mesh(data=4), ("data",), extra=True, block_size=block_size)
+@pytest.mark.parametrize("tile_size", [None, 3])
+def test_nothing_valid_gives_zero(tile_size):
+    loss = compiled_loss(make_mesh(data=4), ("data",), extra=True, tile_size=tile_size)
     batch = draw_batch(3, pairs=16, extra=8)
     batch["valid"][:] = False
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(loss(batch)))
 
 
-@pytest.mark.parametrize("block_size", [None, 3])
-def test_nan_in_a_real_pair_is_not_hidden(block_size):
-    loss = compiled_loss(make_mesh(data=4), ("data",), extra=True, block_size=block_size)
+@pytest.mark.parametrize("tile_size", [None, 3])
+def test_nan_in_a_real_pair_is_not_hidden(tile_size):
+    loss = compiled_loss(make_mesh(data=4), ("data",), extra=True, tile_size=tile_size)
     batch = draw_batch(3, pairs=16, extra=8)
     batch["valid"][5] = True
     batch["query"][5, 0] = np.nan
@@ -308,9 +308,9 @@ def golden_cases():
     return [case for case in cases if case["key"].startswith("dist")]
 
 
-@pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.parametrize("tile_size", [None, 3])
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case["key"])
-def test_the_authors_losses_and_gradients_over_processes(case, block_size):
+def test_the_authors_losses_and_gradients_over_processes(case, tile_size):
     arrays = np.load(GOLDEN / "loss.npz")
     query, target, loss, d_query, d_target = (
         arrays[f"{case['key']}/{name}"]
@@ -327,7 +327,7 @@ def test_the_authors_losses_and_gradients_over_processes(case, block_size):
     function = compiled_loss(
         make_mesh(data=case["world"]),
         ("data",),
-        block_size=block_size,
+        tile_size=tile_size,
     )
     numbers = {"alpha": case["alpha"], "temperature": 1 / case["logit_scale"]}
     (found, _), gradients = function(batch, numbers)
@@ -350,7 +350,7 @@ def test_sharded_inputs_stay_sharded():
 def test_half_precision_embeddings_are_compared_in_float32():
     batch = draw_batch(0, pairs=16)
     halves = {name: jnp.asarray(batch[name], jnp.bfloat16) for name in ("query", "target")}
-    (loss, _), gradients = compiled_loss(make_mesh(data=2), ("data",), block_size=3)(batch | halves)
+    (loss, _), gradients = compiled_loss(make_mesh(data=2), ("data",), tile_size=3)(batch | halves)
     exact = {name: np.asarray(array, np.float32) for name, array in halves.items()}
     (expected, _), _ = whole_batch(batch | exact)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -358,7 +358,7 @@ def test_half_precision_embeddings_are_compared_in_float32():
 
 
 def test_a_large_pool_is_computed_without_its_matrix():
-    pairs = 2 * int(cross_device.LARGEST_MATRIX**0.5)
+    pairs = 2 * int(cross_device.MAX_MATRIX_SIZE**0.5)
     mesh = make_mesh(data=1)
     shape = jax.ShapeDtypeStruct((pairs, DIM), jnp.float32)
 
@@ -366,7 +366,7 @@ def test_a_large_pool_is_computed_without_its_matrix():
         return contrastive_loss(query, target, jnp.ones(pairs, bool), mesh=mesh, axes=("data",))[0]
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(shape, shape).compile()
-    block = 4 * cross_device.BLOCK_SIZE**2
+    block = 4 * cross_device.TILE_SIZE**2
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * block < 4 * pairs**2
 
 
@@ -387,7 +387,7 @@ def test_a_large_pool_is_computed_without_its_matrix():
         (
             {"extra_targets": np.zeros((2, 3)), "extra_valid": np.ones(2, bool)},
             ValueError,
-            r"extra_targets must be \[K, 4\]",
+            r"extra_targets must be \[Y, 4\]",
         ),
         (
             {
@@ -403,7 +403,7 @@ def test_a_large_pool_is_computed_without_its_matrix():
         ({"alpha": float("nan")}, ValueError, "alpha"),
         ({"kind": "focal", "margin": float("inf")}, ValueError, "margin"),
         ({"kind": "infonce"}, ValueError, r"kind is 'infonce'; expected one of"),
-        ({"block_size": 0}, ValueError, "block_size"),
+        ({"tile_size": 0}, ValueError, "tile_size"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):

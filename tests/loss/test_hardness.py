@@ -302,7 +302,10 @@ def test_rows_against_candidates_and_masks(seed):
     @jax.jit
     def losses_of(similarity):
         formula = Hardness(alpha=9.0, temperature=0.1)
-        masks = {"columns": jnp.asarray(columns), "negatives": jnp.asarray(negatives)}
+        masks = {
+            "column_valid": jnp.asarray(columns),
+            "can_be_negative": jnp.asarray(negatives),
+        }
         return row_losses(similarity, jnp.asarray(positive), formula, **masks)
 
     losses, vjp = jax.vjp(losses_of, similarity)
@@ -316,7 +319,9 @@ def test_rows_against_candidates_and_masks(seed):
 def test_statistics_of_rows(seed):
     similarity, positive, columns, negatives, rows, is_negative = draw_rows(seed)
     similarity[:, 3] = similarity[:, 5]  # ties: the first maximum counts
-    found = jax.jit(row_statistics)(similarity, positive, columns=columns, negatives=negatives)
+    found = jax.jit(row_statistics)(
+        similarity, positive, column_valid=columns, can_be_negative=negatives
+    )
     for i, p in enumerate(positive):
         of_negatives = similarity[i][is_negative[i]]
         assert found.has_negative[i] == bool(len(of_negatives))
@@ -324,7 +329,7 @@ def test_statistics_of_rows(seed):
         assert found.hard_negative[i] == max(of_negatives, default=0)
         assert found.easy_negative[i] == min(of_negatives, default=0)
         candidates = np.where(is_negative[i] | (np.arange(9) == p), similarity[i], -2)
-        assert found.correct[i] == (rows[i] and np.argmax(candidates) == p)
+        assert found.is_correct[i] == (rows[i] and np.argmax(candidates) == p)
 
 
 def test_metrics_of_a_small_matrix():
