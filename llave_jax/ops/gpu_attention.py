@@ -1,8 +1,9 @@
 """Attention on GPUs: flash attention for packed rows in Pallas Triton, forward and backward.
 
-Each block of queries reads only the run of key blocks in which its segments lie (and each block of
-keys that of queries), so that what is packed into a row costs what it would cost alone. After
-FlashAttention-2 (Dao 2023, alg. 1 and 2): scores are never written to memory.
+Each block of queries reads only the run of key blocks in which its segments lie, and in the gradients of
+keys and values each block of keys reads only the run of query blocks. So a segment costs the same in a
+long row as in a row of its own. Scores are never written to memory: FlashAttention-2 (Dao, arXiv
+2307.08691), algorithms 1 and 2.
 """
 
 from __future__ import annotations
@@ -20,27 +21,32 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from llave_jax.ops.constants import LOG2_E, MASKED, RESIDUALS
 
-# Segment of what a block holds beyond the end of a row; real ones are not negative.
+# The segment id of the positions after the end of a row that a block covers. Segment ids are not negative.
 OUTSIDE = -1
-# Triton's products want at least this many in each dimension.
-SMALLEST = 16
+# The least size of each dimension in Triton's matrix products.
+MIN_DOT_SIZE = 16
 
 
 def triton_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array,
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B T J E"],
+    value: Float[Array, "B T J E"],
+    segment_ids: Int[Array, "B T"],
     *,
     causal: bool,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> jax.Array:
-    """As `ops.attention.attention`; `tiles` are chosen by head size and dtype unless given, and
-    `interpret` runs the kernels on any platform, slowly."""
+) -> Float[Array, "B T H E"]:
+    """Flash attention in Triton. Arguments and result are those of `ops.attention.attention`.
+
+    Args:
+      tiles: sizes of the kernels' blocks; None: chosen by head size and dtype.
+      interpret: run the kernels in Pallas's interpreter, slowly, on any platform.
+    """
     _, length, heads, head_dim = query.shape
     settings = Settings(
         length=length,
@@ -55,7 +61,13 @@ def triton_attention(
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a step of a kernel's loop, and how Triton runs it."""
+    """The blocks of one step of a kernel's loop, and how Triton runs it.
+
+    Attributes:
+      query, key: tokens of a block of queries, of keys.
+      warps: warps of a program.
+      stages: steps of the loop whose loads are in flight at once.
+    """
 
     query: int
     key: int
@@ -65,7 +77,13 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Of the forward kernel, and of those for the gradients of queries and of keys and values."""
+    """The tiles of the three kernels.
+
+    Attributes:
+      forward: of the forward kernel.
+      queries: of the kernel for the gradient of queries.
+      keys: of the kernel for the gradients of keys and values.
+    """
 
     forward: Tile
     queries: Tile
@@ -73,36 +91,51 @@ class Tiles:
 
     @classmethod
     def of(cls, head_dim: int, item_bytes: int) -> Tiles:
-        """What fits into the 99 KiB of shared memory that GPUs since the A10 have, and into their
-        registers: accumulators are as large as the block that stays."""
-        stays, passes = (64, 32) if item_bytes > 2 else (128, 64)
+        """Tiles that fit into 99 KiB of shared memory, which all GPUs since the A10 have, and into registers.
+
+        A program keeps one block and loops over the blocks of the other side. Its accumulators, in
+        registers, are as large as the block that it keeps.
+        """
+        kept, looped = (64, 32) if item_bytes > 2 else (128, 64)
         warps = 4 if head_dim <= 64 else 8
         return cls(
-            Tile(stays, passes, warps, 3 if head_dim <= 96 else 2),
-            Tile(stays, passes // 2, warps, 2),
-            Tile(passes // 2, stays, warps, 2),
+            Tile(kept, looped, warps, 3 if head_dim <= 96 else 2),
+            Tile(kept, looped // 2, warps, 2),
+            Tile(looped // 2, kept, warps, 2),
         )
 
 
 def _parts(head_dim: int) -> tuple[tuple[int, int], ...]:
-    """Starts and widths of the pieces a head is worked on in, as Triton's arrays have powers of two:
-    72 is 64 and 16 (half of it empty), not 128."""
+    """(start, width) of the parts into which a head is cut, because Triton's arrays have powers of two.
+
+    A head of 72 is a part of 64 and one of 16, half empty; padded to 128 it would cost more.
+    """
     parts, start = [], 0
     while start < head_dim:
-        width = max(SMALLEST, 1 << (head_dim - start).bit_length() - 1)
+        width = max(MIN_DOT_SIZE, 1 << (head_dim - start).bit_length() - 1)
         parts.append((start, width))
         start += width
     return tuple(parts)
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The size that a head has for the kernels' products."""
+    """The size of a head in the kernels' products, padding included."""
     return sum(_parts(head_dim)[-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the kernels are compiled for: tokens of a row, size of a head, query heads that share keys."""
+    """The constants that a kernel is compiled with.
+
+    Attributes:
+      length: tokens of a row.
+      head_dim: size of a head.
+      repeats: query heads that share keys.
+      causal: whether a token sees none of the tokens after it.
+      scale: factor of the scores.
+      tiles: sizes of the kernels' blocks.
+      interpret: whether kernels run in Pallas's interpreter.
+    """
 
     length: int
     head_dim: int
@@ -114,6 +147,7 @@ class Settings:
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
+        """(start, width) of the parts of a head."""
         return _parts(self.head_dim)
 
     def call(
@@ -127,10 +161,18 @@ class Settings:
         *,
         of_keys: bool = False,
     ) -> tuple[jax.Array, ...]:
-        """Runs a kernel: a program for each block of queries (or of keys), head and row.
+        """Runs a kernel, with one program for each block of queries (or of keys), head and row.
 
         Args:
-          inputs, outputs: arrays with their names in `specs`; the kernel also gets runs and ids.
+          kernel: called with these settings, then the refs of runs, ids, `inputs` and `outputs`.
+          tile: its blocks.
+          name: the end of its name in profiles and in the compiled program.
+          ids: int32 [R, T], of `_distinct`.
+          inputs, outputs: (key in `specs`, array or its shape).
+          of_keys: programs are for blocks of keys instead of queries.
+
+        Returns:
+          The outputs.
         """
         needed = _needed(ids, tile, causal=self.causal)
         runs = _runs(needed.swapaxes(1, 2) if of_keys else needed)
@@ -150,8 +192,11 @@ class Settings:
         return tuple(outputs_of(*(array for _, array in inputs)))
 
     def specs(self, tile: Tile, repeats: int | None = None) -> dict[str, pl.BlockSpec]:
-        """What a program sees of arrays: whole rows of its head, or of its `repeats` query heads. Which
-        tokens it reads the kernels say; the refs are longer and wider than arrays where blocks are."""
+        """The part of each array that a program can read: its row, for its head or its `repeats` query heads.
+
+        Kernels choose the tokens themselves. The refs are padded to whole blocks of tokens and to whole
+        parts of a head, so they can extend beyond the arrays: loads and stores there need a mask.
+        """
         tokens = math.lcm(tile.query, tile.key)
         tokens *= -(-self.length // tokens)
         width = padded_head_dim(self.head_dim)
@@ -167,17 +212,22 @@ class Settings:
         }
 
 
-def _distinct(segment_ids: jax.Array) -> jax.Array:
-    """Segments in which unused tokens are apart, SMALLEST by SMALLEST: one of all of them would make
-    every block that has some read every other."""
-    unused = jnp.arange(segment_ids.shape[1], dtype=jnp.int32) // SMALLEST
-    return jnp.where(segment_ids > 0, segment_ids, jnp.max(segment_ids) + 1 + unused)
+def _distinct(segment_ids: Int[Array, "R T"]) -> Int32[Array, "R T"]:
+    """Gives each run of MIN_DOT_SIZE unused tokens a segment of its own.
+
+    As one segment, all blocks that hold unused tokens would read each other.
+    """
+    unused = jnp.arange(segment_ids.shape[1], dtype=jnp.int32) // MIN_DOT_SIZE
+    distinct = jnp.where(segment_ids > 0, segment_ids, jnp.max(segment_ids) + 1 + unused)
+    return distinct.astype(jnp.int32)
 
 
-def _needed(ids: jax.Array, tile: Tile, *, causal: bool) -> jax.Array:
-    """Which pairs of blocks may hold a score that the mask leaves: bool [R, query blocks, key blocks].
+def _needed(
+    ids: Int[Array, "R T"], tile: Tile, *, causal: bool
+) -> Bool[Array, "R query_blocks key_blocks"]:
+    """Whether a pair of blocks may hold a visible score.
 
-    Blocks are compared by their lowest and highest ids, so segments in no order are safe.
+    Two blocks are compared by their lowest and highest ids, so segments in any order are safe.
     """
 
     def extremes(block: int) -> tuple[jax.Array, jax.Array]:
@@ -195,30 +245,46 @@ def _needed(ids: jax.Array, tile: Tile, *, causal: bool) -> jax.Array:
     return needed
 
 
-def _runs(needed: jax.Array) -> jax.Array:
-    """From [..., B] the first of B that is needed and the one after the last: int32 [..., 2]. There is
-    always one, as all tokens see themselves."""
+def _runs(needed: Bool[Array, "*blocks others"]) -> Int32[Array, "*blocks 2"]:
+    """The first needed block of the other side, and the one after the last.
+
+    At least one is needed, because every token sees itself.
+    """
     first = jnp.argmax(needed, axis=-1)
     end = needed.shape[-1] - jnp.argmax(needed[..., ::-1], axis=-1)
     return jnp.stack((first, end), axis=-1).astype(jnp.int32)
 
 
 def visited_scores(segment_ids: np.ndarray, *, causal: bool, head_dim: int) -> np.ndarray:
-    """Scores of one head that the forward kernel computes in bfloat16 for rows [..., T]: [...]."""
+    """Counts the scores of one head that the forward kernel computes in bfloat16.
+
+    Args:
+      segment_ids: int32 [..., T].
+      causal: whether a token sees none of the tokens after it.
+      head_dim: size of a head.
+
+    Returns:
+      int64 [...], scores of each row, masked ones of visited blocks included.
+    """
     tile = Tiles.of(head_dim, 2).forward
     rows = jnp.asarray(segment_ids.reshape(-1, segment_ids.shape[-1]))
-    # A row at a time: the ids of unused tokens come after a row's own.
+    # Rows one at a time, because `_distinct` numbers unused tokens after the highest id of all its rows.
     runs = jax.vmap(lambda row: _runs(_needed(_distinct(row[None]), tile, causal=causal))[0])(rows)
     steps = np.asarray(runs[..., 1] - runs[..., 0]).sum(1, dtype=np.int64)
     return (steps * (tile.query * tile.key)).reshape(segment_ids.shape[:-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    settings: Settings, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array
-) -> jax.Array:
-    """Queries [R, T, H, D] and keys and values [R, T, G, D] to results [R, T, H, D]."""
+def _attend_without_rule(
+    settings: Settings,
+    query: Float[Array, "R T H E"],
+    key: Float[Array, "R T J E"],
+    value: Float[Array, "R T J E"],
+    ids: Int32[Array, "R T"],
+) -> Float[Array, "R T H E"]:
     return _forward(settings, query, key, value, ids)[0]
+
+
+_attend = jax.custom_vjp(_attend_without_rule, nondiff_argnums=(0,))
 
 
 def _attend_forward(settings, query, key, value, ids):
@@ -228,18 +294,23 @@ def _attend_forward(settings, query, key, value, ids):
 
 
 def _attend_backward(settings, residuals, cotangent):
-    return *_backward(settings, *residuals, cotangent), None
+    query, key, value, ids, out, log_sum = residuals
+    return *_backward(settings, query, key, value, ids, out, log_sum, cotangent), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward(
-    settings: Settings, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Results [R, T, H, D] and log2 of the softmax's sums, float32 [R, H, T]."""
+    settings: Settings,
+    query: Float[Array, "R T H E"],
+    key: Float[Array, "R T J E"],
+    value: Float[Array, "R T J E"],
+    ids: Int32[Array, "R T"],
+) -> tuple[Float[Array, "R T H E"], Float32[Array, "R H T"]]:
+    """The results, and log2 of the softmax's denominators."""
     rows, length, heads, _ = query.shape
-    return settings.call(
+    out, log_sum = settings.call(
         _forward_kernel,
         settings.tiles.forward,
         "fwd",
@@ -250,10 +321,20 @@ def _forward(
             ("statistic", jax.ShapeDtypeStruct((rows, heads, length), jnp.float32)),
         ],
     )
+    return out, log_sum
 
 
-def _backward(settings, query, key, value, ids, out, log_sum, cotangent) -> tuple[jax.Array, ...]:
-    """Gradients of queries, keys and values."""
+def _backward(
+    settings: Settings,
+    query: Float[Array, "R T H E"],
+    key: Float[Array, "R T J E"],
+    value: Float[Array, "R T J E"],
+    ids: Int32[Array, "R T"],
+    out: Float[Array, "R T H E"],
+    log_sum: Float32[Array, "R H T"],
+    cotangent: Float[Array, "R T H E"],
+) -> tuple[Float[Array, "R T H E"], Float[Array, "R T J E"], Float[Array, "R T J E"]]:
+    """The gradients of queries, keys and values."""
     delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
     inputs = [
         *(("query", query), ("key", key), ("key", value), ("query", cotangent)),
@@ -262,23 +343,25 @@ def _backward(settings, query, key, value, ids, out, log_sum, cotangent) -> tupl
     of_query = ("query", jax.ShapeDtypeStruct(query.shape, query.dtype))
     of_key = ("key", jax.ShapeDtypeStruct(key.shape, key.dtype))
     tiles = settings.tiles
-    query_gradient = settings.call(
+    (query_gradient,) = settings.call(
         _query_gradient_kernel, tiles.queries, "bwd_queries", ids, inputs, [of_query]
     )
-    key_gradients = settings.call(
+    key_gradient, value_gradient = settings.call(
         _key_gradients_kernel, tiles.keys, "bwd_keys", ids, inputs, [of_key] * 2, of_keys=True
     )
-    return *query_gradient, *key_gradients
+    return query_gradient, key_gradient, value_gradient
 
 
 class _Block:
-    """The tokens of one block of a row, and how to read and write arrays at them. What is beyond the
-    end of the row is read as zeros of no segment, and not written."""
+    """One block of a row's tokens: reads and writes arrays there, part by part of a head.
+
+    Tokens after the end of the row read as zeros with the segment OUTSIDE, and are not written.
+    """
 
     def __init__(self, settings: Settings, ids: Any, number: jax.Array, size: int):
         self.tokens = pl.ds(number * size, size)
         self.positions = number * size + jnp.arange(size, dtype=jnp.int32)
-        # None where all are inside: loads without a mask are faster.
+        # None if all tokens lie inside the row: a load without a mask is faster.
         self.inside = None if settings.length % size == 0 else self.positions < settings.length
         self.ids = self._load(ids.at[self.tokens], self.inside, OUTSIDE)
         self.parts = []
@@ -293,20 +376,23 @@ class _Block:
         return plgpu.load(ref, mask=mask, other=None if mask is None else other)
 
     def load(self, ref: Any, *head: Any) -> list[jax.Array]:
-        """Parts of an array [T, (heads,) D]."""
+        """The parts of an array [T, E], or of head `head` of an array [T, heads, E]."""
         return [
             self._load(ref.at[(self.tokens, *head, columns)], mask, 0.0)
             for columns, mask in self.parts
         ]
 
     def store(self, ref: Any, values: Sequence[jax.Array]) -> None:
+        """Writes the parts of an array [T, E]."""
         for (columns, mask), value in zip(self.parts, values, strict=True):
             plgpu.store(ref.at[self.tokens, columns], value.astype(ref.dtype), mask=mask)
 
     def load_statistic(self, ref: Any, *head: Any) -> jax.Array:
+        """The block's numbers of an array [T], or of head `head` of an array [heads, T]."""
         return self._load(ref.at[(*head, self.tokens)], self.inside, 0.0)
 
     def store_statistic(self, ref: Any, value: jax.Array) -> None:
+        """Writes the block's numbers of an array [T]."""
         plgpu.store(ref.at[self.tokens], value, mask=self.inside)
 
 
@@ -359,7 +445,7 @@ def _query_gradient_kernel(
 def _key_gradients_kernel(
     settings, runs, ids, query, key, value, cotangent, log_sum, delta, key_gradient, value_gradient
 ):
-    """Scores are [keys, queries] here, as both products need them."""
+    """Scores are [keys, queries] here, the order that both products need."""
     tile = settings.tiles.keys
     keys = _Block(settings, ids, pl.program_id(0), tile.key)
     k, v = keys.load(key), keys.load(value)
@@ -375,7 +461,7 @@ def _key_gradients_kernel(
         change = weights * (_products(v, g) - queries.load_statistic(delta, head)[None])
         return _add_products(sums[0], change, q), value_sums
 
-    # The heads of the group one after the other.
+    # All query heads that share these keys, one after another.
     start = (_zeros(settings, tile.key),) * 2
     key_sums, value_sums = lax.fori_loop(0, settings.repeats * blocks, visit, start)
     keys.store(key_gradient, [x * settings.scale for x in key_sums])
@@ -390,7 +476,7 @@ def _scores(
     *,
     keys_first: bool = False,
 ) -> jax.Array:
-    """[queries, keys], or [keys, queries]: scores for powers of two, MASKED where none is seen."""
+    """Scores [queries, keys], or [keys, queries], times log2(e); MASKED where the key is not visible."""
 
     def compare(of_query: jax.Array, of_key: jax.Array, how: Callable) -> jax.Array:
         if keys_first:
@@ -404,25 +490,27 @@ def _scores(
 
 
 def _product(a: jax.Array, b: jax.Array, *, trans_b: bool = False) -> jax.Array:
-    """Matrix product, summed in float32."""
-    # float32 must not be rounded to TF32 on its way.
+    """The matrix product, summed in float32."""
+    # By default the tensor cores would round float32 factors to TF32.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
 
 
 def _products(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
-    """a b^T over all parts of a head."""
-    return sum(_product(x, y, trans_b=True) for x, y in zip(a, b, strict=True))
+    """a b^T, summed over the parts of a head."""
+    products = [_product(x, y, trans_b=True) for x, y in zip(a, b, strict=True)]
+    return functools.reduce(jnp.add, products)
 
 
 def _add_products(
     sums: Sequence[jax.Array], weights: jax.Array, values: Sequence[jax.Array]
 ) -> tuple[jax.Array, ...]:
-    """sums + weights values, part by part."""
+    """sums + weights @ values, part by part."""
     return tuple(
         x + _product(weights.astype(y.dtype), y) for x, y in zip(sums, values, strict=True)
     )
 
 
 def _zeros(settings: Settings, tokens: int) -> tuple[jax.Array, ...]:
+    """Accumulators [tokens, width] for the parts of a head."""
     return tuple(jnp.zeros((tokens, width), jnp.float32) for _, width in settings.parts)

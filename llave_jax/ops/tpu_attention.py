@@ -1,13 +1,13 @@
 """Attention on TPUs: sparse flash ("splash") attention for packed rows, forward and backward.
 
-All rows of a device are cut into blocks of queries and of keys. The kernels visit only pairs of blocks
-that have a visible score, from a list made of the segments, one pair a step of their grid, so that
-what is packed into a row costs what it would cost alone, whatever the row's length. A step serves all
-heads that share keys. After FlashAttention (Dao et al. 2022, alg. 1 and 2): scores are never written
-to memory.
+The rows of a device are cut into blocks of queries and blocks of keys. A list made from the segment ids
+(`plan_visits`) names the pairs of blocks that hold a visible score. Each step of a kernel's grid visits
+one pair, for all heads that share the keys. So a segment costs the same in a long row as in a row of its
+own. Scores are never written to memory: FlashAttention (Dao et al., arXiv 2205.14135), algorithms 1
+and 4.
 
-Arrays are [rows, heads, tokens, head size], an order in which XLA's products deliver them without a
-copy.
+Inside, arrays are [R, H, T, E]: rows, heads, tokens, size of a head. XLA's matrix products deliver this
+order without a copy.
 """
 
 from __future__ import annotations
@@ -24,35 +24,41 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from llave_jax.ops.constants import LOG2_E, MASKED, RESIDUALS
 
-# Width of a vector register; blocks are multiples of it.
+# Width of a vector register. The sizes of blocks are multiples of it.
 LANES = 128
-# Queries and keys of a block. With more queries more of what is computed is masked; with fewer keys
-# a step is too short for what it costs to begin one.
+# Tokens of a block. Larger query blocks waste work on masked scores. Smaller key blocks make the steps of
+# the grid too short for their fixed cost.
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
-# Rows up to this long that are whole tiles are one block of keys each.
-LONGEST_SINGLE_BLOCK = 768
-# Heads that a step serves: each is a copy of the code and needs vector memory for its block.
-MOST_HEADS = 8
+# A row whose padded length is at most this is a single block of keys.
+MAX_SINGLE_BLOCK = 768
+# Query heads of one step. The kernel's code is unrolled over them, and each needs vector memory.
+MAX_HEADS = 8
 
 
 def splash_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array,
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B T J E"],
+    value: Float[Array, "B T J E"],
+    segment_ids: Int[Array, "B T"],
     *,
     causal: bool,
     max_segment_length: int | None = None,
     interpret: Any = False,
-) -> jax.Array:
-    """As `ops.attention.attention`; `interpret` runs the kernels on any platform, slowly."""
+) -> Float[Array, "B T H E"]:
+    """Splash attention. Arguments and result are those of `ops.attention.attention`.
+
+    Args:
+      interpret: run the kernels in Pallas's interpreter, slowly, on any platform: True, or
+        `pltpu.InterpretParams`.
+    """
     rows, length, heads, head_dim = query.shape
-    # A group of many heads is worked on as several, and there is more than one wherever possible:
-    # chips with two cores give each its own.
+    # A group of more query heads than one step serves is split, with a copy of its keys for each part.
+    # There should be at least two parts: a chip with two cores gives each core its own.
     groups = key.shape[2]
     splits = _splits(groups, heads // groups)
     key, value = (jnp.repeat(x, splits, axis=2) for x in (key, value))
@@ -76,8 +82,13 @@ def splash_attention(
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Tokens of a block of queries and of a block of keys, which is a multiple of it, and of a row,
-    padded to whole blocks."""
+    """How rows are cut into blocks.
+
+    Attributes:
+      query: tokens of a block of queries.
+      key: tokens of a block of keys, a multiple of `query`.
+      length: tokens of a row, padded to whole blocks.
+    """
 
     query: int
     key: int
@@ -85,9 +96,9 @@ class Blocks:
 
     @classmethod
     def of(cls, length: int) -> Blocks:
-        """For rows of this many tokens."""
+        """The blocks for rows of `length` tokens."""
         padded = -(-length // LANES) * LANES
-        key = padded if padded <= LONGEST_SINGLE_BLOCK else KEY_BLOCK
+        key = padded if padded <= MAX_SINGLE_BLOCK else KEY_BLOCK
         query = QUERY_BLOCK if key % QUERY_BLOCK == 0 else LANES
         return cls(query, key, -(-length // key) * key)
 
@@ -98,23 +109,24 @@ class Blocks:
 
     @property
     def keys(self) -> int:
+        """Blocks of keys in a row."""
         return self.length // self.key
 
 
 def _splits(groups: int, repeats: int) -> int:
-    """How many groups to make of each, so that none has more than MOST_HEADS query heads."""
-    fits = [n for n in range(1, repeats + 1) if repeats % n == 0 and repeats // n <= MOST_HEADS]
+    """Into how many parts to split each group, so that a part has at most MAX_HEADS query heads."""
+    fits = [n for n in range(1, repeats + 1) if repeats % n == 0 and repeats // n <= MAX_HEADS]
     return next((n for n in fits if groups * n > 1), fits[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Which heads a step of the kernels serves.
+    """How heads are distributed over the steps of a kernel.
 
     Attributes:
-      repeats: query heads that share keys, a group.
-      at_once: groups of one step.
-      chunks: steps that all groups need.
+      repeats: query heads of a group, which share its keys.
+      at_once: groups that one step serves.
+      chunks: steps that serve all groups once.
     """
 
     repeats: int
@@ -123,60 +135,67 @@ class Heads:
 
     @classmethod
     def of(cls, repeats: int, groups: int) -> Heads:
-        """As many groups at once as leave two chunks, up to half of MOST_HEADS: groups of one head
-        bring keys for each."""
-        sizes = [n for n in range(1, groups) if groups % n == 0 and n * repeats <= MOST_HEADS // 2]
+        """The largest `at_once` that leaves two chunks and serves at most half of MAX_HEADS query heads.
+
+        The other half is room for keys: with one head to a group, each head brings its own.
+        """
+        sizes = [n for n in range(1, groups) if groups % n == 0 and n * repeats <= MAX_HEADS // 2]
         at_once = max(sizes, default=1)
         return cls(repeats, at_once, groups // at_once)
 
     @property
     def queries(self) -> int:
-        """Query heads of one step."""
+        """Query heads that one step serves."""
         return self.at_once * self.repeats
 
 
 class Plan(NamedTuple):
-    """The pairs of blocks to visit, query block by query block, with ascending key blocks.
+    """The pairs of blocks to visit: query block by query block, each with ascending key blocks.
 
-    P pairs at most, in R rows of T tokens.
+    The tables have room for all pairs that `max_segment_length` allows. Entries from `count` on hold no
+    meaning.
 
     Attributes:
-      count: int32 scalar: the pairs that are.
-      row, query, key: int32 [P], the blocks of a pair: numbers in their row.
-      slot: int32 [P], where the gradients of the key block are summed up.
-      first, last: int32 [P], 1 where the visits of its query block begin, end; in `last` 2 instead
-        where results must not be used (`plan_visits`).
-      key_first, key_last: int32 [P], 1 for the first and last visit of its key block.
-      done_row, done_key: int32 [P], the key block whose last visit is the next to come.
-      ids: int32 [R, T], of the tokens.
+      count: int32 scalar, pairs to visit.
+      row, query, key: int32 [visits], the row of a pair and the numbers of its blocks in that row.
+      slot: int32 [visits], the slot of scratch memory that sums the gradients of the key block.
+      first: int32 [visits], 1 where the visits of a query block begin.
+      last: int32 [visits], 1 where the visits of a query block end; 2 there if its results are to be
+        NaN, because a segment is longer than `max_segment_length`.
+      key_first, key_last: int32 [visits], 1 for the first and the last visit of a key block.
+      done_row, done_key: int32 [visits], the row and number of the key block that is the next to be
+        visited for the last time.
+      ids: int32 [R, T], the segments of tokens, with segments of their own for unused tokens.
     """
 
-    count: jax.Array
-    row: jax.Array
-    query: jax.Array
-    key: jax.Array
-    slot: jax.Array
-    first: jax.Array
-    last: jax.Array
-    key_first: jax.Array
-    key_last: jax.Array
-    done_row: jax.Array
-    done_key: jax.Array
-    ids: jax.Array
+    count: Int32[Array, ""]
+    row: Int32[Array, " visits"]
+    query: Int32[Array, " visits"]
+    key: Int32[Array, " visits"]
+    slot: Int32[Array, " visits"]
+    first: Int32[Array, " visits"]
+    last: Int32[Array, " visits"]
+    key_first: Int32[Array, " visits"]
+    key_last: Int32[Array, " visits"]
+    done_row: Int32[Array, " visits"]
+    done_key: Int32[Array, " visits"]
+    ids: Int32[Array, "R T"]
 
 
 def plan_visits(
-    segment_ids: jax.Array, *, causal: bool, max_segment_length: int | None = None
+    segment_ids: Int[Array, "R T"], *, causal: bool, max_segment_length: int | None = None
 ) -> Plan:
-    """Which pairs of blocks hold any score that the mask leaves.
+    """Lists the pairs of blocks that hold a visible score.
 
-    Blocks are compared by their lowest and highest ids, so segments in no order are safe, and
-    ascending ones (as packed) lose nothing. Unused tokens see those of their own block of keys.
+    Two blocks are compared by their lowest and highest segment ids. So segments in any order are safe,
+    and for segments that ascend along a row (as packing leaves them) no pair is listed in vain. Unused
+    tokens see the unused tokens of their own block of keys, and no others.
 
     Args:
       segment_ids: int32 [R, T], 0 for unused tokens.
-      max_segment_length: no segment has more tokens, and they ascend; None: no more than a row. With others all
-        results are NaN, as there was no room for them.
+      causal: whether a token sees none of the tokens after it.
+      max_segment_length: tokens of the longest segment; segments must then ascend. None: of a row. If a
+        longer segment occurs, the output is NaN: scratch memory is sized for `max_segment_length`.
     """
     rows, length = segment_ids.shape
     blocks = Blocks.of(length)
@@ -191,7 +210,7 @@ def plan_visits(
     )
     too_long = jnp.any(needed & ~within)
 
-    # Those needed move to the front, in their order.
+    # The needed pairs move to the front and keep their order.
     pairs, needed = pairs[within], needed[np.flatnonzero(within)]
     order = jnp.nonzero(needed, size=len(pairs), fill_value=0)[0]
     count = jnp.sum(needed, dtype=jnp.int32)
@@ -226,8 +245,11 @@ def plan_visits(
 def _candidates(
     rows: int, blocks: Blocks, causal: bool, max_segment_length: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs [P, 2] of blocks of a row (that the causal mask leaves), query by query, and which of
-    them [P] segments of at most `max_segment_length` tokens can need."""
+    """Pairs of blocks [pairs, 2] in which a query can see a key, by their numbers in the device's rows.
+
+    Also returns bool [pairs]: whether two tokens of a segment of `max_segment_length` tokens can lie in
+    the two blocks.
+    """
     query = np.arange(blocks.queries)[:, None] * blocks.query
     key = np.arange(blocks.keys) * blocks.key
     last_query, last_key = query + blocks.query - 1, key + blocks.key - 1
@@ -241,8 +263,11 @@ def _candidates(
 
 @functools.lru_cache(maxsize=64)
 def _slots(rows: int, blocks: Blocks, causal: bool, max_segment_length: int | None) -> int:
-    """Key blocks whose gradients are unfinished at the same time, at most: from the first to the last
-    of them, as a block has the slot of its number modulo this."""
+    """Slots for the gradients of key blocks: the most that are needed at the same time.
+
+    The slot of a key block is its number modulo the number of slots. So at any visit, the unfinished key
+    blocks must lie within a run of this many.
+    """
     pairs, within = _candidates(rows, blocks, causal, max_segment_length)
     key = pairs[within, 1]
     highest = np.maximum.accumulate(key)
@@ -253,7 +278,15 @@ def _slots(rows: int, blocks: Blocks, causal: bool, max_segment_length: int | No
 def visited_scores(
     segment_ids: np.ndarray, *, causal: bool, max_segment_length: int | None = None
 ) -> np.ndarray:
-    """Scores of one head that the kernels compute for rows [..., R, T] of a device: [...]."""
+    """Counts the scores of one head that the kernels compute.
+
+    Args:
+      segment_ids: int32 [..., R, T], the rows of one device in the last two axes.
+      causal, max_segment_length: as for `plan_visits`.
+
+    Returns:
+      float64 [...], scores of a device's rows, those of visited blocks that are masked included.
+    """
     blocks = Blocks.of(segment_ids.shape[-1])
 
     @jax.jit
@@ -267,7 +300,7 @@ def visited_scores(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the kernels are compiled for; `slots` as of `_slots`."""
+    """The constants that a kernel is compiled with; `slots` are those of `_slots`."""
 
     blocks: Blocks
     heads: Heads
@@ -277,17 +310,18 @@ class Settings:
     interpret: Any
 
     @property
-    def kind(self) -> str:
+    def mask(self) -> str:
+        """The part of the kernels' names that says the mask."""
         return "causal" if self.causal else "full"
 
     def block_spec(self, table: str, heads: int, head_dim: int) -> pl.BlockSpec:
-        """Of an array [R, heads of all chunks, T, D], the block of tokens that this table names."""
+        """For an array [R, heads of all chunks, T, E]: the block of tokens that a table of the plan names."""
         row, block = _table("done_row" if table == "done_key" else "row"), _table(table)
         shape = (None, heads, getattr(self.blocks, table.removeprefix("done_")), head_dim)
         return pl.BlockSpec(shape, lambda c, v, *tables: (tables[row][v], c, tables[block][v], 0))
 
     def id_specs(self, column: str, row: str) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-        """Of ids [R, T, LANES] and [R, 1, T], the blocks that these tables name."""
+        """For ids [R, T, LANES] and [R, 1, T]: the blocks that the tables `column` and `row` name."""
         rows, of_column, of_row = _table("row"), _table(column), _table(row)
         return (
             pl.BlockSpec(
@@ -301,7 +335,7 @@ class Settings:
         )
 
     def statistics_spec(self) -> pl.BlockSpec:
-        """Of [R, chunks, heads of one, T], the numbers of the block of queries."""
+        """For statistics [R, chunks, heads of one chunk, T]: those of the visited block of queries."""
         rows, block = _table("row"), _table("query")
         return pl.BlockSpec(
             (None, None, self.heads.queries, self.blocks.query),
@@ -310,16 +344,21 @@ class Settings:
 
 
 def _table(name: str) -> int:
-    """The place of a table among those the kernels get."""
+    """The index of a table among the scalar arguments of the kernels."""
     return Plan._fields.index(name) - 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    settings: Settings, query: jax.Array, key: jax.Array, value: jax.Array, plan: Plan
-) -> jax.Array:
-    """Queries [R, H, T, D] and keys and values [R, G, T, D] to results [R, H, T, D]."""
+def _attend_without_rule(
+    settings: Settings,
+    query: Float[Array, "R H T E"],
+    key: Float[Array, "R J T E"],
+    value: Float[Array, "R J T E"],
+    plan: Plan,
+) -> Float[Array, "R H T E"]:
     return _forward(settings, query, key, value, plan)[0]
+
+
+_attend = jax.custom_vjp(_attend_without_rule, nondiff_argnums=(0,))
 
 
 def _attend_forward(settings, query, key, value, plan):
@@ -329,16 +368,21 @@ def _attend_forward(settings, query, key, value, plan):
 
 
 def _attend_backward(settings, residuals, cotangent):
-    return *_backward(settings, *residuals, cotangent), None
+    query, key, value, plan, out, log_sum = residuals
+    return *_backward(settings, query, key, value, plan, out, log_sum, cotangent), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward(
-    settings: Settings, query: jax.Array, key: jax.Array, value: jax.Array, plan: Plan
-) -> tuple[jax.Array, jax.Array]:
-    """Results [R, H, T, D] and log2 of the softmax's sums, float32 [R, chunks, heads of one, T]."""
+    settings: Settings,
+    query: Float[Array, "R H T E"],
+    key: Float[Array, "R J T E"],
+    value: Float[Array, "R J T E"],
+    plan: Plan,
+) -> tuple[Float[Array, "R H T E"], Float32[Array, "R chunks heads T"]]:
+    """The results, and log2 of the softmax's denominators."""
     blocks, heads = settings.blocks, settings.heads
     head_dim = query.shape[-1]
     tables = plan[1:-1]
@@ -357,7 +401,7 @@ def _forward(
             pltpu.VMEM((blocks.query, blocks.key), jnp.float32),
         ],
     )
-    return pl.pallas_call(
+    out, log_sum = pl.pallas_call(
         functools.partial(_forward_kernel, settings),
         grid_spec=grid,
         out_shape=[
@@ -367,9 +411,10 @@ def _forward(
             ),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        name=f"splash_{settings.kind}_fwd",
+        name=f"splash_{settings.mask}_fwd",
         interpret=settings.interpret,
     )(*tables, *_columns_and_rows(plan.ids), query, key, value)
+    return out, log_sum
 
 
 def _forward_kernel(
@@ -396,7 +441,11 @@ def _forward_kernel(
     weighted,
     bias,
 ):
-    """One pair of blocks: scores [queries, keys], with a running maximum and sum for each query."""
+    """Visits one pair of blocks: scores [queries, keys], a running maximum and sum for each query.
+
+    A query that has seen no key yet has the maximum MASKED, and each masked key adds a weight of 1 to its
+    sums. These sums are multiplied by 0 at its first visible key. Every query has one: itself.
+    """
     visit = pl.program_id(1)
     blocks, heads = settings.blocks, settings.heads
     head_dim = query.shape[-1]
@@ -414,7 +463,7 @@ def _forward_kernel(
         shape = (blocks.query, blocks.key)
         position = lax.broadcasted_iota(jnp.int32, shape, 0) + ahead
         visible &= position >= lax.broadcasted_iota(jnp.int32, shape, 1)
-    # Made once for all heads.
+    # One mask serves all heads.
     bias[...] = jnp.where(visible, 0.0, MASKED)
 
     for head in range(heads.queries):
@@ -422,8 +471,6 @@ def _forward_kernel(
         scores = _product(query[head], key[group], (1, 1)) + bias[...]
         before = highest[head]
         now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
-        # A query with nothing to see yet has a highest score of MASKED and sums up ones; these are
-        # multiplied by 0 once it sees something, at the latest itself.
         weights = jnp.exp2((scores - _widen(now, blocks.key)) * to_log2)
         decay = jnp.exp2((before - now) * to_log2)
         total[head] = decay * total[head] + jnp.sum(weights, axis=1, keepdims=True)
@@ -435,24 +482,24 @@ def _forward_kernel(
     def _():
         tops = _by_lane([highest[head] for head in range(heads.queries)])
         totals = _by_lane([total[head] for head in range(heads.queries)])
-        # Of the 128 lanes of each query only as many as there are heads mean something.
+        # Lane h of a query is head h. The lanes after the last head are dropped.
         log_sum[...] = jnp.transpose(tops * to_log2 + jnp.log2(totals))[: heads.queries]
-        factors = jnp.where(last[visit] == 1, 1.0, jnp.nan) / totals
+        inverse = jnp.where(last[visit] == 1, 1.0, jnp.nan) / totals
         for head in range(heads.queries):
-            out[head] = (weighted[head] * factors[:, head : head + 1]).astype(out.dtype)
+            out[head] = (weighted[head] * inverse[:, head : head + 1]).astype(out.dtype)
 
 
 def _backward(
     settings: Settings,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "R H T E"],
+    key: Float[Array, "R J T E"],
+    value: Float[Array, "R J T E"],
     plan: Plan,
-    out: jax.Array,
-    log_sum: jax.Array,
-    cotangent: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of queries, keys and values."""
+    out: Float[Array, "R H T E"],
+    log_sum: Float32[Array, "R chunks heads T"],
+    cotangent: Float[Array, "R H T E"],
+) -> tuple[Float[Array, "R H T E"], Float[Array, "R J T E"], Float[Array, "R J T E"]]:
+    """The gradients of queries, keys and values."""
     blocks, heads = settings.blocks, settings.heads
     head_dim = query.shape[-1]
     tables = plan[1:-1]
@@ -481,14 +528,15 @@ def _backward(
             pltpu.VMEM((blocks.key, blocks.query), jnp.float32),
         ],
     )
-    return pl.pallas_call(
+    gradients = pl.pallas_call(
         functools.partial(_backward_kernel, settings),
         grid_spec=grid,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        name=f"splash_{settings.kind}_bwd",
+        name=f"splash_{settings.mask}_bwd",
         interpret=settings.interpret,
     )(*tables, *_columns_and_rows(plan.ids), query, key, value, cotangent, out, log_sum)
+    return tuple(gradients)
 
 
 def _backward_kernel(
@@ -520,10 +568,10 @@ def _backward_kernel(
     value_sums,
     bias,
 ):
-    """One pair of blocks: scores [keys, queries], as most of the products need them.
+    """Visits one pair of blocks: scores [keys, queries], the order that most of the products need.
 
-    Gradients of the query block are summed over its visits, which follow each other; those of key
-    blocks in the slots of `key_sums` and `value_sums`, until the last visit of each.
+    The visits of a query block follow each other, so one buffer sums its gradient. The visits of a key
+    block do not: its gradients are summed in a slot of `key_sums` and `value_sums` until its last visit.
     """
     visit = pl.program_id(1)
     blocks, heads = settings.blocks, settings.heads
@@ -574,8 +622,8 @@ def _backward_kernel(
 
 
 def _product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """Matrix product over an axis of each, summed in float32."""
-    # float32 must not be rounded to bfloat16 on its way.
+    """The matrix product over one axis of `a` and one of `b`, summed in float32."""
+    # By default the matrix units would round float32 factors to bfloat16.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
     return lax.dot_general(
@@ -584,15 +632,17 @@ def _product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Arr
 
 
 def _widen(x: jax.Array, width: int) -> jax.Array:
-    """[rows, LANES] with equal lanes -> [rows, width]."""
+    """Widens [rows, LANES], equal in all lanes, to [rows, width]."""
     copies = -(-width // LANES)
     x = x if copies == 1 else jnp.concatenate([x] * copies, axis=1)
     return x[:, :width]
 
 
 def _by_lane(columns: list[jax.Array]) -> jax.Array:
-    """Column n of values, [rows, 1] or [rows, LANES] with equal lanes, in lane n: [rows, LANES]. The
-    last also fills the lanes that are left."""
+    """Puts column n into lane n: [rows, LANES]. The last column also fills the lanes after it.
+
+    A column is [rows, 1], or [rows, LANES] with the same value in all lanes.
+    """
     lane = lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], LANES), 1)
     together = jnp.broadcast_to(columns[-1], lane.shape)
     for n, column in enumerate(columns[:-1]):
@@ -600,6 +650,8 @@ def _by_lane(columns: list[jax.Array]) -> jax.Array:
     return together
 
 
-def _columns_and_rows(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int32 [R, T] as [R, T, LANES] and as [R, 1, T], to be compared without moving anything."""
+def _columns_and_rows(
+    ids: Int32[Array, "R T"],
+) -> tuple[Int32[Array, "R T lanes"], Int32[Array, "R 1 T"]]:
+    """Ids down the rows of registers, and ids along their lanes: a comparison then moves no data."""
     return jnp.broadcast_to(ids[..., None], (*ids.shape, LANES)), ids[:, None]

@@ -154,7 +154,7 @@ def test_splash_serves_any_number_of_heads(heads, groups, short_blocks):
     chosen = tpu_attention.Heads.of(heads // (groups * splits), groups * splits)
     assert chosen.queries * chosen.chunks == heads
     assert chosen.chunks > 1
-    assert chosen.queries <= tpu_attention.MOST_HEADS
+    assert chosen.queries <= tpu_attention.MAX_HEADS
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def short_blocks(monkeypatch):
     """So that a short row has many."""
     monkeypatch.setattr(tpu_attention, "QUERY_BLOCK", LANES)
     monkeypatch.setattr(tpu_attention, "KEY_BLOCK", 2 * LANES)
-    monkeypatch.setattr(tpu_attention, "LONGEST_SINGLE_BLOCK", LANES)
+    monkeypatch.setattr(tpu_attention, "MAX_SINGLE_BLOCK", LANES)
 
 
 @pytest.mark.parametrize(("length", "max_segment_length"), [(1200, 350), (1280, None)])
@@ -281,7 +281,7 @@ def test_plan_visits_what_is_visible_and_keeps_gradients_apart(
         patch.setattr(tpu_attention, "LANES", 1)
         patch.setattr(tpu_attention, "QUERY_BLOCK", query_block)
         patch.setattr(tpu_attention, "KEY_BLOCK", key_block)
-        patch.setattr(tpu_attention, "LONGEST_SINGLE_BLOCK", 0)
+        patch.setattr(tpu_attention, "MAX_SINGLE_BLOCK", 0)
         plan = compiled_plan(blocks, causal, max_segment_length)(ids)
         slots = tpu_attention._slots(2, Blocks.of(48), causal, max_segment_length)
     plan = jax.tree.map(np.asarray, plan)
@@ -341,7 +341,7 @@ def test_triton_reads_every_block_with_a_visible_score(seed, in_order, causal, t
     if not in_order:
         ids = rng.permuted(ids, axis=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_attention, "SMALLEST", 4)
+        patch.setattr(gpu_attention, "MIN_DOT_SIZE", 4)
         tile = gpu_attention.Tile(*tile, 1, 1)
         needed = gpu_attention._needed(
             gpu_attention._distinct(jnp.asarray(ids)), tile, causal=causal
