@@ -27,6 +27,7 @@ from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf
+from llave_jax.weights.tokenizer_files import copy_tokenizer_files
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 SIZES = {
@@ -79,7 +80,7 @@ def random_model(size: str, seed: int = 0):
 def save(model, directory: Path, **options) -> Path:
     """`model.save_pretrained` and a tokenizer."""
     model.save_pretrained(directory, **options)
-    model_dir.copy_tokenizer(GOLDEN / "checkpoint", directory)
+    copy_tokenizer_files(GOLDEN / "checkpoint", directory)
     return directory
 
 

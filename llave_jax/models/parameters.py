@@ -22,7 +22,7 @@ class Weight:
     """One row of the table.
 
     Attributes:
-      path: in our parameter tree, joined by "/". None for a weight that checkpoints have and the
+      path: in our parameter tree, joined by "/". Empty for a weight that checkpoints have and the
         embedding model does not use: conversion carries it along.
       hf_name: in Hugging Face checkpoints. `{text}` and the like stand for a layout's prefixes
         (`weights.hf_names.LAYOUTS`), `{n}` for the layer.
@@ -37,7 +37,7 @@ class Weight:
       decay: weight decay applies.
     """
 
-    path: str | None
+    path: str
     hf_name: str
     shape: str
     axes: tuple[str | None, ...] = ()
@@ -55,12 +55,12 @@ class Weight:
         return "vision" if "{vision}" in self.hf_name else "text"
 
 
-def _vector(path: str | None, hf_name: str, shape: str) -> Weight:
+def _vector(path: str, hf_name: str, shape: str) -> Weight:
     """A vector of a model's width: small, whole on every device, without weight decay."""
     return Weight(path, hf_name, shape, (None,))
 
 
-def _layer_norm(path: str | None, hf_name: str) -> list[Weight]:
+def _layer_norm(path: str, hf_name: str) -> list[Weight]:
     return [
         _vector(path and f"{path}/scale", f"{hf_name}.weight", "v_width"),
         _vector(path and f"{path}/bias", f"{hf_name}.bias", "v_width"),
@@ -68,7 +68,7 @@ def _layer_norm(path: str | None, hf_name: str) -> list[Weight]:
 
 
 def _linear(
-    path: str | None,
+    path: str,
     hf_name: str,
     shape: str,
     inputs: tuple[str | None, ...] = (),
@@ -169,14 +169,14 @@ def _carried(hf_name: str) -> list[Weight]:
     """The end of a SigLIP tower, which LLaVE does not run."""
     head = f"{hf_name}.head"
     return [
-        *_layer_norm(None, f"{hf_name}.post_layernorm"),
-        Weight(None, f"{head}.probe", "1 1 v_width"),
-        Weight(None, f"{head}.attention.in_proj_weight", "3*v_width v_width"),
-        Weight(None, f"{head}.attention.in_proj_bias", "3*v_width"),
-        *_linear(None, f"{head}.attention.out_proj", "v_width v_width"),
-        *_layer_norm(None, f"{head}.layernorm"),
-        *_linear(None, f"{head}.mlp.fc1", "v_width v_mlp"),
-        *_linear(None, f"{head}.mlp.fc2", "v_mlp v_width"),
+        *_layer_norm("", f"{hf_name}.post_layernorm"),
+        Weight("", f"{head}.probe", "1 1 v_width"),
+        Weight("", f"{head}.attention.in_proj_weight", "3*v_width v_width"),
+        Weight("", f"{head}.attention.in_proj_bias", "3*v_width"),
+        *_linear("", f"{head}.attention.out_proj", "v_width v_width"),
+        *_layer_norm("", f"{head}.layernorm"),
+        *_linear("", f"{head}.mlp.fc1", "v_width v_mlp"),
+        *_linear("", f"{head}.mlp.fc2", "v_mlp v_width"),
     ]
 
 
@@ -202,7 +202,7 @@ POSITION_EMBEDDING = Weight(
     (None, None),
     decay=True,
 )
-LM_HEAD = Weight(None, "{lm_head}.weight", "vocab width")
+LM_HEAD = Weight("", "{lm_head}.weight", "vocab width")
 
 WEIGHTS: tuple[Weight, ...] = (
     EMBEDDING,
@@ -224,7 +224,7 @@ WEIGHTS: tuple[Weight, ...] = (
 
 @functools.cache
 def _by_path() -> dict[str, Weight]:
-    return {weight.path: weight for weight in WEIGHTS if weight.path is not None}
+    return {weight.path: weight for weight in WEIGHTS if weight.path}
 
 
 def weight_at(path: str) -> Weight:

@@ -18,6 +18,7 @@ from llave_jax.training import resume
 from llave_jax.training.checkpoint import BEST
 from llave_jax.weights import model_dir
 from llave_jax.weights.run_params import has_checkpoint
+from llave_jax.weights.tokenizer_files import same_tokenizer_files
 
 CONFIG = "config.json"
 MODEL = "model"
@@ -89,7 +90,7 @@ def _check_same_model(
     tokenizer = tokenizer_path
     if config.model.path is not None:
         tokenizer = model_dir.locate(config.model.path) / model_dir.TOKENIZER
-    if tokenizer is None or not model_dir.same_tokenizer(tokenizer, kept / model_dir.TOKENIZER):
+    if tokenizer is None or not same_tokenizer_files(tokenizer, kept / model_dir.TOKENIZER):
         raise ValueError(
             f"{kept} has the tokenizer of the run; {tokenizer} is another. Use another --workdir, or "
             "the tokenizer the run began with"

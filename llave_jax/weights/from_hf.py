@@ -1,7 +1,8 @@
 """Hugging Face directory -> model directory, tensor by tensor.
 
-Reads safetensors only (nothing is ever unpickled), checks every name, shape and dtype against the
-table of weights before it writes anything, and keeps whatever is needed to write the same files back.
+Reads safetensors only; nothing is ever unpickled. Every name, shape and dtype is checked against the
+table of weights before anything is written. The model directory keeps what is needed to write the
+same files again (`to_hf`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from typing import NoReturn
 
 from llave_jax.common.files import staged_directory
 from llave_jax.common.progress import Progress
@@ -21,7 +23,9 @@ from llave_jax.inputs.chat import IMAGE_MARKER
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.parameters import EMBEDDING, LM_HEAD, parameter_shapes
 from llave_jax.weights import hf_config, hf_names, model_dir
-from llave_jax.weights.hf_names import Match
+from llave_jax.weights.hf_names import HfTensor
+from llave_jax.weights.hf_processor import check_image_processor
+from llave_jax.weights.json_files import read_json
 from llave_jax.weights.safetensors_io import (
     DTYPE_NAMES,
     CheckpointError,
@@ -29,12 +33,12 @@ from llave_jax.weights.safetensors_io import (
     SafetensorsWriter,
     encode_header,
 )
-from llave_jax.weights.special_tokens import token_ids
+from llave_jax.weights.tokenizer_files import check_tokenizer_files, copy_tokenizer_files, token_ids
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-# The same weights in other formats, optimiser states and the like: large, and never read.
+# Files that are large and never read: the weights in other formats, optimiser states and the like.
 _OTHER_WEIGHTS = re.compile(
     r"pytorch_model.*|.*\.(safetensors|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data)"
 )
@@ -66,13 +70,13 @@ class Plan:
 
     Attributes:
       parameters: path of ours -> Hugging Face names, one a layer (one in all if not stacked).
-      matches: Hugging Face name -> its row of the table.
-      carried: names to keep as they are.
-      tied: names that hold the same bytes as the token embedding.
+      tensors: Hugging Face name -> the tensor.
+      carried: names of tensors to keep as they are.
+      tied: names of tensors with the same bytes as the token embedding.
     """
 
     parameters: dict[str, list[str]]
-    matches: dict[str, Match]
+    tensors: dict[str, HfTensor]
     carried: list[str]
     tied: list[str]
 
@@ -107,8 +111,8 @@ def convert_from_hf(
         source, weights.shapes(), Path(vision_config) if vision_config else None
     )
     if model.layout == "onevision":
-        hf_config.check_image_processor(source)
-    model_dir.check_tokenizer_files(source)
+        check_image_processor(source)
+    check_tokenizer_files(source)
     plan = make_plan(weights, model)
     _warn_of_tokens_without_embedding(source, model.config)
     model_dir.check_output(output, overwrite=overwrite, keep=source)
@@ -118,7 +122,7 @@ def convert_from_hf(
             _write_carried(staged / model_dir.CARRIED, weights, plan.carried)
         _copy_source_files(source, staged / model_dir.SOURCE, weights)
         _write_layout(staged / model_dir.LAYOUT, weights, model.layout, plan.tied)
-        model_dir.copy_tokenizer(source, staged / model_dir.TOKENIZER)
+        copy_tokenizer_files(source, staged / model_dir.TOKENIZER)
         model_dir.write_config(staged, model.config)
     return model.config
 
@@ -134,7 +138,7 @@ def open_weights(directory: Path) -> HfWeights:
     index, single = directory / INDEX_FILE, directory / SINGLE_FILE
     present = {path.name for path in directory.glob("*.safetensors")}
     if index.is_file():
-        weight_map = hf_config.read_json(index).get("weight_map", {})
+        weight_map = read_json(index).get("weight_map", {})
         expected = set(weight_map.values())
     elif single.is_file():
         weight_map, expected = None, {SINGLE_FILE}
@@ -168,7 +172,7 @@ def open_weights(directory: Path) -> HfWeights:
     return HfWeights(files, owner)
 
 
-def _refuse_without_safetensors(directory: Path) -> None:
+def _refuse_without_safetensors(directory: Path) -> NoReturn:
     pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if not pickled:
         raise CheckpointError(
@@ -176,43 +180,48 @@ def _refuse_without_safetensors(directory: Path) -> None:
         )
     raise CheckpointError(
         f"{directory}: only pickled weights ({', '.join(pickled[:3])}), which can run code when "
-        "read and are refused. Save them as safetensors with the code that wrote them, where you "
-        "trust them: model = ModelClass.from_pretrained(DIR); "
+        "read and are refused. If you trust them, save them as safetensors with the code that wrote "
+        "them: model = ModelClass.from_pretrained(DIR); "
         "model.save_pretrained(NEW_DIR, safe_serialization=True)"
     )
 
 
 def make_plan(weights: HfWeights, model: hf_config.HfModel) -> Plan:
-    """Give every tensor its place, or say everything that is wrong with them.
+    """Decide for each tensor of a checkpoint where it goes.
+
+    Args:
+      weights: the checkpoint's files.
+      model: what its configuration says.
 
     Raises:
-      CheckpointError
+      CheckpointError: naming all tensors that are surplus, doubled, missing or of a wrong shape, and
+        parameters whose layers differ in dtype.
     """
     problems: list[str] = []
-    matches: dict[str, Match] = {}
-    holders: dict[Match, str] = {}
+    tensors: dict[str, HfTensor] = {}
+    names: dict[HfTensor, str] = {}
     for name, shape in weights.shapes().items():
-        hit = hf_names.match(name, model.layout)
-        if hit is None or not _within(hit, model):
+        tensor = hf_names.find_tensor(name, model.layout)
+        if tensor is None or not _within(tensor, model):
             problems.append(f"surplus: {name} {list(shape)} is not part of the model")
             continue
-        if hit in holders:
-            problems.append(f"double: {holders[hit]} and {name} are the same tensor of the model")
+        if tensor in names:
+            problems.append(f"double: {names[tensor]} and {name} are the same tensor of the model")
             continue
-        expected = hf_names.hf_shape(hit.weight, model.config)
+        expected = hf_names.hf_shape(tensor.weight, model.config)
         if shape != expected:
             problems.append(f"shape: {name} is {list(shape)}; expected {list(expected)}")
-        holders[hit] = name
-        matches[name] = hit
+        names[tensor] = name
+        tensors[name] = tensor
     problems += [
-        f"missing: {hf_names.hf_name(hit, model.layout)} {list(hf_names.hf_shape(hit.weight, model.config))}"
-        for hit in hf_names.parameter_matches(model.config)
-        if hit not in holders
+        f"missing: {hf_names.hf_name(tensor, model.layout)} {list(hf_names.hf_shape(tensor.weight, model.config))}"
+        for tensor in hf_names.parameter_tensors(model.config)
+        if tensor not in names
     ]
     parameters: dict[str, list[str]] = defaultdict(list)
-    for hit in hf_names.parameter_matches(model.config):
-        if hit in holders:
-            parameters[hit.weight.path].append(holders[hit])
+    for tensor in hf_names.parameter_tensors(model.config):
+        if tensor in names:
+            parameters[tensor.weight.path].append(names[tensor])
     problems += _mixed_dtypes(weights, parameters)
     if problems:
         listed = problems[:_MAX_LISTED]
@@ -220,14 +229,17 @@ def make_plan(weights: HfWeights, model: hf_config.HfModel) -> Plan:
             listed.append(f"and {len(problems) - len(listed)} more")
         raise CheckpointError("the weights do not fit the configuration:\n  " + "\n  ".join(listed))
     used = {name for group in parameters.values() for name in group}
-    carried = [name for name in matches if name not in used]
-    tied = _tied_heads(weights, holders)
-    return Plan(dict(parameters), matches, [name for name in carried if name not in tied], tied)
+    carried = [name for name in tensors if name not in used]
+    tied = _tied_heads(weights, names)
+    return Plan(dict(parameters), tensors, [name for name in carried if name not in tied], tied)
 
 
 def _warn_of_tokens_without_embedding(source: Path, config: LlaveConfig) -> None:
-    """Resized checkpoints can have fewer rows than the tokenizer has tokens. It is no fault until
-    such a token occurs; `<image>` never does, visual tokens take its place."""
+    """A resized checkpoint can have fewer embedding rows than its tokenizer has tokens.
+
+    That is harmless until such a token occurs in a text. `<image>` never reaches the embedding: visual
+    tokens take its place.
+    """
     ids, rows = token_ids(source), config.text.vocab_size
     beyond = sorted((number, token) for token, number in ids.items() if number >= rows)
     beyond = [(number, token) for number, token in beyond if token != IMAGE_MARKER]
@@ -240,33 +252,34 @@ def _warn_of_tokens_without_embedding(source: Path, config: LlaveConfig) -> None
         )
 
 
-def _within(hit: Match, model: hf_config.HfModel) -> bool:
-    """Whether the layer of a match exists; the tower's last ones exist, though they do not run."""
-    if hit.layer is None:
+def _within(tensor: HfTensor, model: hf_config.HfModel) -> bool:
+    """Whether a tensor's layer exists. The tower's last layers exist, although they do not run."""
+    if tensor.layer is None:
         return True
-    if hit.weight.tower == "vision":
-        return hit.layer < model.tower_layers
-    return hit.layer < model.config.text.num_layers
+    if tensor.weight.tower == "vision":
+        return tensor.layer < model.tower_layers
+    return tensor.layer < model.config.text.num_layers
 
 
 def _mixed_dtypes(weights: HfWeights, parameters: dict[str, list[str]]) -> list[str]:
+    """What is wrong with parameters whose layers differ in dtype: stacked, they have one."""
     problems = []
     for path, group in parameters.items():
         by_dtype: dict[str, str] = {}
         for name in group:
             by_dtype.setdefault(DTYPE_NAMES[weights.owner[name].tensors[name].dtype], name)
         if len(by_dtype) > 1:
-            kinds = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
-            problems.append(f"dtype: the layers of {path} must share one dtype, but {kinds}")
+            listed = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
+            problems.append(f"dtype: the layers of {path} must share one dtype, but {listed}")
     return problems
 
 
-def _tied_heads(weights: HfWeights, holders: dict[Match, str]) -> list[str]:
-    """A stored LM head with the bytes of the embedding need not be kept: it is the embedding."""
-    head = holders.get(Match(LM_HEAD))
+def _tied_heads(weights: HfWeights, names: dict[HfTensor, str]) -> list[str]:
+    """The LM head's name if it has the bytes of the embedding: then it need not be carried along."""
+    head = names.get(HfTensor(LM_HEAD))
     if head is None:
         return []
-    embedding = holders[Match(EMBEDDING)]
+    embedding = names[HfTensor(EMBEDDING)]
     head_file, embedding_file = weights.owner[head], weights.owner[embedding]
     if head_file.tensors[head].dtype != embedding_file.tensors[embedding].dtype:
         return []
@@ -287,11 +300,13 @@ def _write_parameters(
         SafetensorsWriter(path, header) as writer,
         Progress(total, "converting", unit="tensors", enabled=show_progress) as progress,
     ):
-        for name, hit in plan.matches.items():
-            if name not in plan.parameters.get(hit.weight.path, ()):
+        for name, tensor in plan.tensors.items():
+            if name not in plan.parameters.get(tensor.weight.path, ()):
                 continue
             array = weights.owner[name].read(name)
-            writer.write(hit.weight.path, hf_names.to_ours(hit.weight, array, config), hit.layer)
+            writer.write(
+                tensor.weight.path, hf_names.from_hf(tensor.weight, array, config), tensor.layer
+            )
             progress.update(1)
 
 
@@ -306,7 +321,7 @@ def _write_carried(path: Path, weights: HfWeights, carried: list[str]) -> None:
 
 
 def _copy_source_files(source: Path, target: Path, weights: HfWeights) -> None:
-    """All files that are not weights, as they are."""
+    """Copy all files that are not weights, as they are."""
     target.mkdir()
     taken = {file.path.name for file in weights.files}
     left_out = []
@@ -329,7 +344,7 @@ def _copy_source_files(source: Path, target: Path, weights: HfWeights) -> None:
 
 
 def _write_layout(path: Path, weights: HfWeights, layout: str, tied: list[str]) -> None:
-    """What, with the parameters, makes the weight files again byte for byte."""
+    """Write what makes the same weight files again, byte for byte, from the parameters."""
     values = {
         "layout": layout,
         "tied": tied,

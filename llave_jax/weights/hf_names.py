@@ -1,7 +1,7 @@
 """Tensor names and arrays of Hugging Face checkpoints to ours, and back.
 
-Which weights there are says the table, `llave_jax.models.parameters`. What differs between the two
-Hugging Face layouts are only the prefixes of the names: they are here.
+The table of weights (`llave_jax.models.parameters`) has a row for each weight, with its Hugging Face
+name. The two layouts differ only in the prefixes of the names, which are here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llave_jax.models.parameters import (
     weight_at,
 )
 
-# The prefixes of each layout. Where several are in use, the first is the one we write.
+# The prefixes of each layout. Several may be in use; we write the first.
 #   llave: the authors' code (LlavaQwenForCausalLM).
 #   onevision: transformers' LlavaOnevisionForConditionalGeneration. Checkpoints on the hub and
 #     those saved by transformers 4 have the first form; transformers 5 drops the inner
@@ -53,14 +53,14 @@ LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# Weights that a conversion treats by themselves.
+# Weights that the conversion singles out.
 POST_LAYERNORM = tuple(w for w in WEIGHTS if "{vision}.post_layernorm" in w.hf_name)
 VISION_FC1 = weight_at("vision_tower/layers/mlp/fc1/kernel")
 
 
 @dataclasses.dataclass(frozen=True)
-class Match:
-    """What a Hugging Face name stands for: a weight, and the layer if the weight has one."""
+class HfTensor:
+    """One tensor of a checkpoint: a row of the table, and the layer if there is one for each."""
 
     weight: Weight
     layer: int | None = None
@@ -68,6 +68,8 @@ class Match:
 
 @functools.cache
 def _patterns(layout: str) -> tuple[tuple[re.Pattern[str], Weight], ...]:
+    """What the names of each row's tensors match in a layout."""
+
     def pattern(weight: Weight) -> re.Pattern[str]:
         text = re.escape(weight.hf_name).replace(r"\{n\}", r"(?P<layer>0|[1-9]\d*)")
         for key, prefixes in LAYOUTS[layout].items():
@@ -78,37 +80,52 @@ def _patterns(layout: str) -> tuple[tuple[re.Pattern[str], Weight], ...]:
     return tuple((pattern(weight), weight) for weight in WEIGHTS)
 
 
-def match(name: str, layout: str) -> Match | None:
-    """Which row of the table a Hugging Face tensor name is; None if it is none."""
+def find_tensor(name: str, layout: str) -> HfTensor | None:
+    """The tensor that a checkpoint of a layout calls `name`; None if there is none.
+
+    Raises:
+      ValueError: several rows of the table have this name.
+    """
     found = []
     for pattern, weight in _patterns(layout):
-        if hit := pattern.fullmatch(name):
-            layer = hit.groupdict().get("layer")
-            found.append(Match(weight, None if layer is None else int(layer)))
+        if matched := pattern.fullmatch(name):
+            layer = matched.groupdict().get("layer")
+            found.append(HfTensor(weight, None if layer is None else int(layer)))
     if len(found) > 1:
-        rows = ", ".join(hit.weight.hf_name for hit in found)
+        rows = ", ".join(tensor.weight.hf_name for tensor in found)
         raise ValueError(f"tensor name {name} matches several rows of the table of weights: {rows}")
     return found[0] if found else None
 
 
 def layout_of(tensor_names: Iterable[str]) -> str | None:
-    """The layout that knows most of these tensor names; None if neither knows any."""
+    """The layout that has most of these tensor names; None if neither has any."""
     known = dict.fromkeys(LAYOUTS, 0)
     for name in tensor_names:
         for layout in LAYOUTS:
-            known[layout] += match(name, layout) is not None
+            known[layout] += find_tensor(name, layout) is not None
     best = max(known, key=known.__getitem__)
     return best if known[best] else None
 
 
-def hf_name(hit: Match, layout: str) -> str:
-    """The name we write for a row of the table in a layout."""
+def hf_name(tensor: HfTensor, layout: str) -> str:
+    """The name under which we write a tensor in a layout."""
     prefixes = {key: options[0] for key, options in LAYOUTS[layout].items()}
-    return hit.weight.hf_name.format(n=hit.layer, **prefixes)
+    return tensor.weight.hf_name.format(n=tensor.layer, **prefixes)
+
+
+def parameter_tensors(config: LlaveConfig) -> list[HfTensor]:
+    """All tensors that the parameters of a model are made of, in the table's order."""
+    tensors = []
+    for weight in WEIGHTS:
+        if weight.path:
+            layers = num_layers(weight, config)
+            numbers = [None] if layers is None else range(layers)
+            tensors += [HfTensor(weight, number) for number in numbers]
+    return tensors
 
 
 def hf_shape(weight: Weight, config: LlaveConfig) -> tuple[int, ...]:
-    """Their shape of a weight's tensor."""
+    """Shape of a weight's tensor in a checkpoint: of one layer, if there is one for each."""
     axes = axis_sizes(weight, config)
     if weight.transform == "patches":
         (rows, columns, channels), (width,) = axes
@@ -117,18 +134,15 @@ def hf_shape(weight: Weight, config: LlaveConfig) -> tuple[int, ...]:
     return tuple(reversed(merged)) if weight.transform == "transpose" else tuple(merged)
 
 
-def parameter_matches(config: LlaveConfig) -> list[Match]:
-    """All tensors a Hugging Face checkpoint needs for the parameter tree, in the table's order."""
-    hits = []
-    for weight in WEIGHTS:
-        if weight.path is not None:
-            layers = num_layers(weight, config)
-            hits += [Match(weight)] if layers is None else [Match(weight, n) for n in range(layers)]
-    return hits
+def from_hf(weight: Weight, array: np.ndarray, config: LlaveConfig) -> np.ndarray:
+    """A checkpoint's tensor as our parameter.
 
+    Args:
+      array: of `hf_shape`.
 
-def to_ours(weight: Weight, array: np.ndarray, config: LlaveConfig) -> np.ndarray:
-    """Their array of one tensor -> ours, without the layer axis."""
+    Returns:
+      The same numbers in `parameters.layer_shape`, without the layer axis.
+    """
     if weight.transform == "patches":
         array = array.transpose(2, 3, 1, 0)
     elif weight.transform == "transpose":
@@ -137,7 +151,7 @@ def to_ours(weight: Weight, array: np.ndarray, config: LlaveConfig) -> np.ndarra
 
 
 def to_hf(weight: Weight, array: np.ndarray, config: LlaveConfig) -> np.ndarray:
-    """Our array of one tensor, without the layer axis -> theirs."""
+    """Our parameter as a checkpoint's tensor: the inverse of `from_hf`."""
     shape = hf_shape(weight, config)
     if weight.transform == "patches":
         width, channels, rows, columns = shape

@@ -24,12 +24,14 @@ import numpy as np
 from llave_jax.common.files import staged_directory
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.parameters import parameter_shapes
+from llave_jax.weights.json_files import write_json
 from llave_jax.weights.safetensors_io import (
     CheckpointError,
     SafetensorsFile,
     SafetensorsWriter,
     encode_header,
 )
+from llave_jax.weights.tokenizer_files import check_tokenizer_files, copy_tokenizer_files
 
 if TYPE_CHECKING:
     import jax
@@ -46,24 +48,14 @@ SOURCE = Path("source")
 LAYOUT = SOURCE / "layout.json"
 TOKENIZER = Path("tokenizer")
 
-# The metadata in the header of the weights: ours, and ours if a conversion wrote them, so that they are
-# still those of the Hugging Face checkpoint.
+# The metadata in the header of the weights. AS_CONVERTED says that they are still those of the Hugging
+# Face checkpoint.
 METADATA = {"format": "llave_jax"}
 AS_CONVERTED = {**METADATA, "weights": "as converted"}
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-
 
 def is_model_dir(path: str | os.PathLike) -> bool:
-    """Whether `path` is a model directory (with or without weights)."""
+    """Whether `path` is a model directory, with or without weights."""
     config = Path(path) / CONFIG
     if not config.is_file():
         return False
@@ -75,7 +67,7 @@ def is_model_dir(path: str | os.PathLike) -> bool:
 
 
 def is_as_converted(weights: SafetensorsFile) -> bool:
-    """Whether the weights of a model directory are those of the checkpoint it was converted from."""
+    """Whether a model directory's weights are still those of the checkpoint it was converted from."""
     return json.loads(weights.header).get("__metadata__") == AS_CONVERTED
 
 
@@ -121,13 +113,17 @@ def load_config(path: str | os.PathLike) -> LlaveConfig:
 
 
 def write_config(path: Path, config: LlaveConfig) -> None:
-    """Write the config.json of a model directory."""
+    """Write the config.json of a model directory that is being staged."""
     values = {FORMAT_KEY: FORMAT, **config.to_dict()}
-    (path / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(path / CONFIG, values, sort_keys=False)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
-    """The tokenizer of a model, a `transformers` tokenizer."""
+    """The tokenizer of a model, as a `transformers` tokenizer.
+
+    Raises:
+      CheckpointError: not a model, or one without tokenizer.
+    """
     directory = locate(path) / TOKENIZER
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; expected the model's tokenizer")
@@ -136,11 +132,15 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
-def open_params(path: str | os.PathLike) -> dict[str, np.ndarray | RunParam]:
-    """path -> array of all parameters of a model, read only when used.
+def open_params(path: str | os.PathLike) -> Mapping[str, np.ndarray | RunParam]:
+    """The parameters of a model by path, read only when used.
 
-    Those of a model directory are mapped from the file; of a training run they are read whole by
-    `np.asarray`.
+    Args:
+      path: a model directory or a training run.
+
+    Returns:
+      path -> parameter. A model directory's are mapped from the file; a run's are read by
+      `np.asarray`, each as a whole.
 
     Raises:
       CheckpointError: no weights; missing, surplus or mis-shaped parameters.
@@ -149,7 +149,7 @@ def open_params(path: str | os.PathLike) -> dict[str, np.ndarray | RunParam]:
     if directory != Path(path):
         from llave_jax.weights import run_params
 
-        params = run_params.open_params(run_params.latest_params(Path(path)))
+        params: Mapping[str, Any] = run_params.open_params(run_params.latest_params(Path(path)))
         where = f"{path}: latest checkpoint"
     elif (directory / WEIGHTS).is_file():
         file = SafetensorsFile(directory / WEIGHTS)
@@ -164,18 +164,21 @@ def open_params(path: str | os.PathLike) -> dict[str, np.ndarray | RunParam]:
 
 def load_params(
     path: str | os.PathLike, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
-) -> dict:
-    """The parameter tree of a model as JAX arrays, placed by the table of weights.
+) -> dict[str, Any]:
+    """The parameter tree of a model as JAX arrays, split over a mesh by the table of weights.
 
-    Every process reads the slices its own devices hold, nothing else.
+    Every process reads only the slices that its own devices hold.
 
     Args:
-      path: a model directory, or a training run.
-      mesh: where the arrays go; None: to the first local device.
-      dtype: of the arrays; None keeps the stored one.
+      path: a model directory or a training run.
+      mesh: where the arrays go. None: to the first local device.
+      dtype: of the arrays. None: as stored.
 
     Returns:
       Nested dict of `jax.Array`.
+
+    Raises:
+      CheckpointError: no weights; missing, surplus or mis-shaped parameters.
     """
     import jax
 
@@ -183,11 +186,10 @@ def load_params(
     from llave_jax.parallel import sharding
 
     arrays = open_params(path)
-    if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = dict.fromkeys(arrays, device)
-    else:
+    if mesh is not None:
         places = sharding.flatten(param_shardings(sharding.unflatten(arrays), mesh))
+    else:
+        places = dict.fromkeys(arrays, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     targets = {
         name: jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=places[name])
         for name, array in arrays.items()
@@ -200,7 +202,8 @@ def load_params(
     return sharding.unflatten({name: _place(arrays[name], targets[name]) for name in arrays})
 
 
-def _place(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+def _place(array: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of which each process reads the slices that its own devices hold."""
     import jax
 
     return jax.make_array_from_callback(
@@ -245,12 +248,13 @@ def write_model_dir(
             _take_over(locate(source), staged)
         elif isinstance(tokenizer, str | os.PathLike):
             check_tokenizer_files(Path(tokenizer))
-            copy_tokenizer(Path(tokenizer), staged / TOKENIZER)
+            copy_tokenizer_files(Path(tokenizer), staged / TOKENIZER)
         else:
             tokenizer.save_pretrained(str(staged / TOKENIZER))
 
 
 def _take_over(base: Path, target: Path) -> None:
+    """Copy all files but config and weights from one model directory to another."""
     shutil.copytree(base / TOKENIZER, target / TOKENIZER)
     if (base / SOURCE).is_dir():
         shutil.copytree(base / SOURCE, target / SOURCE)
@@ -270,6 +274,16 @@ def _write_params(path: Path, config: LlaveConfig, params: Mapping[str, Any]) ->
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: LlaveConfig, where: str) -> None:
+    """Refuse parameters that do not fit a configuration.
+
+    Args:
+      found: path -> shape of the parameters.
+      config: of the model.
+      where: the file or argument that they are from, for the message.
+
+    Raises:
+      CheckpointError: naming the first that is missing, surplus or of another shape.
+    """
     expected = parameter_shapes(config)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -277,36 +291,6 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: LlaveConfig, wher
                 f"{where}: parameter {name}: expected shape {expected.get(name, 'none')}, "
                 f"found {found.get(name, 'none')}"
             )
-
-
-def check_tokenizer_files(directory: Path) -> None:
-    """A directory holds what `AutoTokenizer` needs, or a CheckpointError says what is missing."""
-    has = {name for name in _TOKENIZER_FILES if (directory / name).is_file()}
-    if "tokenizer_config.json" not in has or not (
-        "tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has
-    ):
-        raise CheckpointError(
-            f"{directory}: no tokenizer; expected tokenizer_config.json and tokenizer.json (or "
-            "vocab.json with merges.txt). Put the tokenizer's files there."
-        )
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files of one directory into another."""
-    target.mkdir(exist_ok=True)
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-def same_tokenizer(first: Path, second: Path) -> bool:
-    """Whether two directories hold the same tokenizer files, byte for byte."""
-
-    def contents(directory: Path) -> dict[str, bytes]:
-        files = [directory / name for name in _TOKENIZER_FILES]
-        return {file.name: file.read_bytes() for file in files if file.is_file()}
-
-    return contents(first) == contents(second)
 
 
 def check_output(path: Path, *, overwrite: bool = False, keep: Path | None = None) -> None:

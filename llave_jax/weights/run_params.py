@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from llave_jax.parallel import sharding
 from llave_jax.weights.safetensors_io import CheckpointError
@@ -88,7 +89,7 @@ def load_params(folder: Path, targets: Any) -> Any:
 def saved_tree(folder: Path) -> dict[str, Any]:
     """Nested dict of what is saved in `folder`: leaves have `shape` and `dtype`."""
     # A StandardCheckpointer would warn: the folder is only part of a checkpoint.
-    return ocp.StandardCheckpointHandler().metadata(folder.resolve()).tree
+    return ocp.StandardCheckpointHandler().metadata(epath.Path(folder.resolve())).tree
 
 
 def _load_one(folder: Path, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:

@@ -160,7 +160,7 @@ class SafetensorsFile:
         data = np.empty(math.prod(shape) * info.dtype.itemsize, np.uint8)
         with open(self.path, "rb") as file:
             file.seek(self._data_start + info.start + (layer or 0) * data.nbytes)
-            if file.readinto(data) != data.nbytes:
+            if file.readinto(data.data) != data.nbytes:
                 raise CheckpointError(f"{self.path}: ends within tensor {name}")
         return data.view(info.dtype).reshape(shape)
 
@@ -218,7 +218,7 @@ class SafetensorsWriter:
                 f"found {array.dtype} {array.shape}"
             )
         self._file.seek(self._data_start + info.start + (layer or 0) * array.nbytes)
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._written[name] += array.nbytes
 
     def __enter__(self) -> SafetensorsWriter:

@@ -1,20 +1,20 @@
-"""Model directory -> Hugging Face directory.
+"""Model directory or training run -> Hugging Face directory.
 
-Into the layout the model came from: the same files, byte for byte if the weights are still the
-same. Into the other layout, or from a model made here: a complete directory of its own. All but the
-same files have a model card.
+In the layout that the model was converted from, its files are written again, byte for byte if nothing
+has changed. In the other layout, or for a model made here, a new directory is written. It has a model
+card unless nothing has changed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,115 +22,25 @@ from llave_jax.common.files import staged_directory
 from llave_jax.common.progress import Progress
 from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig
 from llave_jax.models.parameters import EMBEDDING, LM_HEAD, WEIGHTS
-from llave_jax.weights import hf_config, hf_names, model_card, model_dir
+from llave_jax.weights import hf_config_export, hf_names, hf_processor, model_card, model_dir
+from llave_jax.weights.export_source import ExportSource, Origin
 from llave_jax.weights.from_hf import INDEX_FILE, SINGLE_FILE
-from llave_jax.weights.hf_names import LAYOUTS, Match
+from llave_jax.weights.hf_inputs import LLAVE_KEY, with_inputs, write_text_limit
+from llave_jax.weights.hf_names import LAYOUTS, HfTensor
+from llave_jax.weights.json_files import write_json
 from llave_jax.weights.safetensors_io import (
     CheckpointError,
-    SafetensorsFile,
     SafetensorsWriter,
     encode_header,
     parse_header,
 )
-from llave_jax.weights.special_tokens import add_special_tokens
+from llave_jax.weights.tokenizer_files import add_special_tokens, copy_tokenizer_files
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000
+# The token embedding grows to a multiple of this.
 _ROWS_MULTIPLE = 64
-
-# A conversation in the form the model was trained with, images in front of the text of their turn.
-_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if loop.first and message['role'] != 'system' -%}
-{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-{%- endif -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] if part['type'] in ('image', 'video') -%}
-{{ '<' + part['type'] + '>\\n' }}
-{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}
-{{ part['text'] }}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
-{%- endif -%}
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """The Hugging Face directory a model was converted from.
-
-    Attributes:
-      layout: "llave" or "onevision"; None for a model made here.
-      config: content of its config.json.
-      headers: weight file -> header, verbatim.
-      tied: names of tensors that repeat the token embedding.
-    """
-
-    layout: str | None
-    config: dict[str, Any]
-    headers: dict[str, str]
-    tied: frozenset[str]
-
-
-class _Model:
-    """A model directory or a training run to write: all it consists of.
-
-    Attributes:
-      directory: the model directory, of a run its part.
-      as_converted: whether the weights are still those of the checkpoint the model came from.
-      carried: row of the table -> name of a carried tensor.
-      dtypes: path -> dtype in the checkpoint the model came from; without one, of the parameter.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self._params = model_dir.open_params(path)
-        self.directory = model_dir.locate(path)
-        self.config = model_dir.load_config(self.directory)
-        self.origin = _read_origin(self.directory)
-        # Parameters in a file are read from it, not through its mapping: mapped pages would stay.
-        in_file = self.directory == Path(path)
-        self._file = SafetensorsFile(self.directory / model_dir.WEIGHTS) if in_file else None
-        self.as_converted = self._file is not None and model_dir.is_as_converted(self._file)
-        self._last: tuple[str, np.ndarray] | None = None
-
-        carried = self.directory / model_dir.CARRIED
-        self._carried = SafetensorsFile(carried) if carried.is_file() else None
-        self.carried: dict[Match, str] = {}
-        for name in self._carried.tensors if self._carried else ():
-            if hit := hf_names.match(name, self.origin.layout):
-                self.carried[hit] = name
-
-        self.dtypes = {name: np.dtype(array.dtype) for name, array in self._params.items()}
-        for file, header in self.origin.headers.items():
-            for name, info in parse_header(header, file).items():
-                hit = hf_names.match(name, self.origin.layout)
-                if hit is not None and hit.weight.path is not None:
-                    self.dtypes[hit.weight.path] = info.dtype
-
-    def read(self, hit: Match) -> np.ndarray:
-        """A tensor in the Hugging Face shape; read all layers of one parameter before the next."""
-        if hit in self.carried:
-            return self._carried.read(self.carried[hit])
-        rule = EMBEDDING if hit.weight == LM_HEAD else hit.weight
-        return hf_names.to_hf(rule, self._parameter(rule.path, hit.layer), self.config)
-
-    def _parameter(self, path: str, layer: int | None) -> np.ndarray:
-        if self._file is not None:
-            return self._file.read(path, layer)
-        if self._last is None or self._last[0] != path:
-            self._last = None  # before the next one is loaded
-            self._last = path, np.asarray(self._params[path])
-        array = self._last[1]
-        return array if layer is None else array[layer]
 
 
 def convert_to_hf(
@@ -145,13 +55,14 @@ def convert_to_hf(
     """Write a model as a Hugging Face directory.
 
     Args:
-      source: a model directory, or a training run, whose latest weights are cast to the dtypes of
-        the checkpoint it began from.
+      source: a model directory or a training run. A run's latest weights are cast to the dtypes of
+        the checkpoint that it began from.
       output: the directory to make; appears when it is complete.
       layout: "llave" (the authors' code) or "onevision" (transformers).
-      base_model: for the model card: id on the hub of the model this one was trained from; by
-        default what the source says of itself.
-      overwrite: replace a directory with a model that exists.
+      base_model: for the model card, the hub's id of the model that this one was trained from. None:
+        what the source says of itself.
+      overwrite: replace a directory that holds a model.
+      show_progress: show a progress bar.
 
     Raises:
       CheckpointError: the weights and the directory's configuration differ.
@@ -159,7 +70,7 @@ def convert_to_hf(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    model = _Model(source)
+    model = ExportSource(source)
     model_dir.check_output(Path(output), overwrite=overwrite, keep=model.directory)
     with staged_directory(output) as staged:
         if layout == model.origin.layout:
@@ -171,44 +82,37 @@ def convert_to_hf(
             _write_card(staged, Path(output).absolute().name, model, layout, base_model)
 
 
-def _read_origin(source: Path) -> Origin:
-    if not (source / model_dir.LAYOUT).is_file():
-        return Origin(None, {}, {}, frozenset())
-    values = hf_config.read_json(source / model_dir.LAYOUT)
-    return Origin(
-        layout=values["layout"],
-        config=hf_config.read_json(source / model_dir.SOURCE / "config.json"),
-        headers={entry["file"]: entry["header"] for entry in values["weights"]},
-        tied=frozenset(values["tied"]),
-    )
+def _write_original(target: Path, model: ExportSource, show_progress: bool) -> bool:
+    """Write the directory that the model was converted from, with the weights of now.
 
-
-def _write_original(target: Path, model: _Model, show_progress: bool) -> bool:
-    """The directory the model came from, with the weights of now; whether nothing has changed."""
+    Returns:
+      Whether nothing has changed.
+    """
     origin, config = model.origin, model.config
+    if origin.layout is None:
+        raise ValueError(f"{model.directory} was not converted from a Hugging Face directory")
     shutil.copytree(model.directory / model_dir.SOURCE, target, dirs_exist_ok=True)
     (target / model_dir.LAYOUT.name).unlink()
-    values = hf_config.with_inputs(
-        origin.config, origin.layout, config.inputs, config.vision.image_size
-    )
+    values = with_inputs(origin.config, origin.layout, config.inputs, config.vision.image_size)
     same = values == origin.config
     if not same:
-        _write_json(target / "config.json", values)
-    same &= not hf_config.write_text_limit(target, config.inputs)
-    hits = {}
+        write_json(target / "config.json", values)
+    same &= not write_text_limit(target, config.inputs)
+    tensors = {}
     for file, header in origin.headers.items():
         for name in parse_header(header, file):
-            hits[name] = hf_names.match(name, origin.layout)
-            if hits[name] is None:
+            tensor = hf_names.find_tensor(name, origin.layout)
+            if tensor is None:
                 raise CheckpointError(
                     f"{model.directory / model_dir.LAYOUT}: {name} is not in the table of weights"
                 )
-    _write_weights(target, origin.headers, hits, model, show_progress)
+            tensors[name] = tensor
+    _write_weights(target, origin.headers, tensors, model, show_progress)
     return model.as_converted and same
 
 
 def _write_card(
-    target: Path, title: str, model: _Model, layout: str, base_model: str | None
+    target: Path, title: str, model: ExportSource, layout: str, base_model: str | None
 ) -> None:
     card = model_card.write_card(
         target,
@@ -221,20 +125,28 @@ def _write_card(
     )
     if card.name != model_card.README:
         logger.warning(
-            "%s is that of the checkpoint the model comes from; the card of this model is %s: "
-            "put it in its place before you publish",
+            "%s describes the checkpoint that the model comes from; the card of this model is %s: "
+            "rename it before you publish",
             model_card.README,
             card.name,
         )
 
 
-def _write_translated(target: Path, model: _Model, layout: str, show_progress: bool) -> None:
-    """A directory in a layout the model did not come from."""
-    # Without an LM head there is none to write; tying makes the directory complete.
-    tied = Match(LM_HEAD) not in model.carried
+class _Planned(NamedTuple):
+    """A tensor that is to be written, and in which dtype and shape."""
+
+    tensor: HfTensor
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def _write_translated(target: Path, model: ExportSource, layout: str, show_progress: bool) -> None:
+    """Write a directory in a layout that the model was not converted from."""
+    # A tied head makes the directory complete where the model has none.
+    tied = HfTensor(LM_HEAD) not in model.carried
     text = dataclasses.replace(model.config.text, tie_word_embeddings=tied)
-    model_dir.copy_tokenizer(model.directory / model_dir.TOKENIZER, target)
-    hf_config.write_text_limit(target, model.config.inputs)
+    copy_tokenizer_files(model.directory / model_dir.TOKENIZER, target)
+    write_text_limit(target, model.config.inputs)
     placeholders: list[int] = []
     if layout == "onevision":
         placeholders = add_special_tokens(target, ["<image>", "<video>"])
@@ -243,33 +155,31 @@ def _write_translated(target: Path, model: _Model, layout: str, show_progress: b
             text = dataclasses.replace(text, vocab_size=rows)
     written = dataclasses.replace(model.config, text=text)
 
-    hits = hf_names.parameter_matches(written) + [Match(rule) for rule in hf_names.POST_LAYERNORM]
+    needed = hf_names.parameter_tensors(written)
+    needed += [HfTensor(weight) for weight in hf_names.POST_LAYERNORM]
     if not tied:
-        hits.append(Match(LM_HEAD))
-    tensors = {}
-    for hit in hits:
-        like = EMBEDDING.path if hit.weight == LM_HEAD else hit.weight.path
+        needed.append(HfTensor(LM_HEAD))
+    planned = {}
+    for tensor in needed:
+        # A carried tensor has the dtype of a parameter beside it.
+        like = EMBEDDING.path if tensor.weight == LM_HEAD else tensor.weight.path
         dtype = model.dtypes[like or "vision_tower/position_embedding"]
-        tensors[hf_names.hf_name(hit, layout)] = (
-            hit,
-            dtype,
-            hf_names.hf_shape(hit.weight, written),
-        )
-    _write_shards(target, tensors, model, show_progress)
+        shape = hf_names.hf_shape(tensor.weight, written)
+        planned[hf_names.hf_name(tensor, layout)] = _Planned(tensor, dtype, shape)
+    _write_shards(target, planned, model, show_progress)
     _write_settings(target, model, layout, written, placeholders)
 
 
 def _write_shards(
     target: Path,
-    tensors: dict[str, tuple[Match, np.dtype, tuple[int, ...]]],
-    model: _Model,
+    planned: dict[str, _Planned],
+    model: ExportSource,
     show_progress: bool,
 ) -> None:
-    """One file, or shards of at most SHARD_BYTES with an index, in the order of the names."""
+    """Write one file, or shards of at most SHARD_BYTES and an index, in the order of the names."""
     shards: list[dict[str, int]] = [{}]
-    for name in sorted(tensors):
-        _, dtype, shape = tensors[name]
-        size = int(np.prod(shape)) * dtype.itemsize
+    for name in sorted(planned):
+        size = math.prod(planned[name].shape) * planned[name].dtype.itemsize
         if shards[-1] and sum(shards[-1].values()) + size > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = size
@@ -283,49 +193,58 @@ def _write_shards(
             name: file for file, shard in zip(files, shards, strict=True) for name in shard
         }
         total = sum(sum(shard.values()) for shard in shards)
-        _write_json(
+        write_json(
             target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     headers = {
-        file: encode_header({name: tensors[name][1:] for name in shard}, {"format": "pt"})
+        file: encode_header(
+            {name: (planned[name].dtype, planned[name].shape) for name in shard}, {"format": "pt"}
+        )
         for file, shard in zip(files, shards, strict=True)
     }
-    hits = {name: hit for name, (hit, _, _) in tensors.items()}
-    _write_weights(target, headers, hits, model, show_progress)
+    tensors = {name: each.tensor for name, each in planned.items()}
+    _write_weights(target, headers, tensors, model, show_progress)
 
 
 def _write_weights(
     target: Path,
     headers: dict[str, str],
-    hits: dict[str, Match],
-    model: _Model,
+    tensors: dict[str, HfTensor],
+    model: ExportSource,
     show_progress: bool,
 ) -> None:
-    """Fill files of given headers. Parameter after parameter, not file after file: each of ours is
-    spread over all layers, and so over all files."""
-    rows = {rule: row for row, rule in enumerate(WEIGHTS)}
+    """Write the files of given headers, parameter after parameter.
+
+    A parameter's layers are spread over all files, so all files are open at once.
+    """
+    rows = {weight: row for row, weight in enumerate(WEIGHTS)}
     with (
         contextlib.ExitStack() as stack,
-        Progress(len(hits), "converting", unit="tensors", enabled=show_progress) as progress,
+        Progress(len(tensors), "converting", unit="tensors", enabled=show_progress) as progress,
     ):
         owner = {}
         for file, header in headers.items():
             writer = stack.enter_context(SafetensorsWriter(target / file, header))
             owner |= dict.fromkeys(writer.tensors, writer)
-        for name in sorted(hits, key=lambda name: (rows[hits[name].weight], hits[name].layer or 0)):
+        for name, tensor in sorted(
+            tensors.items(), key=lambda item: (rows[item[1].weight], item[1].layer or 0)
+        ):
             info = owner[name].tensors[name]
-            array = _read_or_make(hits[name], info.shape, model)
+            array = _read_or_make(tensor, info.shape, model)
             owner[name].write(name, _cast(array, info.dtype, name))
             progress.update(1)
 
 
-def _read_or_make(hit: Match, shape: tuple[int, ...], model: _Model) -> np.ndarray:
-    """A tensor in the shape to write: rows for placeholder tokens are added as zeros, a tower's
-    final norm that the model never had is the identity. Neither is ever used in an embedding."""
-    if hit.weight in hf_names.POST_LAYERNORM and hit not in model.carried:
-        fill = np.ones if hit.weight.hf_name.endswith("weight") else np.zeros
+def _read_or_make(tensor: HfTensor, shape: tuple[int, ...], model: ExportSource) -> np.ndarray:
+    """A tensor in the shape to write.
+
+    Rows for placeholder tokens are added as zeros. A final norm that the model never had is the
+    identity. Neither changes an embedding.
+    """
+    if tensor.weight in hf_names.POST_LAYERNORM and tensor not in model.carried:
+        fill = np.ones if tensor.weight.hf_name.endswith("weight") else np.zeros
         return fill(shape, np.float32)
-    array = model.read(hit)
+    array = model.read(tensor)
     if array.shape == shape:
         return array
     padded = np.zeros(shape, array.dtype)
@@ -347,25 +266,25 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def _write_settings(
-    target: Path, model: _Model, layout: str, config: LlaveConfig, placeholders: list[int]
+    target: Path, model: ExportSource, layout: str, config: LlaveConfig, placeholders: list[int]
 ) -> None:
-    """All files but weights and tokenizer."""
+    """Write all files but weights and tokenizer."""
     origin, dtype = model.origin, model.dtypes[EMBEDDING.path].name
     if layout == "onevision":
-        values = hf_config.to_onevision(config, origin.config, dtype, *placeholders)
+        values = hf_config_export.to_onevision(config, origin.config, dtype, *placeholders)
         text_values = values["text_config"]
-        _write_json(target / "processor_config.json", hf_config.processor_values(config))
-        _write_json(
-            target / "video_preprocessor_config.json", hf_config.video_processor_values(config)
+        write_json(target / "processor_config.json", hf_processor.processor_values(config))
+        write_json(
+            target / "video_preprocessor_config.json", hf_processor.video_processor_values(config)
         )
-        (target / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+        (target / "chat_template.jinja").write_text(hf_processor.CHAT_TEMPLATE, encoding="utf-8")
     else:
-        values = text_values = hf_config.to_llave(
+        values = text_values = hf_config_export.to_llave(
             config, origin.config, dtype, _tower_name(target, config, origin)
         )
-    _write_json(target / "config.json", values)
-    _write_json(
-        target / "preprocessor_config.json", hf_config.image_processor_values(config, layout)
+    write_json(target / "config.json", values)
+    write_json(
+        target / "preprocessor_config.json", hf_processor.image_processor_values(config, layout)
     )
     generation = model.directory / model_dir.SOURCE / "generation_config.json"
     if generation.is_file():
@@ -373,21 +292,19 @@ def _write_settings(
     else:
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         kept = {key: text_values[key] for key in special if key in text_values}
-        _write_json(target / generation.name, {"_from_model_config": True, **kept})
+        write_json(target / generation.name, {"_from_model_config": True, **kept})
 
 
 def _tower_name(target: Path, config: LlaveConfig, origin: Origin) -> str:
-    """`mm_vision_tower`: the usual tower by its name on the hub, any other one by a directory
-    within the checkpoint that holds its configuration."""
+    """The value of `mm_vision_tower`.
+
+    The usual tower has a name on the hub. For any other one a directory with its configuration is
+    written within the checkpoint.
+    """
     if config.vision == SIGLIP_SO400M:
         usual = "google/siglip-so400m-patch14-384"
-        return origin.config.get(hf_config.LLAVE_KEY, {}).get("mm_vision_tower", usual)
+        return origin.config.get(LLAVE_KEY, {}).get("mm_vision_tower", usual)
     name = "siglip_tower"
     (target / name).mkdir()
-    _write_json(target / name / "config.json", hf_config.tower_values(config.vision))
+    write_json(target / name / "config.json", hf_config_export.tower_values(config.vision))
     return name
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from llave_jax.models.parameters import (
 )
 from llave_jax.parallel import sharding
 
-PATHS = [weight.path for weight in WEIGHTS if weight.path is not None]
+PATHS = [weight.path for weight in WEIGHTS if weight.path]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -215,19 +215,19 @@ def test_changed_input_settings_reach_the_hf_config(golden, converted, tmp_path)
 
 @pytest.mark.parametrize("layout", hf_names.LAYOUTS)
 def test_every_name_matches_one_row(layout):
-    hits = hf_names.parameter_matches(PRESETS["llave-0.5b"])
-    hits += [hf_names.Match(weight) for weight in WEIGHTS if weight.path is None]
-    written = [hf_names.hf_name(hit, layout) for hit in hits]
+    tensors = hf_names.parameter_tensors(PRESETS["llave-0.5b"])
+    tensors += [hf_names.HfTensor(weight) for weight in WEIGHTS if not weight.path]
+    written = [hf_names.hf_name(tensor, layout) for tensor in tensors]
     assert len(set(written)) == len(written)
-    assert [hf_names.match(name, layout) for name in written] == hits
+    assert [hf_names.find_tensor(name, layout) for name in written] == tensors
 
 
 @hypothesis.given(name=st.from_regex(r"[a-z_.0-9]{0,60}", fullmatch=True))
 def test_other_names_match_nothing(name):
     for layout in hf_names.LAYOUTS:
-        hit = hf_names.match(name, layout)
-        assert hit is None or name in {
-            hf_names.hf_name(hit, layout).replace(prefixes[0], prefix)
+        tensor = hf_names.find_tensor(name, layout)
+        assert tensor is None or name in {
+            hf_names.hf_name(tensor, layout).replace(prefixes[0], prefix)
             for prefixes in hf_names.LAYOUTS[layout].values()
             for prefix in prefixes
         }
@@ -244,7 +244,7 @@ def test_other_names_match_nothing(name):
     ],
 )
 def test_similar_names_match_nothing(name):
-    assert hf_names.match(name, "llave") is None
+    assert hf_names.find_tensor(name, "llave") is None
 
 
 @pytest.mark.parametrize("weight", WEIGHTS, ids=lambda weight: weight.hf_name)
@@ -260,7 +260,7 @@ def test_transforms_invert_one_another(weight, data):
     )
     shape = hf_names.hf_shape(weight, config)
     theirs = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    ours = hf_names.to_ours(weight, theirs, config)
+    ours = hf_names.from_hf(weight, theirs, config)
     assert ours.shape == layer_shape(weight, config)
     np.testing.assert_array_equal(hf_names.to_hf(weight, ours, config), theirs)
 
@@ -325,7 +325,7 @@ def test_name_of_two_rows_is_an_error_of_the_table(monkeypatch):
     monkeypatch.setattr(hf_names, "WEIGHTS", doubled)
     hf_names._patterns.cache_clear()
     with pytest.raises(ValueError, match="matches several rows of the table of weights"):
-        hf_names.match("model.embed_tokens.weight", "llave")
+        hf_names.find_tensor("model.embed_tokens.weight", "llave")
     hf_names._patterns.cache_clear()
 
 

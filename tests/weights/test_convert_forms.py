@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 
 import hypothesis
 import hypothesis.strategies as st
@@ -24,7 +25,7 @@ from llave_jax.inputs.packing import Packer
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.llave import Llave
 from llave_jax.parallel import sharding
-from llave_jax.weights import hf_names, model_dir
+from llave_jax.weights import hf_config, hf_names, model_dir
 from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.safetensors_io import CheckpointError
 from llave_jax.weights.to_hf import convert_to_hf
@@ -137,6 +138,32 @@ def test_configurations(form, golden, golden_model, tmp_path):
     actual = embed(tmp_path / "ours", golden, golden_model)
     np.testing.assert_allclose(actual, expected(golden), rtol=0, atol=1e-5)
     assert_comes_back(source, tmp_path / "ours", tmp_path / "back")
+
+
+def test_what_nested_configurations_are_silent_about(golden, tmp_path):
+    """transformers does not write what its own classes assume."""
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    config = {
+        "model_type": "llava_onevision",
+        "image_grid_pinpoints": [[224, 224]],
+        "text_config": {},
+        "vision_config": {},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(
+        golden / "checkpoint" / "tokenizer_config.json", tmp_path / "tokenizer_config.json"
+    )
+    embedding = {"language_model.model.embed_tokens.weight": (77, 4096)}
+    found = hf_config.read_hf_model(tmp_path, embedding).config
+    text, vision = Qwen2Config(), SiglipVisionConfig()
+    assert (found.text.hidden_size, found.text.num_layers, found.text.num_kv_heads) == (
+        text.hidden_size, text.num_hidden_layers, text.num_key_value_heads,
+    )  # fmt: skip
+    assert (found.text.rope_theta, found.text.vocab_size) == (10_000, 77)
+    assert (found.vision.hidden_size, found.vision.patch_size) == (
+        vision.hidden_size, vision.patch_size,
+    )  # fmt: skip
 
 
 def test_what_a_configuration_is_silent_about(golden, golden_model, tmp_path):

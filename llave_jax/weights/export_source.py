@@ -1,0 +1,114 @@
+"""A model that is to be written as a Hugging Face directory, read tensor by tensor.
+
+A model directory keeps what its Hugging Face checkpoint was made of (`from_hf`). Here it is found
+again, for models that came from one and for models that did not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llave_jax.models.parameters import EMBEDDING, LM_HEAD
+from llave_jax.weights import hf_names, model_dir
+from llave_jax.weights.hf_names import HfTensor
+from llave_jax.weights.json_files import read_json
+from llave_jax.weights.safetensors_io import SafetensorsFile, parse_header
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The Hugging Face directory that a model was converted from.
+
+    Attributes:
+      layout: "llave" or "onevision"; None for a model made here.
+      config: content of its config.json.
+      headers: weight file -> header, verbatim.
+    """
+
+    layout: str | None
+    config: dict[str, Any]
+    headers: dict[str, str]
+
+
+class ExportSource:
+    """A model directory, or a training run.
+
+    Attributes:
+      directory: the model directory; of a run, the one in it.
+      config: the model's configuration.
+      origin: the Hugging Face directory it was converted from.
+      as_converted: whether the weights are still those of that directory.
+      carried: tensor -> name, of the tensors that were carried along.
+      dtypes: path -> dtype in the directory it was converted from; without one, of the parameter.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Args:
+          path: the model directory or training run.
+
+        Raises:
+          CheckpointError: it is neither, or has no weights.
+        """
+        self._params = model_dir.open_params(path)
+        self.directory = model_dir.locate(path)
+        self.config = model_dir.load_config(self.directory)
+        self.origin = _read_origin(self.directory)
+        # Parameters in a file are read, not mapped: mapped pages would stay in memory.
+        in_file = self.directory == Path(path)
+        self._file = SafetensorsFile(self.directory / model_dir.WEIGHTS) if in_file else None
+        self.as_converted = self._file is not None and model_dir.is_as_converted(self._file)
+        self._last: tuple[str, np.ndarray] | None = None
+
+        carried = self.directory / model_dir.CARRIED
+        self._carried = SafetensorsFile(carried) if carried.is_file() else None
+        self.carried = self._known(self._carried.tensors) if self._carried else {}
+
+        self.dtypes = {path: np.dtype(array.dtype) for path, array in self._params.items()}
+        for file, header in self.origin.headers.items():
+            infos = parse_header(header, file)
+            for tensor, name in self._known(infos).items():
+                if tensor.weight.path:
+                    self.dtypes[tensor.weight.path] = infos[name].dtype
+
+    def read(self, tensor: HfTensor) -> np.ndarray:
+        """A tensor in its Hugging Face shape.
+
+        Read all layers of a parameter before the next parameter: a run's are loaded whole.
+        """
+        if self._carried is not None and tensor in self.carried:
+            return self._carried.read(self.carried[tensor])
+        weight = EMBEDDING if tensor.weight == LM_HEAD else tensor.weight
+        return hf_names.to_hf(weight, self._parameter(weight.path, tensor.layer), self.config)
+
+    def _known(self, names: Iterable[str]) -> dict[HfTensor, str]:
+        """Tensor -> name, of those names that the origin's layout knows."""
+        if self.origin.layout is None:
+            return {}
+        found = {name: hf_names.find_tensor(name, self.origin.layout) for name in names}
+        return {tensor: name for name, tensor in found.items() if tensor is not None}
+
+    def _parameter(self, path: str, layer: int | None) -> np.ndarray:
+        if self._file is not None:
+            return self._file.read(path, layer)
+        if self._last is None or self._last[0] != path:
+            self._last = None  # frees it before the next one is loaded
+            self._last = path, np.asarray(self._params[path])
+        array = self._last[1]
+        return array if layer is None else array[layer]
+
+
+def _read_origin(source: Path) -> Origin:
+    if not (source / model_dir.LAYOUT).is_file():
+        return Origin(None, {}, {})
+    values = read_json(source / model_dir.LAYOUT)
+    return Origin(
+        layout=values["layout"],
+        config=read_json(source / model_dir.SOURCE / "config.json"),
+        headers={entry["file"]: entry["header"] for entry in values["weights"]},
+    )
