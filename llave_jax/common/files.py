@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
 
 def write_arrays(path: str | os.PathLike, *, compress: bool = False, **arrays: np.ndarray) -> None:
     """Write arrays under their names as a .npz file, whole or not at all."""
-    save = np.savez_compressed if compress else np.savez
+    save: Any = np.savez_compressed if compress else np.savez
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         save(file, **arrays)
 

@@ -25,18 +25,23 @@ from llave_jax.parallel.processes import from_first_process
 # Items -> float32 [n, D], L2-normalised, in order: `Embedder.encode`, or a stand-in in tests.
 Encode = Callable[[Sequence[Item]], np.ndarray]
 
-# Encoded between two shards: what a killed run loses at most. Larger packs better.
+# Items that are encoded between two writes, and lost by a killed run at most. More of them fill batches
+# better.
 SHARD_ITEMS = 1024
 
 
 class EmbeddingCache:
-    """Embeddings by item key, for one model.
+    """Embeddings of one model, by the key of the item (`inputs.content.item_key`).
 
-    With a directory the embeddings live in `<directory>/<fingerprint>/*.safetensors` and are there
-    for the next run; without one they live in memory as long as this object.
+    With a directory they lie in `<directory>/<fingerprint>/*.safetensors` and are there for the next run.
+    Without one they stay in memory as long as this object.
     """
 
     def __init__(self, directory: str | os.PathLike | None = None, fingerprint: str = ""):
+        """Args:
+        directory: of the caches of all models; None: in memory.
+        fingerprint: of the model, see `weights/fingerprint.py`; required with a directory.
+        """
         if directory is not None and not fingerprint:
             raise ValueError(
                 "an embedding cache on disk needs the model's fingerprint: without it one model's "
@@ -57,12 +62,17 @@ class EmbeddingCache:
         return key in self._where
 
     def add(self, keys: Sequence[bytes], embeddings: np.ndarray) -> None:
-        """Store `embeddings` float32 [n, D] under n different keys."""
+        """Store embeddings.
+
+        Args:
+          keys: n different ones.
+          embeddings: float32 [n, D].
+        """
         key_array = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), DIGEST_BYTES)
         if self._directory is None:
             self._register(key_array, embeddings)
             return
-        # A name of its own: two evaluations may share the cache.
+        # A random name, since two evaluations may share the cache.
         path = self._directory / f"{uuid.uuid4().hex}.safetensors"
         arrays = {"keys": key_array, "embeddings": np.ascontiguousarray(embeddings)}
         with atomic_file(path) as temporary:
@@ -70,16 +80,26 @@ class EmbeddingCache:
         self._register(key_array, path)
 
     def gather(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Embeddings of stored keys, float32 [n, D], in order. KeyError for a key not stored."""
-        places = np.array([self._where[key] for key in keys]).reshape(-1, 2)
+        """Look embeddings up.
+
+        Args:
+          keys: n keys, also repeated ones.
+
+        Returns:
+          float32 [n, D], in order.
+
+        Raises:
+          KeyError: a key is not stored.
+        """
+        found = np.array([self._where[key] for key in keys]).reshape(-1, 2)
         result: np.ndarray | None = None
-        for shard in np.unique(places[:, 0]):
+        for shard in np.unique(found[:, 0]):
             source = self._shards[shard]
             rows = source if isinstance(source, np.ndarray) else _read_shard(source, "embeddings")
             if result is None:
                 result = np.empty((len(keys), rows.shape[1]), np.float32)
-            chosen = places[:, 0] == shard
-            result[chosen] = rows[places[chosen, 1]]
+            chosen = found[:, 0] == shard
+            result[chosen] = rows[found[chosen, 1]]
         return np.zeros((0, 0), np.float32) if result is None else result
 
     def _register(self, keys: np.ndarray, shard: np.ndarray | Path) -> None:
@@ -108,18 +128,21 @@ def embed(
 ) -> np.ndarray | None:
     """Embeddings of items 0..count-1, encoding only those whose content is not in the cache.
 
-    With several processes all call this with the same items: the first one's cache decides what is
-    missing, all take part in encoding it, and only the first keeps and returns the result.
+    With several processes all call this with the same items. The cache of the first one decides what is
+    missing, all take part in encoding it, and only the first one keeps and returns the result.
 
     Args:
-      encode: see `Encode`; returns float32 [n, D], L2-normalised, in order.
+      encode: items -> float32 [n, D], L2-normalised, in order.
       count: number of items.
-      make_item: item by index; called again for every use, so that images need not stay in memory.
-      cache: where embeddings are kept.
-      shard_items: how many are encoded between two writes.
+      make_item: index -> item; called again for each use, so that images need not stay in memory.
+      cache: takes and gives the embeddings.
+      shard_items: items that are encoded between two writes.
 
     Returns:
       float32 [count, D] on the first process, None on the others.
+
+    Raises:
+      ValueError: an item cannot be read, or its embedding is not finite; it names the item.
     """
     first = jax.process_index() == 0
     keys: list[bytes] = [item_key(make_item(i)) for i in range(count)] if first else []

@@ -1,7 +1,7 @@
-"""MMEB's evaluation: encode each content once, cosine, precision@1, score files.
+"""MMEB's evaluation: encode each content once, rank candidates by cosine, precision@1, score files.
 
-Owns scoring and what is written per dataset. File formats are `mmeb_data.py`, averages and tables
-`results.py`, embeddings that are kept `cache.py`.
+Owns the score of a dataset and the files that are written for it. The benchmark's own files are
+`mmeb_data.py`, averages and tables `results.py`, kept embeddings `cache.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llave_jax.evaluation import mmeb_data
 from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed
 from llave_jax.evaluation.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, EvalImages
 from llave_jax.evaluation.results import DatasetResult, Results
-from llave_jax.parallel.processes import from_first_process
+from llave_jax.parallel.processes import from_first_process, only_on_first
 
 
 def evaluate_mmeb(
@@ -38,8 +38,8 @@ def evaluate_mmeb(
 ) -> Results:
     """Score datasets of MMEB's form, one after the other.
 
-    With several processes all call this with the same arguments; all return the same accuracies,
-    the first one also has the scores and writes the files.
+    With several processes all call this with the same arguments. All return the same accuracies. The
+    first one also has the scores and writes the files.
 
     Args:
       encode: items -> float32 [n, D], L2-normalised.
@@ -48,17 +48,20 @@ def evaluate_mmeb(
       output_dir: where `<dataset>_score.json`, `<dataset>_predictions.jsonl` and
         `<dataset>_scores.npz` go; nothing is written if None.
       images: image folder or zip archive, if it is not `data_dir`'s `images/` or `images.zip`.
-      cache: embeddings of earlier runs; contents shared by datasets are encoded once either way.
-      infos: the benchmark's datasets with their meta-tasks; averages are over these, and datasets
-        that are not among them enter none. By default MMEB's 36, or, if none of those is asked for,
-        exactly the datasets that are scored.
+      cache: embeddings of earlier runs; None: kept in memory. Contents that datasets share are encoded
+        once in either case.
+      infos: the benchmark's datasets with their meta-tasks. Averages are over these; other datasets are
+        scored but enter no average. None: MMEB's 36, or, if none of these is scored, all datasets that
+        are.
       settings: what `encode` is, kept in `run.json` beside the scores.
 
     Returns:
       Results of the datasets, in order.
 
     Raises:
-      FileNotFoundError, ValueError: missing or malformed data, naming file and row.
+      FileNotFoundError, ValueError: data is missing or malformed; it names file and row.
+
+    Reference: VLM2Vec (arXiv 2410.05160).
     """
     names = list(datasets or mmeb_data.dataset_names(data_dir, infos or MMEB_DATASETS))
     if not names:
@@ -106,7 +109,18 @@ def evaluate_dataset(
     cache: EmbeddingCache,
     info: DatasetInfo,
 ) -> DatasetResult:
-    """Encode what is not cached, score every row; see `evaluate_mmeb` for several processes."""
+    """Encode what is not cached and score every row. With several processes all call this alike.
+
+    Args:
+      encode: items -> float32 [n, D], L2-normalised.
+      dataset: the rows.
+      store: of the images.
+      cache: takes and gives embeddings.
+      info: meta-task of the dataset.
+
+    Returns:
+      Predictions on all processes; the first one's result also has the scores.
+    """
     embeddings = embed(
         encode,
         len(dataset.contents),
@@ -116,7 +130,7 @@ def evaluate_dataset(
     scores, predictions = None, np.zeros(len(dataset), np.int32)
     if embeddings is not None:
         scores = score_rows(embeddings, dataset)
-        # argmax takes the first maximum: a candidate repeated later never beats the positive.
+        # argmax takes the first maximum, so a later copy of the positive does not win over it.
         predictions = np.array([row.argmax() for row in scores], np.int32)
     return DatasetResult(
         info=info,
@@ -130,22 +144,32 @@ def evaluate_dataset(
 
 
 def score_rows(embeddings: np.ndarray, dataset: EvalDataset) -> tuple[np.ndarray, ...]:
-    """Cosine of each row's query with its candidates: float32 [candidates] for each row.
+    """Cosine of each row's query with its candidates.
 
     Args:
       embeddings: float32 [contents, D], L2-normalised.
+      dataset: the rows over these contents.
+
+    Returns:
+      For each row float32 [candidates].
     """
     scores = []
     for query, targets in zip(dataset.query_ids, dataset.target_ids, strict=True):
-        # A matrix product may round equal rows differently by their place in it: each unique
-        # candidate is multiplied once, so that repeated candidates tie exactly.
+        # A matrix product may round equal rows differently, depending on their position. Repeated
+        # candidates must tie exactly, so each unique candidate is multiplied once.
         unique, inverse = np.unique(targets, return_inverse=True)
         scores.append((embeddings[unique] @ embeddings[query])[inverse])
     return tuple(scores)
 
 
 def write_dataset(output_dir: Path, dataset: EvalDataset, result: DatasetResult) -> None:
-    """Write the leaderboard's score file, the predictions, and all scores."""
+    """Write the score file in the leaderboard's form, the predictions, and all scores.
+
+    Args:
+      output_dir: is made.
+      dataset: the rows.
+      result: of these rows, with scores.
+    """
     score = {
         "acc": result.accuracy,
         "num_correct": result.num_correct,
@@ -161,7 +185,7 @@ def write_dataset(output_dir: Path, dataset: EvalDataset, result: DatasetResult)
 def _prediction_rows(dataset: EvalDataset, result: DatasetResult) -> list[dict]:
     rows = []
     for index, (prediction, scores) in enumerate(
-        zip(result.predictions, result.scores, strict=True)
+        zip(result.predictions, only_on_first(result.scores), strict=True)
     ):
         targets = dataset.target_ids[index]
         rows.append(
@@ -180,20 +204,25 @@ def _prediction_rows(dataset: EvalDataset, result: DatasetResult) -> list[dict]:
 
 def _write_scores(path: Path, result: DatasetResult) -> None:
     """All rows in one file: `scores`, `candidates` [total] and `offsets` int64 [rows + 1]."""
+    scores = only_on_first(result.scores)
     write_arrays(
         path,
         compress=True,
-        scores=np.concatenate(result.scores),
+        scores=np.concatenate(scores),
         candidates=np.concatenate(result.candidates),
-        offsets=np.cumsum([0, *map(len, result.scores)]),
+        offsets=np.cumsum([0, *map(len, scores)]),
     )
 
 
 def read_scores(path: str | os.PathLike, values: str = "scores") -> tuple[np.ndarray, ...]:
-    """Rows of a `<dataset>_scores.npz`: one array [candidates] each.
+    """Read a `<dataset>_scores.npz`.
 
     Args:
+      path: the file.
       values: "scores" (float32 cosines) or "candidates" (int32 ids, equal for repeated contents).
+
+    Returns:
+      For each row one array [candidates].
     """
     with np.load(path) as file:
         return tuple(np.split(file[values], file["offsets"][1:-1]))

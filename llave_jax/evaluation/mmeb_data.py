@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,13 @@ COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """`in_distribution` says whether MMEB's training sets include it; None: not a notion here."""
+    """A dataset of a benchmark.
+
+    Attributes:
+      name: of the dataset.
+      meta_task: the group in which it is averaged.
+      in_distribution: whether MMEB's training sets include it; None: the benchmark does not distinguish.
+    """
 
     name: str
     meta_task: str
@@ -60,7 +67,12 @@ MMEB_DATASETS: tuple[DatasetInfo, ...] = tuple(
 
 
 class Content(NamedTuple):
-    """One side of a row: user text, and an image path relative to the image root ("" for none)."""
+    """One side of a row.
+
+    Attributes:
+      text: as in the row, with its image marker.
+      image: path relative to the image root; "" for none.
+    """
 
     text: str
     image: str
@@ -68,23 +80,30 @@ class Content(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EvalDataset:
-    """The rows of one dataset over its unique contents.
+    """The rows of one dataset. They refer to its unique contents by index.
 
-    Row `i` asks for `contents[query_ids[i]]` among `contents[j]` for `j` in `target_ids[i]`;
-    candidate 0 is the positive. `first_row[j]` is a row of the file that holds content `j`, for
-    messages.
+    A content without text and image cannot be scored. Rows with such a query or positive are skipped, and
+    such candidates of other rows.
 
-    What has neither text nor image cannot be scored: rows whose query or positive is so are skipped,
-    and such candidates of other rows. `row_numbers` are those of the file.
+    Attributes:
+      name: of the dataset.
+      source: the file or folder it was read from.
+      contents: all different ones.
+      query_ids: int32 [rows].
+      target_ids: for each row int32 [candidates]; the first is the positive.
+      first_row: int32 [contents], a row of the file that holds the content, for messages.
+      row_numbers: int32 [rows], of the file.
+      skipped_rows: rows that were skipped.
+      skipped_candidates: candidates that were skipped in the rows that are left.
     """
 
     name: str
     source: Path
     contents: tuple[Content, ...]
-    query_ids: np.ndarray  # int32 [rows]
-    target_ids: tuple[np.ndarray, ...]  # int32 [candidates] for each row
-    first_row: np.ndarray  # int32 [contents]
-    row_numbers: np.ndarray  # int32 [rows]
+    query_ids: np.ndarray
+    target_ids: tuple[np.ndarray, ...]
+    first_row: np.ndarray
+    row_numbers: np.ndarray
     skipped_rows: int = 0
     skipped_candidates: int = 0
 
@@ -101,7 +120,7 @@ class EvalImages:
     asked for.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
         self._archive = zipfile.ZipFile(self.root) if self.root.is_file() else None
         self._members = frozenset(self._archive.namelist()) if self._archive else frozenset()
@@ -141,7 +160,7 @@ class EvalImages:
         return min(found, key=len)[: -len(path)] if found else ""
 
 
-def open_images(data_dir: str | Path, images: str | Path | None = None) -> EvalImages:
+def open_images(data_dir: str | os.PathLike, images: str | os.PathLike | None = None) -> EvalImages:
     """The images of a benchmark directory: `images/`, `eval_images/`, `images.zip`, or as given."""
     data_dir = Path(data_dir)
     if images is not None:
@@ -154,8 +173,21 @@ def open_images(data_dir: str | Path, images: str | Path | None = None) -> EvalI
     return EvalImages(data_dir)
 
 
-def dataset_names(data_dir: str | Path, infos: Sequence[DatasetInfo] = MMEB_DATASETS) -> list[str]:
-    """Datasets present in a directory: those of the benchmark in its order, then others by name."""
+def dataset_names(
+    data_dir: str | os.PathLike, infos: Sequence[DatasetInfo] = MMEB_DATASETS
+) -> list[str]:
+    """Names of the datasets in a directory.
+
+    Args:
+      data_dir: of the benchmark.
+      infos: the benchmark's datasets.
+
+    Returns:
+      Those of the benchmark in its order, then the others, sorted.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+    """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise FileNotFoundError(f"benchmark directory {data_dir} does not exist")
@@ -166,17 +198,24 @@ def dataset_names(data_dir: str | Path, infos: Sequence[DatasetInfo] = MMEB_DATA
 
 
 def _is_row_file(path: Path) -> bool:
-    """A JSON list: other JSON files (results, metadata) may lie beside the datasets."""
+    """Whether a JSON file holds a list; results and metadata beside the datasets are objects."""
     with path.open(encoding="utf-8") as file:
         return file.read(64).lstrip().startswith("[")
 
 
-def read_dataset(data_dir: str | Path, name: str) -> EvalDataset:
+def read_dataset(data_dir: str | os.PathLike, name: str) -> EvalDataset:
     """Read `<data_dir>/<name>/test-*.parquet`, or `<data_dir>/<name>.json`.
 
+    Args:
+      data_dir: of the benchmark.
+      name: of the dataset.
+
+    Returns:
+      Its rows, without those that cannot be scored.
+
     Raises:
-        FileNotFoundError: neither exists.
-        ValueError: a row does not have MMEB's form, naming file, row and column; or no row is left.
+      FileNotFoundError: neither exists.
+      ValueError: a row does not have MMEB's form, or no row is left; it names file, row and column.
     """
     data_dir = Path(data_dir)
     parts = sorted((data_dir / name).glob("test-*.parquet"))
@@ -246,7 +285,7 @@ def _parse_row(row: dict[str, Any], where: str) -> tuple[Content, list[Content]]
         raise ValueError(f"{where}: expected an object with {list(COLUMNS)}, found {row!r:.200}")
     query = Content(row["qry_text"] or "", row["qry_img_path"] or "")
     texts, images = row["tgt_text"], row["tgt_img_path"]
-    # Some lists of images come with one text for all of them, and the other way round.
+    # Some datasets give one text for a list of images, or one image for a list of texts.
     if isinstance(texts, str) and not isinstance(images, str):
         texts = [texts] * len(images)
     elif isinstance(images, str) and not isinstance(texts, str):
@@ -266,9 +305,17 @@ def _parse_row(row: dict[str, Any], where: str) -> tuple[Content, list[Content]]
 
 
 def make_item(dataset: EvalDataset, index: int, images: EvalImages) -> Item:
-    """The item of one unique content; its image is looked up in the store.
+    """The item of one content.
 
-    A marker without an image path, as in WebQA's and EDIS's queries, holds the zero picture.
+    A marker without an image path, as in queries of WebQA and EDIS, holds the zero picture.
+
+    Args:
+      dataset: the rows.
+      index: of the content.
+      images: where its image is looked up.
+
+    Raises:
+      FileNotFoundError: the image is missing; it names file and row.
     """
     content = dataset.contents[index]
     name = f"{dataset.source}: row {dataset.first_row[index]}"
@@ -278,13 +325,13 @@ def make_item(dataset: EvalDataset, index: int, images: EvalImages) -> Item:
 
 
 def chance(dataset: EvalDataset) -> float:
-    """Expected precision@1 of scores drawn at random for each unique candidate of a row."""
+    """Expected precision@1 of random scores. Repeated candidates of a row have one score."""
     return float(np.mean([1 / len(np.unique(ids)) for ids in dataset.target_ids]))
 
 
 def describe(
     names: Iterable[str], infos: Sequence[DatasetInfo] = MMEB_DATASETS
 ) -> list[DatasetInfo]:
-    """Infos for dataset names; a name that is not in `infos` gets the meta-task "other"."""
+    """Infos of datasets by their names; a name that is not in `infos` gets the meta-task "other"."""
     known = {info.name: info for info in infos}
     return [known.get(name, DatasetInfo(name, "other")) for name in names]

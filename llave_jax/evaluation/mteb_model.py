@@ -2,9 +2,12 @@
 
     python -m llave_jax.evaluation.mteb_model --model DIR --tasks CIRRIT2IRetrieval --output DIR
 
-Owns the adapter to mteb's encoder protocol and how its inputs are worded for LLaVE; tasks, data and
+Owns the adapter to mteb's encoder protocol and the wording of its inputs for LLaVE. Tasks, data and
 metrics are mteb's.
 """
+
+# mteb is an extra that is often not installed.
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -81,7 +84,17 @@ class MtebEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Embeddings of all batches: float32 [n, D]. Queries get the task's instruction."""
+        """Embeddings of all batches. Queries get the task's instruction.
+
+        Args:
+          inputs: batches of columns.
+          task_metadata, hf_split, hf_subset: where they come from.
+          prompt_type: whether they are queries or documents.
+          kwargs: mteb's settings of other encoders, without meaning here.
+
+        Returns:
+          float32 [n, D].
+        """
         instruction = ""
         if prompt_type == PromptType.query:
             instruction = self.get_task_instruction(task_metadata, prompt_type)
@@ -99,10 +112,15 @@ class MtebEncoder(AbsEncoder):
 
 
 def batch_items(batch: Mapping[str, Sequence[Any]], instruction: str, name: str) -> list[Item]:
-    """A batch of mteb's as items. Columns other than `text` and `image` say nothing new.
+    """A batch of mteb's as items.
+
+    Args:
+      batch: columns; those other than `text` and `image` repeat the content in other forms.
+      instruction: put in front of the texts; "" for none.
+      name: where the batch comes from, for errors.
 
     Raises:
-      ValueError: the batch has neither, such as audio or video.
+      ValueError: the batch has neither text nor image, but for example audio or video.
     """
     columns = [column for column in ("text", "image") if column in batch]
     if not columns:

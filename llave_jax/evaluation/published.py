@@ -1,7 +1,7 @@
-"""Results that the LLaVE paper (arXiv 2503.04812) prints: its own, and those it compares with.
+"""Results that the LLaVE paper (arXiv 2503.04812) prints: its own, and those that it compares with.
 
-Owns the numbers only; `results.py`, `similarity.py` and `video_retrieval.py` put them beside a run's
-own. docs/paper.md says which command makes each.
+Owns the numbers only. `results.py`, `similarity_comparison.py` and `video_retrieval.py` print them beside
+those of a run. docs/paper.md has the command for each.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ LLAVE_7B_DATASETS: dict[str, float] = {
     "Visual7W-Pointing": 92.5,
 }
 
-# Table 1: mean cosine with the positive, the 5 hardest and the 5 easiest negatives, by dataset and loss.
+# Table 1: mean cosine with the positive, the 5 hardest and the 5 easiest negatives; by dataset and loss.
 SIMILARITY: dict[str, dict[str, tuple[float, float, float]]] = {
     "SUN397": {"InfoNCE": (0.71, 0.65, 0.36), "LLaVE": (0.66, 0.51, 0.03)},
     "DocVQA": {"InfoNCE": (0.70, 0.62, 0.30), "LLaVE": (0.61, 0.42, -0.04)},

@@ -1,6 +1,6 @@
-"""What an evaluation's page shows: tables beside published rows, bars, similarities, answers.
+"""The page of an evaluation: tables with published rows, bars, similarities, examples of answers.
 
-Owns the selection of what is shown for each benchmark; how it looks is `report_html.py`.
+Owns what is shown for each benchmark. How it looks is `report_html.py` and `drawing.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from llave_jax.evaluation.video_data import VideoDataset
 from llave_jax.evaluation.video_retrieval import VideoResult
 from llave_jax.inputs import video_decode
 from llave_jax.inputs.item import Item
+from llave_jax.parallel.processes import only_on_first
 
 # Right and wrong answers shown for each dataset, and candidates for each of them.
 EXAMPLES = 4
@@ -45,6 +46,8 @@ def write_mmeb_report(
     Args:
       path: the HTML file.
       results: of `evaluate_mmeb` on `data_dir`, with the same `images`.
+      data_dir: of the benchmark.
+      images: as of `evaluate_mmeb`.
       title, model: for the head of the page.
     """
     rows = sum(result.num_pred for result in results.datasets)
@@ -120,7 +123,11 @@ def _similarities(results: Results) -> str:
 
 def _stats(results: Sequence[DatasetResult]) -> SimilarityStats | None:
     """None where no row has a negative."""
-    rows = [pair for r in results for pair in zip(r.scores, r.candidates, strict=True)]
+    rows = [
+        pair
+        for result in results
+        for pair in zip(only_on_first(result.scores), result.candidates, strict=True)
+    ]
     if all(len(np.unique(ids)) == 1 for _, ids in rows):
         return None
     scores, candidates = zip(*rows, strict=True)
@@ -159,7 +166,7 @@ def _gallery(
 
 
 def _spread(rows: np.ndarray) -> np.ndarray:
-    """At most EXAMPLES of them, evenly from first to last."""
+    """At most EXAMPLES of the rows, evenly spread."""
     if len(rows) <= EXAMPLES:
         return rows
     return rows[np.linspace(0, len(rows) - 1, EXAMPLES).astype(int)]
@@ -168,12 +175,12 @@ def _spread(rows: np.ndarray) -> np.ndarray:
 def _mmeb_example(
     row: int, result: DatasetResult, dataset: mmeb_data.EvalDataset, store: mmeb_data.EvalImages
 ) -> Example:
-    targets, scores = dataset.target_ids[row], result.scores[row]
+    targets, scores = dataset.target_ids[row], only_on_first(result.scores)[row]
 
     def card(content_id: int) -> Card:
         return _item_card(mmeb_data.make_item(dataset, int(content_id), store))
 
-    # Repeated candidates are one answer: shown once, at the first of their places.
+    # A repeated candidate is one answer. It is shown once, at its first position.
     _, first = np.unique(targets, return_index=True)
     places = first[np.lexsort((first, -scores[first]))]
     ranked = [
@@ -191,8 +198,15 @@ def _mmeb_example(
 def write_video_report(
     path: str | os.PathLike, dataset: VideoDataset, result: VideoResult, *, model: str
 ) -> None:
-    """Write the page of a text-video evaluation. First process only."""
-    similarity, owners = result.similarity, dataset.owners
+    """Write the page of a text-video evaluation. First process only.
+
+    Args:
+      path: the HTML file.
+      dataset: the captions with their videos.
+      result: of `evaluate_video` on the dataset.
+      model: for the head of the page.
+    """
+    similarity, owners = only_on_first(result.similarity), dataset.owners
     matches = np.take_along_axis(similarity, owners[:, None], axis=1)
     right = np.count_nonzero(similarity > matches, axis=1) == 0
 
@@ -242,7 +256,15 @@ def write_retrieval_report(
     title: str,
     model: str,
 ) -> None:
-    """Write the page of a retrieval over one's own corpus. First process only."""
+    """Write the page of a retrieval over one's own corpus. First process only.
+
+    Args:
+      path: the HTML file.
+      task: queries, corpus and judgements.
+      result: of `evaluate_retrieval` on the task.
+      title, model: for the head of the page.
+    """
+    rankings = only_on_first(result.ranking)
     documents = dict(zip(task.document_ids, task.documents, strict=True))
 
     def relevant(query: str, document: str) -> bool:
@@ -250,9 +272,9 @@ def write_retrieval_report(
 
     def make(row: int) -> Example:
         query = task.query_ids[row]
-        ranking = list(enumerate(result.ranking[query], 1))
+        ranking = list(enumerate(rankings[query], 1))
         found = [entry for entry in ranking if relevant(query, entry[1][0])]
-        # The best of the relevant ones is shown even if it is far down.
+        # The best relevant document is shown whatever its rank.
         entries = ranking[:CANDIDATES] + [e for e in found[:1] if e[0] > CANDIDATES]
         return Example(
             query=_item_card(task.queries[row]),
@@ -262,7 +284,7 @@ def write_retrieval_report(
             ],
         )
 
-    first = [result.ranking[query][0][0] for query in task.query_ids]
+    first = [rankings[query][0][0] for query in task.query_ids]
     right = np.array(list(map(relevant, task.query_ids, first)))
     note = f"{np.count_nonzero(right)} of {len(right)} queries find a relevant document first"
     sections = [

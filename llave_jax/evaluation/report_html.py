@@ -1,7 +1,7 @@
 """Pieces of a self-contained HTML page: tables, bars, galleries of answers.
 
-Owns how things look; what is shown is decided in `report.py`. Pages load nothing from elsewhere:
-style, drawings (SVG) and thumbnails (data URIs) are in them.
+Owns how things look; `report.py` decides what is shown. A page loads nothing: style, drawings (SVG) and
+thumbnails (data URIs) are in it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ summary { cursor: pointer; font-weight: 600; } summary span { font-weight: 400; 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """Content as the page shows it. `thumbnail` is a data URI, or None."""
+    """A query or a candidate as the page shows it.
+
+    Attributes:
+      text: plain text; long texts are cut.
+      thumbnail: a data URI; None for a text without image.
+    """
 
     text: str
     thumbnail: str | None = None
@@ -63,6 +68,15 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
+    """A candidate of a query.
+
+    Attributes:
+      card: what it shows.
+      score: its cosine with the query.
+      rank: from 1.
+      positive: whether it is a right answer.
+    """
+
     card: Card
     score: float
     rank: int
@@ -71,18 +85,32 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A query and its best candidates in order of rank, with the best-ranked positive if known."""
+    """A query with its best candidates.
+
+    Attributes:
+      query: what it shows.
+      candidates: in the order of their ranks; the best-ranked positive is among them, if it is known.
+    """
 
     query: Card
     candidates: Sequence[Candidate]
 
     @property
     def positive_rank(self) -> int | None:
+        """Rank of the best-ranked positive; None if it is not known."""
         return min((c.rank for c in self.candidates if c.positive), default=None)
 
 
 def thumbnail(image: ImageLike, name: str) -> str:
-    """A small JPEG as a data URI. Tiny pictures are enlarged by whole factors, unsmoothed."""
+    """A small JPEG as a data URI. Tiny images are enlarged by a whole factor, without smoothing.
+
+    Args:
+      image: a path, the bytes of a file or a decoded image.
+      name: where it comes from, for errors.
+
+    Raises:
+      ImageError: it cannot be read.
+    """
     picture = load_image(image, name).copy()
     factor = THUMBNAIL_PIXELS // max(picture.size)
     if factor > 1:
@@ -94,7 +122,15 @@ def thumbnail(image: ImageLike, name: str) -> str:
 
 
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A whole document from sections of (heading, HTML)."""
+    """A whole document.
+
+    Args:
+      title, subtitle: plain text.
+      sections: (heading, HTML).
+
+    Returns:
+      The document as text.
+    """
     body = "\n".join(
         f"<section><h2>{escape(heading)}</h2>\n{content}</section>" for heading, content in sections
     )
@@ -108,11 +144,17 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
 
 
 def paragraph(text: str) -> str:
+    """A note in small grey type."""
     return f'<p class="soft small">{escape(text)}</p>'
 
 
 def table(rows: Sequence[Sequence[str]], own: Sequence[str] = ()) -> str:
-    """First row is the heading; rows whose first cell is in `own` stand out."""
+    """A table of plain text.
+
+    Args:
+      rows: of cells, the heading first.
+      own: first cells of the rows that are highlighted.
+    """
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     lines = []
     for row in rows[1:]:
@@ -122,12 +164,16 @@ def table(rows: Sequence[Sequence[str]], own: Sequence[str] = ()) -> str:
 
 
 def folded(summary: str, content: str) -> str:
-    """Content that a reader opens."""
+    """Content that is folded away until the reader opens it."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>\n"
 
 
 def tiles(values: Sequence[tuple[str, str, str]]) -> str:
-    """Headline numbers: (label, value, note)."""
+    """Headline numbers.
+
+    Args:
+      values: (label, value, note), plain text.
+    """
     return (
         '<div class="tiles">'
         + "".join(
@@ -141,7 +187,14 @@ def tiles(values: Sequence[tuple[str, str, str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """`value`, `chance` and `published` in percent."""
+    """A bar of `bars`.
+
+    Attributes:
+      label: in front of it.
+      value: in percent.
+      chance: value of random scores, in percent.
+      published: value of another model, in percent; None if there is none.
+    """
 
     label: str
     value: float
@@ -150,7 +203,14 @@ class Bar:
 
 
 def bars(groups: Mapping[str, Sequence[Bar]]) -> str:
-    """Horizontal bars in groups; chance is a dark tick, a published value an orange one."""
+    """Horizontal bars from 0 to 100 percent. A dark tick marks chance, an orange one the published value.
+
+    Args:
+      groups: heading -> bars below it.
+
+    Returns:
+      An <svg> element.
+    """
     left, width, step = 190, 700, 24
     columns = {"this run": left + width + 70, "published": left + width + 150}
     if all(bar.published is None for entries in groups.values() for bar in entries):
@@ -197,7 +257,13 @@ def _tick(x: float, y: float, colour: str, width: int) -> str:
 
 
 def gallery(name: str, note: str, groups: Mapping[str, Sequence[Example]], *, shown: bool) -> str:
-    """Examples of one dataset in groups ("right", "wrong"), folded away unless `shown`."""
+    """Examples of answers for one dataset.
+
+    Args:
+      name, note: of the dataset.
+      groups: heading ("Right", "Wrong") -> examples.
+      shown: whether they are open from the start.
+    """
     content = "".join(
         f"<h3>{escape(group)}</h3>" + "".join(_example(example) for example in examples)
         for group, examples in groups.items()

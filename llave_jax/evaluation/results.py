@@ -1,6 +1,6 @@
 """Scores of a benchmark run: per dataset, their averages, and the table that is printed.
 
-Owns the arithmetic of averages and the text form; how answers are scored is `mmeb.py`.
+Owns the arithmetic of averages and the tables' cells. How answers are scored is `mmeb.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ class DatasetResult:
     """Answers for one dataset.
 
     Attributes:
+      info: name and meta-task of the dataset.
       predictions: int32 [rows], position of the chosen candidate in the row's list.
       chance: expected precision@1 of random scores.
-      scores: per row float32 [candidates], cosine with the query; None on processes other than
+      scores: for each row float32 [candidates], cosine with the query; None on processes other than
         the first.
-      candidates: per row int32 [candidates]; equal ids are one content, given twice.
-      skipped_rows: rows that are not scored, as their query or positive has neither text nor image.
-      skipped_candidates: such candidates of the rows that are scored.
+      candidates: for each row int32 [candidates]; equal ids are one content that is given twice.
+      skipped_rows: rows that are not scored: their query or positive has neither text nor image.
+      skipped_candidates: candidates without text and image in the rows that are scored.
     """
 
     info: DatasetInfo
@@ -40,20 +41,30 @@ class DatasetResult:
 
     @property
     def num_pred(self) -> int:
+        """Rows that were scored."""
         return len(self.predictions)
 
     @property
     def num_correct(self) -> int:
+        """Rows whose positive, candidate 0, was chosen."""
         return int(np.count_nonzero(self.predictions == 0))
 
     @property
     def accuracy(self) -> float:
-        """Precision@1: candidate 0 is the positive."""
+        """Precision@1, as a fraction."""
         return self.num_correct / self.num_pred
 
 
 class Average(NamedTuple):
-    """Unweighted mean over a group of datasets; `value` is None unless all of them were scored."""
+    """Unweighted mean over a group of datasets.
+
+    Attributes:
+      label: of the group.
+      value: precision@1 as a fraction; None unless all datasets of the group were scored.
+      chance: the same of random scores.
+      scored: how many of its datasets were scored.
+      missing: names of the others.
+    """
 
     label: str
     value: float | None
@@ -64,14 +75,19 @@ class Average(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a run scored, out of what the benchmark consists of (`infos`)."""
+    """What a run scored of a benchmark.
+
+    Attributes:
+      datasets: their results, in the order in which they were scored.
+      infos: all datasets of the benchmark.
+    """
 
     datasets: tuple[DatasetResult, ...]
     infos: tuple[DatasetInfo, ...] = MMEB_DATASETS
 
     @property
     def is_mmeb(self) -> bool:
-        """Whether published MMEB numbers can stand beside these."""
+        """Whether these are results for MMEB, so that published numbers compare with them."""
         return self.infos == MMEB_DATASETS
 
     def __getitem__(self, name: str) -> DatasetResult:
@@ -81,6 +97,15 @@ class Results:
         raise KeyError(f"{name!r} was not scored; scored: {[r.info.name for r in self.datasets]}")
 
     def average(self, label: str, infos: Sequence[DatasetInfo]) -> Average:
+        """Unweighted mean over some datasets.
+
+        Args:
+          label: of the group.
+          infos: the datasets of the group.
+
+        Returns:
+          The mean, without a value if a dataset was not scored.
+        """
         scored = {result.info.name: result for result in self.datasets}
         missing = tuple(info.name for info in infos if info.name not in scored)
         present = [scored[info.name] for info in infos if info.name in scored]
@@ -91,7 +116,7 @@ class Results:
         return Average(label, value, chance, len(present), ())
 
     def averages(self) -> tuple[Average, ...]:
-        """Per meta-task; then IND and OOD where the benchmark has the notion; then overall."""
+        """By meta-task; then IND and OOD, if the benchmark distinguishes them; then overall."""
         tasks = dict.fromkeys(info.meta_task for info in self.infos)
         order = [t for t in META_TASKS if t in tasks] + [t for t in tasks if t not in META_TASKS]
         groups = [(task, [i for i in self.infos if i.meta_task == task]) for task in order]
@@ -102,13 +127,15 @@ class Results:
         return tuple(self.average(label, infos) for label, infos in groups)
 
     def metrics(self) -> dict[str, float]:
-        """Accuracies and complete averages by name, as fractions: for a metrics file."""
+        """Accuracies and averages as fractions, by name, for a metrics file. Incomplete averages are left
+        out.
+        """
         values = {f"{r.info.meta_task}/{r.info.name}": r.accuracy for r in self.datasets}
         values |= {f"average/{a.label}": a.value for a in self.averages() if a.value is not None}
         return values
 
     def table(self) -> str:
-        """Per dataset and average: precision@1 in percent, chance, counts, published value."""
+        """Tables as text: datasets, averages and, for MMEB, published results. In percent."""
         rows = [["dataset", "meta-task", "precision@1", "chance", "correct"]]
         rows += [
             [
@@ -166,7 +193,11 @@ class Results:
         ]
 
     def comparison(self) -> list[list[str]]:
-        """This run's MMEB averages under those that papers report: rows of cells."""
+        """Averages that papers report for MMEB, this run's below them.
+
+        Returns:
+          Rows of cells, the heading first.
+        """
         labels = (*META_TASKS, "IND", "OOD", "overall")
         own = {average.label: average.value for average in self.averages()}
         rows = [["model", *labels]]

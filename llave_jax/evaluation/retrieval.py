@@ -5,7 +5,7 @@
     DIRECTORY/qrels.tsv       query-id <tab> corpus-id <tab> score, with a header (or qrels/test.tsv)
 
 Paths are relative to DIRECTORY. Owns the files and the ranking's metrics (ir-measures, which runs
-trec_eval); search is `search.py`.
+trec_eval). The search is `embedding/search.py`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,22 @@ from llave_jax.embedding.run_info import record_run
 from llave_jax.embedding.search import search
 from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed
 from llave_jax.inputs.item import Item, as_item
-from llave_jax.parallel.processes import from_first_process
+from llave_jax.parallel.processes import from_first_process, only_on_first
 
 CUTOFFS = (1, 5, 10, 100)
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalTask:
-    """`qrels[query id][document id]` is the relevance, 0 for judged but not relevant."""
+    """Queries, a corpus and judgements.
+
+    Attributes:
+      query_ids: of the judged queries.
+      queries: the same, as items.
+      document_ids: of the corpus.
+      documents: the same, as items.
+      qrels: query id -> document id -> relevance; 0 is judged and not relevant.
+    """
 
     query_ids: tuple[str, ...]
     queries: tuple[Item, ...]
@@ -45,20 +53,22 @@ class RetrievalTask:
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalResult:
-    """Attributes:
-    metrics: by name, as fractions.
-    ranking: query id -> document ids with scores, best first; None on processes other than the
-      first.
+    """Metrics, and the rankings that they measure.
+
+    Attributes:
+      metrics: by name, as fractions.
+      ranking: query id -> document ids with scores, best first; None on processes other than the first.
     """
 
     metrics: dict[str, float]
     ranking: dict[str, list[tuple[str, float]]] | None
 
     def rows(self) -> list[list[str]]:
-        """Heading and cells of the table, in percent."""
+        """Cells of the table, the heading first, in percent."""
         return [["metric", "%"], *([n, f"{100 * v:.1f}"] for n, v in self.metrics.items())]
 
     def table(self) -> str:
+        """The table as text."""
         return align(self.rows())
 
 
@@ -73,7 +83,7 @@ def evaluate_retrieval(
 ) -> RetrievalResult:
     """Rank the corpus for every judged query and measure the rankings.
 
-    Equal scores are ranked in the corpus's order. With several processes all call this alike.
+    Equal scores rank in the order of the corpus. With several processes all call this alike.
 
     Args:
       encode: items -> float32 [n, D], L2-normalised.
@@ -82,6 +92,9 @@ def evaluate_retrieval(
       cache: embeddings of earlier runs.
       cutoffs: of recall and nDCG; the largest is the depth of the ranking.
       settings: what `encode` is, kept in `run.json` beside the scores.
+
+    Returns:
+      The metrics, on all processes; the first one's also has the rankings.
     """
     cache = EmbeddingCache() if cache is None else cache
     queries = embed(encode, len(task.queries), task.queries.__getitem__, cache)
@@ -106,6 +119,7 @@ def evaluate_retrieval(
 
 
 def metric_names(cutoffs: Sequence[int]) -> list[str]:
+    """Names of the metrics of `ranking_metrics`, in its order."""
     return [
         "precision@1",
         *(f"recall@{k}" for k in cutoffs),
@@ -119,11 +133,18 @@ def ranking_metrics(
 ) -> dict[str, float]:
     """Means over the queries of `qrels` of precision@1, recall@k, nDCG@k and reciprocal rank.
 
-    A query with nothing relevant has no defined recall; trec_eval counts it as 0.
+    A query without relevant documents has no defined recall; trec_eval counts it as 0.
 
     Args:
-      qrels: relevance per query and document; above 0 is relevant, and the gain in nDCG.
-      order: per query document ids, best first, at least `max(cutoffs)` of them or the whole corpus.
+      qrels: query id -> document id -> relevance; above 0 is relevant, and the gain in nDCG.
+      order: query id -> document ids, best first; `max(cutoffs)` of them, or the whole corpus.
+      cutoffs: of recall and nDCG.
+
+    Returns:
+      The means by the names of `metric_names`, as fractions.
+
+    Raises:
+      ImportError: ir-measures is not installed.
     """
     try:
         import ir_measures
@@ -132,7 +153,7 @@ def ranking_metrics(
         raise ImportError(
             "retrieval metrics need ir-measures: pip install 'llave_jax[retrieval]'"
         ) from error
-    # trec_eval sorts by score and breaks ties by document id; ranks as scores keep this order.
+    # trec_eval sorts by score and breaks ties by document id. Negative ranks as scores leave no ties.
     run = {q: {doc: -float(rank) for rank, doc in enumerate(docs)} for q, docs in order.items()}
     measures = [P @ 1, *(R @ k for k in cutoffs), *(nDCG @ k for k in cutoffs), RR]
     values = ir_measures.calc_aggregate(measures, qrels, run)
@@ -143,10 +164,16 @@ def ranking_metrics(
 
 
 def read_task(data_dir: str | os.PathLike) -> RetrievalTask:
-    """Read the three files; queries without judgements are left out.
+    """Read a corpus of one's own. Queries without judgements are left out.
+
+    Args:
+      data_dir: with the three files.
+
+    Returns:
+      Queries, corpus and judgements.
 
     Raises:
-      FileNotFoundError, ValueError: missing or malformed data, naming file and line.
+      FileNotFoundError, ValueError: data is missing or malformed; it names file and line.
     """
     data_dir = Path(data_dir)
     qrels_path = data_dir / "qrels.tsv"
@@ -232,7 +259,7 @@ def _write(output_dir: Path, result: RetrievalResult) -> None:
     write_text(output_dir / "retrieval_score.json", json.dumps(result.metrics, indent=2) + "\n")
     lines = [
         f"{query} Q0 {document} {rank} {score:.7f} llave_jax\n"
-        for query, row in result.ranking.items()
+        for query, row in only_on_first(result.ranking).items()
         for rank, (document, score) in enumerate(row, 1)
     ]
     write_text(output_dir / "retrieval_run.tsv", "".join(lines))

@@ -25,7 +25,13 @@ HEADING = (*KINDS, "overlap of positive and hard")
 
 @dataclasses.dataclass(frozen=True)
 class SimilarityStats:
-    """Cosines float32 [n] each: one positive a query, up to NEGATIVES hard and easy negatives."""
+    """Cosines of queries with candidates.
+
+    Attributes:
+      positive: float32 [queries].
+      hard: float32 [n], up to NEGATIVES most similar negatives of each query.
+      easy: float32 [n], up to NEGATIVES least similar negatives of each query.
+    """
 
     positive: np.ndarray
     hard: np.ndarray
@@ -36,16 +42,16 @@ class SimilarityStats:
         return float(np.mean(getattr(self, kind), dtype=np.float64))
 
     def overlap(self, first: str, second: str) -> float:
-        """Overlap coefficient of two kinds: 0 if told apart by a threshold, 1 if distributed alike.
+        """Overlap coefficient of two kinds: the area that their histograms have in common.
 
-        The area that their histograms (shares over EDGES) have in common.
+        It is 0 if a threshold separates them, and 1 if their distributions are equal.
         """
         return float(np.minimum(self.histogram(first), self.histogram(second)).sum())
 
     def histogram(self, kind: str) -> np.ndarray:
         """Share of the cosines in each bin of EDGES: float64 [bins], sums to 1."""
         values = getattr(self, kind)
-        # Cosines of rounded embeddings can exceed 1 by an ulp or two.
+        # Rounding can bring a cosine beyond 1 by an ulp or two.
         counts, _ = np.histogram(np.clip(values, EDGES[0], EDGES[-1]), EDGES)
         return counts / len(values)
 
@@ -80,22 +86,27 @@ def similarity_overlap(
     *,
     candidates: Sequence[np.ndarray] | np.ndarray | None = None,
 ) -> SimilarityStats:
-    """Collect each query's positive, its hard negatives and its easy ones.
+    """Collect each query's positive, its hard negatives and its easy negatives.
 
-    A query with fewer than 2 * NEGATIVES negatives has some of them in both kinds; one with none
-    gives its positive only.
+    A query with fewer than 2 * NEGATIVES negatives has some of them in both kinds. A query without
+    negatives gives its positive only.
 
     Args:
-      scores: cosines of each query with its candidates: [queries, candidates], or one array [c] a
-        query with lengths that may differ.
-      positives: int [queries], where each query's positive is among its candidates.
-      candidates: int ids shaped like `scores`; equal ids of a query are one candidate given twice:
-        repeated negatives count once and repetitions of the positive are no negatives. None: all
-        candidates of a query differ.
+      scores: cosines of each query with its candidates: [queries, candidates], or for each query an
+        array [c] of its own length.
+      positives: int [queries], position of each query's positive among its candidates.
+      candidates: int ids shaped like `scores`. Candidates of a query with equal ids are one candidate
+        that is given twice: a repeated negative counts once, and a repeated positive is not a negative.
+        None: all candidates of a query differ.
+
+    Returns:
+      The cosines of all queries by kind.
 
     Raises:
-      ValueError: shapes that do not fit, values that are no cosines, or no negatives at all; names
+      ValueError: shapes that do not fit, values that are not cosines, or no negatives at all; it names
         the query.
+
+    Reference: LLaVE (arXiv 2503.04812), Fig. 1 and Table 1.
     """
     if len(scores) != len(positives) or (candidates is not None and len(candidates) != len(scores)):
         raise ValueError(
@@ -127,7 +138,8 @@ def _check_row(row: np.ndarray, positive: int, query: int) -> np.ndarray:
             f"query {query}: expected scores [c] with the positive at an index below c, found "
             f"scores {row.shape} and index {positive}"
         )
-    # Not (<=): also true for nan. float32 dot products of unit vectors stay far within 1e-3.
+    # `not all(<=)` is also true for NaN. float32 dot products of unit vectors exceed 1 by far less than
+    # 1e-3.
     if not np.all(np.abs(row) <= 1 + 1e-3):
         raise ValueError(
             f"query {query}: scores must be cosines, found {row[np.argmax(~(np.abs(row) <= 1.001))]};"

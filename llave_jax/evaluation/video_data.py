@@ -23,23 +23,35 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".m4v")
 
 @dataclasses.dataclass(frozen=True)
 class VideoDataset:
-    """`captions[i]` describes `videos[owners[i]]`; a video may have many captions."""
+    """Videos and captions; `captions[i]` describes `videos[owners[i]]`.
+
+    Attributes:
+      name: of the dataset.
+      videos: files.
+      captions: at least one of each video.
+      owners: int32 [captions], indices of videos.
+    """
 
     name: str
     videos: tuple[Path, ...]
     captions: tuple[str, ...]
-    owners: np.ndarray  # int32 [captions]
+    owners: np.ndarray
 
 
 def read_msrvtt(data_dir: str | os.PathLike) -> VideoDataset:
     """MSR-VTT 1k: a csv with columns `video_id` and `sentence`, videos `<video_id>.mp4` below.
 
-    As downloaded, the test csv (MSRVTT_JSFUSION_test.csv) lies beside lists of training videos,
-    which have no sentences. Of several csv files with both columns, the one with 1000 captions of
-    as many videos is taken.
+    The download has the test csv (MSRVTT_JSFUSION_test.csv) beside lists of training videos, which have no
+    sentences. If several csv files have both columns, the one with 1000 captions of 1000 videos is read.
+
+    Args:
+      data_dir: with the files in it or in folders below it.
+
+    Returns:
+      The captions with their videos.
 
     Raises:
-      FileNotFoundError, ValueError: files missing, malformed or ambiguous, by name.
+      FileNotFoundError, ValueError: files are missing, malformed or ambiguous; it names them.
     """
     data_dir = Path(data_dir)
     found = _named(data_dir, "*.csv")
@@ -66,7 +78,7 @@ def read_msrvtt(data_dir: str | os.PathLike) -> VideoDataset:
 
 
 def _read_csv(path: Path) -> list[tuple[str, str]] | tuple[str, ...]:
-    """(video_id, sentence) of all rows, or the columns if these are not among them."""
+    """(video_id, sentence) of all rows; the names of the columns if these two are not among them."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -94,10 +106,16 @@ def _is_1k_test(rows: list[tuple[str, str]]) -> bool:
 def read_msvd(data_dir: str | os.PathLike) -> VideoDataset:
     """MSVD: `test_list.txt`, a captions pickle {video: [caption or list of words]}, videos below.
 
-    Of several pickles, the one with captions of all test videos is taken.
+    If there are several pickles, the one with captions of all test videos is read.
+
+    Args:
+      data_dir: with the files in it or in folders below it.
+
+    Returns:
+      The captions with their videos.
 
     Raises:
-      FileNotFoundError, ValueError: files missing, malformed or ambiguous, by name.
+      FileNotFoundError, ValueError: files are missing, malformed or ambiguous; it names them.
     """
     data_dir = Path(data_dir)
     lists = {
@@ -138,19 +156,26 @@ READERS: dict[str, Callable[[str | os.PathLike], VideoDataset]] = {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Loads str, bytes, numbers, list, tuple, dict, set: what needs no import, so runs no code."""
+    """Loads str, bytes, numbers, list, tuple, dict and set. These need no import, so no code runs."""
 
     def find_class(self, module: str, name: str):
+        """Refuse whatever a pickle wants to import."""
         raise pickle.UnpicklingError(
             f"refers to {module}.{name}; only text, numbers, lists, tuples and dicts are read"
         )
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """A pickle of plain values only. The published file was written by Python 2.
+    """Read a pickle of plain values, also one that Python 2 wrote, as the published file is.
+
+    Args:
+      path: of the file; its content need not be trusted.
+
+    Returns:
+      Text, numbers, lists, tuples, dicts and sets.
 
     Raises:
-      ValueError: it holds anything else, or is not a pickle; nothing of it has been run.
+      ValueError: it holds anything else, or is not a pickle. Nothing in it has been run.
     """
     with path.open("rb") as file:
         try:
@@ -160,13 +185,13 @@ def load_plain_pickle(path: Path) -> Any:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """All files below a folder, in order, also behind links; no hidden ones (such as macOS adds)."""
+    """All files below a folder, in order, also those behind links, without hidden ones (as of macOS)."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a directory")
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        # A link to a folder above would be followed for ever.
+        # A folder that was seen is not entered again: a link to a folder above has no end.
         folders[:] = [] if real in seen else sorted(n for n in folders if not n.startswith("."))
         if real not in seen:
             yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
@@ -178,7 +203,7 @@ def _named(root: Path, pattern: str) -> list[Path]:
 
 
 def _different(contents: dict[Path, list]) -> dict[Path, list]:
-    """Without files that say the same as one before."""
+    """The files without those whose content is that of an earlier one."""
     first: dict[tuple, Path] = {}
     for path, content in contents.items():
         first.setdefault(tuple(content), path)
@@ -186,7 +211,7 @@ def _different(contents: dict[Path, list]) -> dict[Path, list]:
 
 
 def _only(contents: dict[Path, list], root: Path, what: str) -> tuple[Path, list]:
-    """The one file that is left, or whose copies are."""
+    """The only file, or the first of copies of one file."""
     different = _different(contents)
     if len(different) == 1:
         return next(iter(different.items()))

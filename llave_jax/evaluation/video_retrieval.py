@@ -1,7 +1,7 @@
 """Zero-shot text-video retrieval: MSR-VTT 1k and MSVD as published, recall and ranks both ways.
 
-Owns the metrics. Files are read by `video_data.py`, videos decoded by `inputs/video_decode.py` (extra
-`video`); which frames are seen is `inputs/video.py`, published numbers are `published.py`.
+Owns the metrics. Files are read by `video_data.py`. Videos are decoded by `inputs/video_decode.py` (extra
+`video`); `inputs/video.py` chooses the frames.
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ from llave_jax.evaluation import published
 from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed
 from llave_jax.evaluation.video_data import VideoDataset
 from llave_jax.inputs.item import Item
-from llave_jax.parallel.processes import from_first_process
+from llave_jax.parallel.processes import from_first_process, only_on_first
 
-# The wording (sic) is the authors': the model has seen the first as an instruction.
+# The authors' wording, with "an video": the model was trained on it as an instruction.
 QUERY = "Find me an video that matches the given caption: {}"
 TARGET = "<image>\nRepresent the given video."
 
-# 32 frames of 14 x 15 tokens and the prompt do not fit into the 4096 tokens of images.
+# 32 frames of 14 x 15 tokens, with the prompt, exceed the 4096 tokens that suffice for images.
 MAX_LENGTH = 8192
 
-METRICS = ("R@1", "R@5", "R@10", "median rank", "mean rank")
+METRICS: tuple[str, ...] = ("R@1", "R@5", "R@10", "median rank", "mean rank")
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoResult:
-    """Metrics of both directions, by `METRICS`; recalls are fractions, ranks count from 1.
+    """Metrics of both directions.
 
-    `similarity` is float32 [captions, videos]; None on processes other than the first.
+    Attributes:
+      name: of the dataset.
+      text_to_video: by the names in METRICS; recalls are fractions, ranks count from 1.
+      video_to_text: the same.
+      similarity: float32 [captions, videos]; None on processes other than the first.
     """
 
     name: str
@@ -48,10 +52,11 @@ class VideoResult:
     similarity: np.ndarray | None
 
     def table(self) -> str:
+        """The table as text."""
         return align(self.rows())
 
     def rows(self) -> list[list[str]]:
-        """Heading and cells of the table; recalls in percent."""
+        """Cells of the table, the heading first; recalls in percent."""
         rows = [[self.name, *METRICS]]
         for label, metrics in (
             ("text -> video", self.text_to_video),
@@ -73,7 +78,7 @@ def evaluate_video(
     cache: EmbeddingCache | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> VideoResult:
-    """Encode captions and videos, rank each against all of the other kind.
+    """Encode captions and videos, and rank the videos for each caption and the reverse.
 
     With several processes all call this alike; all return the metrics, the first writes the files.
 
@@ -84,6 +89,11 @@ def evaluate_video(
         go, if given.
       cache: embeddings of earlier runs.
       settings: what `encode` is, kept in `run.json` beside the scores.
+
+    Returns:
+      The metrics of both directions.
+
+    Reference: LLaVE (arXiv 2503.04812), zero-shot text-video retrieval.
     """
     cache = EmbeddingCache() if cache is None else cache
 
@@ -94,7 +104,7 @@ def evaluate_video(
         return Item(TARGET, video=str(dataset.videos[i]), name=f"{dataset.name}: video {i}")
 
     captions = embed(encode, len(dataset.captions), caption_item, cache)
-    # A shard of videos takes as long to encode as many shards of texts.
+    # A video takes as long to encode as many texts. With small shards a killed run loses less.
     videos = embed(encode, len(dataset.videos), video_item, cache, shard_items=64)
     values, similarity = np.zeros((2, len(METRICS))), None
     if captions is not None and videos is not None:
@@ -102,14 +112,14 @@ def evaluate_video(
         both = both_directions(similarity, dataset.owners)
         values = np.array([[metrics[name] for name in METRICS] for metrics in both])
     values = from_first_process(values)
-    metrics = [dict(zip(METRICS, row.tolist(), strict=True)) for row in values]
-    result = VideoResult(dataset.name, *metrics, similarity)
+    text_to_video, video_to_text = (dict(zip(METRICS, row.tolist(), strict=True)) for row in values)
+    result = VideoResult(dataset.name, text_to_video, video_to_text, similarity)
     if output_dir is not None and jax.process_index() == 0:
         output_dir = Path(output_dir)
         record_run(output_dir, dataset.name, None)
         scores = {"text_to_video": result.text_to_video, "video_to_text": result.video_to_text}
         write_text(output_dir / f"{dataset.name}_score.json", json.dumps(scores, indent=2) + "\n")
-        write_array(output_dir / f"{dataset.name}_similarity.npy", similarity)
+        write_array(output_dir / f"{dataset.name}_similarity.npy", only_on_first(similarity))
         record_run(output_dir, dataset.name, settings)
     return result
 
@@ -119,14 +129,22 @@ def both_directions(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics text -> video and video -> text, by the conventions of the papers' evaluation code.
 
-    With one caption a video, every rank a tied match could take is counted. With many, each caption
-    is a query of its own and a tied match ranks by position; for video -> text a video's captions
-    count as one text, their best score. The median of an even number of many-caption ranks is the
-    lower of the middle two, of others their mean.
+    With one caption a video, a tied match counts with every rank that it could take.
+
+    With several captions a video, each caption is a query of its own. A tied match ranks by its position,
+    and the median of an even number of ranks is the lower of the middle two. For video -> text, the
+    captions of a video count as one text with the score of the best of them.
 
     Args:
       similarity: float [captions, videos].
-      owners: int [captions], the video each caption belongs to.
+      owners: int [captions], the video that each caption describes.
+
+    Returns:
+      text_to_video: by the names in METRICS; recalls are fractions, ranks count from 1.
+      video_to_text: the same.
+
+    Raises:
+      ValueError: `owners` does not name every video for as many captions as there are.
     """
     captions, videos = similarity.shape
     if owners.shape != (captions,) or not np.array_equal(np.unique(owners), np.arange(videos)):
@@ -144,7 +162,14 @@ def both_directions(
 
 
 def tied_ranks(similarity: np.ndarray) -> np.ndarray:
-    """Ranks (from 1) of the diagonal of [n, n]; a tie gives all ranks it spans: int [>= n]."""
+    """Ranks of the diagonal in its rows, from 1.
+
+    Args:
+      similarity: float [n, n].
+
+    Returns:
+      int [at least n]: a tied match has all ranks that the tie spans.
+    """
     match = np.diagonal(similarity)[:, None]
     better = np.count_nonzero(similarity > match, axis=1)
     equal = np.count_nonzero(similarity == match, axis=1)
@@ -152,7 +177,15 @@ def tied_ranks(similarity: np.ndarray) -> np.ndarray:
 
 
 def positional_ranks(similarity: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Rank (from 1) of one column in each row of [n, m]; equals rank by position: int [n]."""
+    """Rank of one column in each row, from 1. Equal scores rank by position.
+
+    Args:
+      similarity: float [n, m].
+      columns: int [n].
+
+    Returns:
+      int [n].
+    """
     match = np.take_along_axis(similarity, columns[:, None], axis=1)
     before = np.arange(similarity.shape[1])[None] < columns[:, None]
     return 1 + np.count_nonzero((similarity > match) | ((similarity == match) & before), axis=1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
+
+T = TypeVar("T")
 
 flags.DEFINE_bool(
     "distributed", False, "Join the job's other processes; TPU pods, SLURM and MPI are recognised."
@@ -78,4 +80,20 @@ def on_first_process(action: Callable[[], int | None]) -> int:
         raise failure
     if value < 0:
         raise ValueError("stopped with the first process of the job, which says why")
+    return value
+
+
+def only_on_first(value: T | None) -> T:
+    """A value that the first process alone has, for code that the first process alone runs.
+
+    Args:
+      value: None on the other processes.
+
+    Raises:
+      RuntimeError: called on another process.
+    """
+    if value is None:
+        raise RuntimeError(
+            f"process {jax.process_index()} has no results; the first process has them"
+        )
     return value
