@@ -15,6 +15,7 @@ import numpy as np
 from absl import app, flags
 
 from llave_jax import train
+from llave_jax.common.tables import align
 from llave_jax.config import Config
 from llave_jax.data.inspection_page import write_page
 from llave_jax.data.measure import MeasuredSubset, measure_subsets, mixed_sizes
@@ -53,24 +54,19 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
 
 def subset_lines(measured: dict[str, MeasuredSubset]) -> list[str]:
     """A table of the subsets, with the first reasons why rows are unusable below it."""
-    width = max(map(len, measured), default=0)
-    header = f"{'':{width}}  {'rows':>7}  {'text tokens':>23}  {'image size':>23}  "
-    header += f"{'tokens':>23}  {'crops':>9}  {'negatives':>9}  {'unusable':>8}"
-    lines = ["query / target (/ negative): mean (largest) of the measured rows", header]
+    columns = ("rows", "text tokens", "image size", "tokens", "crops", "negatives", "unusable")
+    rows = [["subset", *columns]]
     for subset, part in measured.items():
         count = len(part.lengths)
-        total = count + len(part.unusable)
-        if count == 0:
-            lines.append(
-                f"{subset:{width}}  {part.rows:7}  none of {total} measured rows is usable"
-            )
-            continue
-        crops = " / ".join(f"{mean:.1f}" for mean in part.crops.mean(0))
-        lines.append(
-            f"{subset:{width}}  {part.rows:7}  {_sides(part.text):>23}  {_sizes(part.images):>23}  "
-            f"{_sides(part.lengths):>23}  {crops:>9}  {part.with_negative / count:>9.0%}  "
-            f"{len(part.unusable):>3} of {total}"
-        )
+        cells = ["-"] * 5
+        if count:
+            crops = " / ".join(f"{mean:.1f}" for mean in part.crops.mean(0))
+            negatives = f"{part.with_negative / count:.0%}"
+            texts, images = _sides(part.text), _sizes(part.images)
+            cells = [texts, images, _sides(part.lengths), crops, negatives]
+        unusable = f"{len(part.unusable)} of {count + len(part.unusable)}"
+        rows.append([subset, str(part.rows), *cells, unusable])
+    lines = ["query / target (/ negative): mean (largest) of the measured rows", align(rows)]
     for part in measured.values():
         lines += [f"unusable: {name}: {why}" for name, why in list(part.unusable.items())[:3]]
     return lines

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def align(rows: Sequence[Sequence[str]]) -> str:
+def align(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Lay out a table in columns, with a line below the heading.
 
     Args:
-      rows: the heading, then the rows; all of one length. The first column is aligned to the left,
-        the others to the right.
+      rows: the heading, then the rows; all of one length.
+      left: columns that are aligned to the left; the others are aligned to the right.
 
     Returns:
       The lines, without a newline at the end.
@@ -22,8 +22,8 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        cells = [cell.ljust(width) for cell, width in zip(row[:left], widths, strict=False)]
+        cells += [cell.rjust(width) for cell, width in zip(row[left:], widths[left:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 

@@ -12,12 +12,14 @@ import collections
 import dataclasses
 import math
 import re
+import textwrap
 from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
 
+from llave_jax.common.tables import align
 from llave_jax.config import Config
 from llave_jax.data import packing_simulation
 from llave_jax.embedding.embedding_step import build_embedding_step
@@ -396,14 +398,14 @@ def table(values: dict[str, Any]) -> str:
         f"ratio {values['executed_over_necessary']:.2f}",
         "  attention kernels     "
         + ", ".join(f"{name} x {count}" for name, count in sorted(values["kernels"].items())),
-        f"  {'collective':<24}{'purpose':<28}{'group':>6}{'count':>8}{'GiB':>9}{'s':>8}",
     ]
+    collectives = [["collective", "purpose", "group", "count", "GiB", "s"]]
     for row in values["collectives"]:
         kind = row["kind"] + (" (async)" if row["hidden"] else "")
-        lines.append(
-            f"  {kind:<24}{row['purpose']:<28}{row['group']:>6}{row['count']:>8}"
-            f"{row['gib']:>9.3f}{row['seconds']:>8.3f}"
-        )
+        numbers = [f"{row['gib']:.3f}", f"{row['seconds']:.3f}"]
+        counts = [f"{row['group']}", f"{row['count']}"]
+        collectives.append([kind, row["purpose"], *counts, *numbers])
+    lines.append(textwrap.indent(align(collectives, left=2), "  "))
     step, speed = "predicted step", "predicted speed"
     if values["seconds_are"] == "bounds":
         step, speed = "step at least", "speed at most"
