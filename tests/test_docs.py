@@ -182,8 +182,11 @@ def test_names_of_the_package_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_have_the_names_given_with_them(page):
-    """In "`inputs/batch.py` (`Budget`)" the file has something of that name."""
-    for file, name in re.findall(r"`([\w/]+\.py)` \(`([\w.]+)`", text_of(page)):
+    """In "`inputs/batch.py` (`Budget`)" or "`KINDS` in `cross_device.py`" the file has such a name."""
+    text = text_of(page)
+    pairs = re.findall(r"`([\w/]+\.py)` \(`([\w.]+)`", text)
+    pairs += [pair[::-1] for pair in re.findall(r"`(\w+)`[^`|]{0,30}? in\s`([\w/]+\.py)`", text)]
+    for file, name in pairs:
         found = [path for path in files() if path.endswith(file)]
         assert any(re.search(rf"\b{name}\b", text_of(ROOT / path)) for path in found), (file, name)
 
