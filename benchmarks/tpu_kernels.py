@@ -36,7 +36,7 @@ from llave_jax.data import packing_simulation  # noqa: E402
 from llave_jax.inputs.batch import Budget  # noqa: E402
 from llave_jax.models.config import PRESETS, LlaveConfig  # noqa: E402
 from llave_jax.ops import tpu_attention  # noqa: E402
-from llave_jax.planning import chips, compile_ahead, workload  # noqa: E402
+from llave_jax.planning import chips, prediction, workload  # noqa: E402
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 # Cores of a chip, each with its share of the chip's matrix units.
@@ -55,7 +55,7 @@ def main() -> None:
     config = PRESETS[args.model]
     budget = Budget(4, args.row_length, crops=40, groups=8)
     packing = packing_simulation.simulate(
-        workload.sample_pairs(config.input_spec, 2000), budget, compile_ahead.SHARDS_PER_PROCESS
+        workload.sample_pairs(config.input_spec, 2000), budget, prediction.SHARDS_PER_PROCESS
     )
     rows = {
         "causal": packing.segment_ids.reshape(-1, args.row_length)[:64],

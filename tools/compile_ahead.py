@@ -20,7 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from llave_jax.common.files import write_text
-from llave_jax.planning import compile_ahead
+from llave_jax.planning import compile_ahead, prediction
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The run: configs/NAME.py.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -49,10 +49,8 @@ def main(argv: list[str]) -> int:
         return 1
     if _HLO.value:
         write_text(_HLO.value, compiled.program.as_text())
-    values = {"topology": _TOPOLOGY.value, **compile_ahead.report(compiled, training=training)}
-    print(
-        json.dumps(values) if _JSON.value else f"{_TOPOLOGY.value}: {compile_ahead.table(values)}"
-    )
+    values = {"topology": _TOPOLOGY.value, **prediction.predict(compiled, training=training)}
+    print(json.dumps(values) if _JSON.value else f"{_TOPOLOGY.value}: {prediction.table(values)}")
     return int(values["memory_gib"]["margin"] < 0)
 
 

@@ -15,7 +15,7 @@ import pytest
 from llave_jax.models.config import PRESETS
 from llave_jax.models.llave import Llave, abstract_params
 from llave_jax.parallel import sharding
-from llave_jax.planning import chips, compile_ahead, flops, hlo
+from llave_jax.planning import chips, collectives, flops, hlo
 
 ROOT = Path(__file__).parents[2]
 COMPILE = [sys.executable, str(ROOT / "tools/compile_ahead.py"), "--json"]
@@ -321,7 +321,7 @@ def test_tiny_model_compiles_for_a_tpu_slice(tiny_config):
     assert values["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert {"splash_causal_fwd", "splash_causal_bwd", "splash_full_fwd"} <= set(values["kernels"])
     purposes = {row["purpose"] for row in values["collectives"]}
-    assert compile_ahead.UNACCOUNTED not in purposes
+    assert collectives.UNACCOUNTED not in purposes
     assert {"parameter gather", "gradient scatter", "embedding gather and loss"} <= purposes
     assert 0 < values["memory_gib"]["peak"] < values["memory_gib"]["hbm"]
     assert values["executed_over_necessary"] > 1
@@ -342,7 +342,7 @@ def test_tiny_model_compiles_for_a_host_of_gpus(tmp_path_factory):
     phases = {"causal_fwd", "causal_bwd_queries", "causal_bwd_keys", "full_fwd"}
     assert {f"triton_{phase}" for phase in phases} <= set(values["kernels"])
     purposes = {row["purpose"] for row in values["collectives"]}
-    assert compile_ahead.UNACCOUNTED not in purposes
+    assert collectives.UNACCOUNTED not in purposes
     assert {"parameter gather", "gradient scatter", "embedding gather and loss"} <= purposes
     assert 0 < values["memory_gib"]["peak"] < values["memory_gib"]["hbm"]
     assert values["executed_over_necessary"] > 1
@@ -354,10 +354,10 @@ def test_tiny_model_compiles_for_a_host_of_gpus(tmp_path_factory):
         ("all-reduce", "f32[1152,1536]", "embedding gather and loss"),
         # 36 rows a device, padded to whole tiles.
         ("reduce-scatter", "f32[40,1536]", "embedding gather and loss"),
-        ("reduce-scatter", "f32[48,1536]", compile_ahead.UNACCOUNTED),
-        ("reduce-scatter", "f32[32,1536]", compile_ahead.UNACCOUNTED),
+        ("reduce-scatter", "f32[48,1536]", collectives.UNACCOUNTED),
+        ("reduce-scatter", "f32[32,1536]", collectives.UNACCOUNTED),
         ("all-gather", "bf16[1152,1536]", "parameter gather"),
-        ("all-reduce", "bf16[1152,1537]", compile_ahead.UNACCOUNTED),
+        ("all-reduce", "bf16[1152,1537]", collectives.UNACCOUNTED),
         ("reduce-scatter", "bf16[36,1536]+bf16[1152,48]", "gradient scatter"),
         ("all-reduce", "f32[]+f32[64]", "scalars and vectors"),
     ],
@@ -365,7 +365,7 @@ def test_tiny_model_compiles_for_a_host_of_gpus(tmp_path_factory):
 def test_exchanges_without_a_name_are_known_by_their_size(kind, shape, expected):
     size = hlo.num_bytes(shape)
     exchange = hlo.Collective(kind, "", shape, group=32, count=1, result_bytes=size, hidden=False)
-    assert compile_ahead.purpose(exchange, pool=1152 * 1536, whole={(1152, 1536)}) == expected
+    assert collectives.purpose(exchange, pool=1152 * 1536, whole={(1152, 1536)}) == expected
 
 
 @pytest.mark.parametrize(
@@ -374,13 +374,13 @@ def test_exchanges_without_a_name_are_known_by_their_size(kind, shape, expected)
         # Pools of micro-batches are gathered within the loop over these.
         ("jit(f)/jvp()/while/body/closed_call/shard_map/all_gather", "embedding gather and loss"),
         ("jit(f)/jvp()/shard_map/psum", "embedding gather and loss"),
-        ("jit(f)/layers.body/self_attn/shard_map/triton_causal_fwd", compile_ahead.UNACCOUNTED),
+        ("jit(f)/layers.body/self_attn/shard_map/triton_causal_fwd", collectives.UNACCOUNTED),
     ],
 )
 def test_exchanges_are_known_by_where_they_come_from(op_name, expected):
     size = 8 * hlo.num_bytes("bf16[512,896]")
     exchange = hlo.Collective("all-gather", op_name, "bf16[512,896]", 8, 8, size, hidden=False)
-    assert compile_ahead.purpose(exchange, pool=256 * 896, whole={(896, 4864)}) == expected
+    assert collectives.purpose(exchange, pool=256 * 896, whole={(896, 4864)}) == expected
 
 
 @pytest.mark.slow
