@@ -10,7 +10,6 @@ again continues where it was stopped. Owns the sequence of steps; each benchmark
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import jax
 
+from llave_jax.common import command_line
 from llave_jax.common.files import write_text
 from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
@@ -36,11 +36,7 @@ BENCHMARKS = ("mmeb", "digits", "retrieval", *video_data.READERS)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m llave_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.Parser("llave_jax.evaluate", __doc__)
     parser.add_argument(
         "--model", required=True, help="converted model directory, or a training run's directory"
     )
@@ -52,9 +48,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cache", help="directory of embeddings to reuse; default: <output>/embeddings"
     )
-    parser.add_argument("--batch_size", type=int, help="items encoded together; default: automatic")
+    parser.add_argument("--batch-size", type=int, help="items encoded together; default: automatic")
     parser.add_argument(
-        "--max_length",
+        "--max-length",
         type=int,
         help=f"tokens of an item; default: the model's, {video_retrieval.MAX_LENGTH} for "
         f"{', '.join(video_data.READERS)}",
@@ -69,18 +65,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def command(args: argparse.Namespace) -> None:
     processes.initialize(args)
     first = jax.process_index() == 0
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    try:
-        table = evaluate(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command_line.set_up_logging(args, first=first)
+    table = evaluate(args)
     if first:
         print(table)
         write_text(Path(args.output) / "table.txt", table + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command_line.run(command, parse_args(argv))
 
 
 def evaluate(args: argparse.Namespace) -> str:
@@ -170,4 +166,4 @@ def evaluate_own_corpus(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Look at training data before spending money on it: figures by subset, and a page of samples.
 
-    python -m llave_jax.inspect_data --config configs/NAME.py [--workdir DIR] [--rows 200]
+    python -m llave_jax.inspect_data --config NAME [--workdir DIR] [--rows 200]
 
 Prints rows, lengths, image sizes, tokens, and how well batches of the config's budget would be
 filled; writes WORKDIR/data.html with pairs as the model sees them.
@@ -8,13 +8,14 @@ filled; writes WORKDIR/data.html with pairs as the model sees them.
 
 from __future__ import annotations
 
-import logging
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
 
-from llave_jax import train
+from llave_jax.common import command_line
 from llave_jax.common.tables import align
 from llave_jax.config import Config
 from llave_jax.data.inspection_page import write_page
@@ -25,12 +26,6 @@ from llave_jax.data.skips import by_subset, listed
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.training import batch_shape, setup
-
-_ROWS = flags.DEFINE_integer("rows", 200, "Rows to measure in each subset.", lower_bound=1)
-_SAMPLES = flags.DEFINE_integer("samples", 3, "Pairs of each subset on the page.", lower_bound=0)
-_SHARDS = flags.DEFINE_integer("shards", 8, "Devices that the batch is split over.", lower_bound=1)
-# The flags of training, but no folder has to be named.
-flags.FLAGS.set_default("workdir", "inspected_data")
 
 _SIMULATED_STEPS = 20
 
@@ -124,21 +119,43 @@ def _sizes(images: list[tuple[int, int]]) -> str:
     return f"{typical[0]}x{typical[1]} ({largest[0]}x{largest[1]})"
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.basicConfig(level=logging.WARNING)
-    workdir = Path(train.WORKDIR.value)
-    report = inspect(
-        train.CONFIG.value,
-        workdir,
-        rows=_ROWS.value,
-        samples=_SAMPLES.value,
-        shards=_SHARDS.value,
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_line.Parser("llave_jax.inspect_data", __doc__, takes_config=True)
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        default=Path("inspected_data"),
+        help="where the page is written (default: %(default)s)",
     )
-    print(report)
-    print(f"samples: {workdir / 'data.html'}")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=200,
+        help="rows to measure in each subset (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=3,
+        help="pairs of each subset on the page (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shards", type=int, default=8, help="devices a batch is split over (default: %(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+def command(args: argparse.Namespace) -> None:
+    command_line.set_up_logging(args, first=False)
+    print(
+        inspect(args.config, args.workdir, rows=args.rows, samples=args.samples, shards=args.shards)
+    )
+    print(f"samples: {args.workdir / 'data.html'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command_line.run(command, parse_args(argv))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

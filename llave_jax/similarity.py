@@ -11,15 +11,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from llave_jax.common import command_line
 from llave_jax.evaluation.similarity_comparison import compare
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m llave_jax.similarity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.Parser("llave_jax.similarity", __doc__)
     parser.add_argument(
         "--evaluations",
         nargs="+",
@@ -36,15 +33,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def show(args: argparse.Namespace) -> None:
     pairs = [entry.partition("=") for entry in args.evaluations]
     subsets = args.subsets.split(",") if args.subsets else None
-    try:
-        print(compare({label: path for label, _, path in pairs}, subsets, args.output))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    print(compare({label: path for label, _, path in pairs}, subsets, args.output))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command_line.run(show, parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,6 @@
-"""Train an embedding model: `python -m llave_jax.train --config configs/NAME.py --workdir DIR`.
+"""Train an embedding model.
+
+    python -m llave_jax.train --config NAME --workdir DIR [--config.KEY=VALUE ...]
 
 Running the same command again continues from the latest checkpoint, to the same result as without
 the interruption. WORKDIR is then a model for `evaluate`, `embed` and `Embedder.from_pretrained`.
@@ -6,16 +8,19 @@ the interruption. WORKDIR is then a model for `evaluate`, `embed` and `Embedder.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
 
+from llave_jax.common import command_line
 from llave_jax.config import Config
 from llave_jax.data.pipeline import skip_limit
+from llave_jax.data.skips import TooManySkips
 from llave_jax.inputs.chat import check_vocabulary
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.parallel import processes, sharding
@@ -26,10 +31,6 @@ from llave_jax.training.skipped_rows import check_skipped_rows, report_skipped_r
 from llave_jax.training.watch import Watch
 
 log = logging.getLogger(__name__)
-
-CONFIG = config_flags.DEFINE_config_file("config", help_string="The run: configs/NAME.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; continued if it exists.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -42,6 +43,7 @@ def train(config: Config, workdir: Path) -> None:
       ValueError, OSError: the config does not describe a run, data or model are not what they should
         be, or `workdir` holds another run. The message names the file or the config's key.
       FloatingPointError: the loss or the gradient of a step is not finite.
+      TooManySkips: more rows cannot be used than `data.max_skip_share` allows.
     """
     first_process = jax.process_index() == 0
     if first_process:
@@ -105,18 +107,25 @@ def train(config: Config, workdir: Path) -> None:
         evaluation.report(total_steps)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    # absl's handler is installed already; orbax and jax tell every detail.
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_line.Parser("llave_jax.train", __doc__, takes_config=True)
+    parser.add_argument(
+        "--workdir", required=True, type=Path, help="where the run is kept; continued if it exists"
     )
-    for name in ("absl", "jax"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    processes.initialize()
-    train(CONFIG.value, Path(WORKDIR.value))
+    processes.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def command(args: argparse.Namespace) -> None:
+    processes.initialize(args)
+    command_line.set_up_logging(args, first=jax.process_index() == 0, times=True)
+    train(args.config, args.workdir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    user_errors = (ValueError, OSError, FloatingPointError, TooManySkips)
+    return command_line.run(command, parse_args(argv), user_errors)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from llave_jax import Embedder
+from llave_jax.common import command_line
 from llave_jax.weights import model_dir
 
 # The authors' demo puts a space, not a newline, behind the image.
@@ -103,10 +105,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_line.Parser("tools/check_example.py", __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="a converted LLaVE")
     parser.add_argument("--image", required=True, metavar="PHOTO", help="the authors' picture")
     parser.add_argument(
@@ -120,18 +120,21 @@ def main(arguments: list[str] | None = None) -> int:
         default="float32",
         help="of parameters and activations (default: %(default)s)",
     )
-    args = parser.parse_args(arguments)
-    try:
-        size = args.size or size_of(model_dir.load_config(args.model).text.hidden_size)
-        model = Embedder.from_pretrained(args.model, dtype=args.dtype)
-        rows = compare(model, args.image, PUBLISHED[size])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> int:
+    size = args.size or size_of(model_dir.load_config(args.model).text.hidden_size)
+    model = Embedder.from_pretrained(args.model, dtype=args.dtype)
+    rows = compare(model, args.image, PUBLISHED[size])
     print(f"{args.model} in {args.dtype}, beside LLaVE-{size} as published\n\n{table(rows)}\n")
     agrees = all(row.agrees for row in rows)
     print("agrees" if agrees else f"differs by more than {TOLERANCE}")
     return 0 if agrees else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command_line.run(check, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -10,49 +10,56 @@ accelerator. Assumptions are in docs/scaling.md. Exit status 1: the program does
 memory.
 """
 
+import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from absl import app, flags
-from ml_collections import config_flags
-
+from llave_jax.common import command_line
 from llave_jax.common.files import write_text
 from llave_jax.planning import compile_ahead, prediction
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="The run: configs/NAME.py.")
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "TPU slice (v4:4x4x4, v5e:4x8) or GPUs of a host (h100:8)."
-)
-_PROGRAM = flags.DEFINE_enum("program", "train", ["train", "embed"], "Which step to compile.")
-_JSON = flags.DEFINE_bool("json", False, "Print the report as one JSON object.")
-_HLO = flags.DEFINE_string("hlo", None, "Also write the optimised program's text to this file.")
-flags.mark_flags_as_required(["config", "topology"])
+
+def parse_args() -> argparse.Namespace:
+    parser = command_line.Parser("tools/compile_ahead.py", __doc__, takes_config=True)
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="TPU slice (v4:4x4x4, v5e:4x8) or GPUs of a host (h100:8)",
+    )
+    parser.add_argument(
+        "--program", choices=("train", "embed"), default="train", help="which step to compile"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument(
+        "--hlo", type=Path, metavar="FILE", help="also write the optimised program's text"
+    )
+    return parser.parse_args()
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    training = _PROGRAM.value == "train"
+def report(args: argparse.Namespace) -> int:
+    command_line.set_up_logging(args)
+    training = args.program == "train"
     compile_step = (
         compile_ahead.compile_train_step if training else compile_ahead.compile_embedding_step
     )
     try:
-        compiled = compile_step(_CONFIG.value, _TOPOLOGY.value)
+        compiled = compile_step(args.config, args.topology)
     except compile_ahead.DoesNotFit as error:
-        if _JSON.value:
-            print(json.dumps({"topology": _TOPOLOGY.value, "does_not_fit": str(error)}))
+        if args.json:
+            print(json.dumps({"topology": args.topology, "does_not_fit": str(error)}))
         else:
-            print(f"{_TOPOLOGY.value}: does not fit into memory\n{error}")
+            print(f"{args.topology}: does not fit into memory\n{error}")
         return 1
-    if _HLO.value:
-        write_text(_HLO.value, compiled.program.as_text())
-    values = {"topology": _TOPOLOGY.value, **prediction.predict(compiled, training=training)}
-    print(json.dumps(values) if _JSON.value else f"{_TOPOLOGY.value}: {prediction.table(values)}")
+    if args.hlo:
+        write_text(args.hlo, compiled.program.as_text())
+    values = {"topology": args.topology, **prediction.predict(compiled, training=training)}
+    print(json.dumps(values) if args.json else f"{args.topology}: {prediction.table(values)}")
     return int(values["memory_gib"]["margin"] < 0)
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(command_line.run(report, parse_args()))

@@ -1,6 +1,6 @@
 """Writes MMEB training data, or rows of one's own, as array records for fast random access.
 
-    python tools/prepare_data.py --input MMEB-train --output prepared --num_workers 8
+    python tools/prepare_data.py --input MMEB-train --output prepared --num-workers 8
 
 Can be stopped at any moment and run again with the same arguments: complete shards are verified by
 their checksums and kept. Training then takes `--config.data.path=prepared`.
@@ -10,36 +10,40 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from llave_jax.common import command_line
 from llave_jax.data.prepare import prepare
-from llave_jax.data.skips import SkipLog, by_subset, listed
+from llave_jax.data.skips import SkipLog, TooManySkips, by_subset, listed
 from llave_jax.data.sources import MmebSource, open_source
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_line.Parser("tools/prepare_data.py", __doc__)
     parser.add_argument("--input", type=Path, required=True, help="rows: a folder or a JSON file")
     parser.add_argument("--output", type=Path, required=True, help="where records are written")
     parser.add_argument("--split", default="original", help="original or diverse_instruction")
     parser.add_argument("--subsets", default="", help="comma-separated; all by default")
     parser.add_argument(
-        "--max_rows", type=int, help="the first rows of each subset; all by default"
+        "--max-rows", type=int, help="the first rows of each subset; all by default"
     )
-    parser.add_argument("--image_root", type=Path, help="what image paths are relative to: INPUT")
-    parser.add_argument("--rows_per_shard", type=int, default=1024)
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count())
+    parser.add_argument("--image-root", type=Path, help="what image paths are relative to: INPUT")
+    parser.add_argument("--rows-per-shard", type=int, default=1024)
+    parser.add_argument("--num-workers", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--on_error", choices=("raise", "skip"), default="raise", help="for rows that are broken"
+        "--on-error", choices=("raise", "skip"), default="raise", help="for rows that are broken"
     )
-    parser.add_argument("--max_skip_share", type=float, default=0.01, help="with skip")
+    parser.add_argument("--max-skip-share", type=float, default=0.01, help="with skip")
     parser.add_argument(
-        "--trust_images", action="store_true", help="do not decode every image to check it"
+        "--trust-images", action="store_true", help="do not decode every image to check it"
     )
-    args = parser.parse_args()
+    return parser.parse_args(argv)
 
+
+def write_records(args: argparse.Namespace) -> None:
+    command_line.set_up_logging(args)
     source = open_source(
         args.input,
         subsets=args.subsets.split(",") if args.subsets else None,
@@ -48,7 +52,7 @@ def main() -> None:
         image_root=args.image_root,
     )
     if not isinstance(source, MmebSource):
-        parser.error(f"{args.input} is prepared already")
+        raise ValueError(f"--input {args.input} is prepared already")
     limit = int(args.max_skip_share * len(source))
     skips = SkipLog(args.output / f"skipped-{args.split}.jsonl", limit, source.left_out)
     prepare(
@@ -71,5 +75,9 @@ def main() -> None:
         print(f"these are left out and listed in {skips.path}")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return command_line.run(write_records, parse_args(argv), (ValueError, OSError, TooManySkips))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
-flags.DEFINE_bool(
-    "distributed", False, "Join the job's other processes; TPU pods, SLURM and MPI are recognised."
-)
-flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster tells it.")
-flags.DEFINE_integer("num_processes", None, "Processes of the job, with --coordinator.")
-flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The same flags for a command line made with argparse."""
-    for name in ("distributed", "coordinator", "num_processes", "process_id"):
-        flag = flags.FLAGS[name]
-        if flag.boolean:
-            parser.add_argument(f"--{name}", action="store_true", help=flag.help)
-        else:
-            parser.add_argument(f"--{name}", type=flag.parser.parse, help=flag.help)
+    """Adds the flags that say which job a process belongs to."""
+    group = parser.add_argument_group("several processes")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the job's other processes; TPU pods, SLURM and MPI are recognised",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="process 0, where no cluster tells it"
+    )
+    group.add_argument("--num-processes", type=int, help="processes of the job, with --coordinator")
+    group.add_argument("--process-id", type=int, help="number of this process, with --coordinator")
 
 
-def initialize(values: Any = flags.FLAGS) -> None:
-    """Call once, before anything touches a device.
+def initialize(args: argparse.Namespace) -> None:
+    """Joins the job's other processes. Call once, before anything touches a device.
 
     Args:
-      values: absl's flags, or what an argparse parser with `add_arguments` returned.
+      args: what a parser with `add_arguments` returned.
     """
-    if values.coordinator is not None:
-        jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
-    elif values.distributed:
+    if args.coordinator is not None:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    elif args.distributed:
         jax.distributed.initialize()
 
 

@@ -603,7 +603,7 @@ def command(model, case, *options):
 
 def test_command_line(golden_model, real):
     run = subprocess.run(command(golden_model.directory, real), capture_output=True, text=True)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert "Traceback" not in run.stderr
     assert "nowhere.png" in run.stderr.splitlines()[-1]
     run = subprocess.run(
@@ -675,7 +675,7 @@ def test_several_processes(golden_model, embedder, case):
             assert job.returncode == returncode, errors[-4000:]
         return outputs
 
-    for _, errors in run(returncode=1):
+    for _, errors in run(returncode=2):
         assert "items.jsonl:9" in errors
         assert "nowhere.bmp" in errors
     said = run("--on_error=skip")
@@ -694,6 +694,6 @@ def test_several_processes(golden_model, embedder, case):
     np.testing.assert_array_equal(changed[20:], vectors[20:])
 
     # What only the first process finds ends the others too.
-    said = run("--dtype=bfloat16", returncode=1)
+    said = run("--dtype=bfloat16", returncode=2)
     assert "another model" in said[0][1]
     assert "stopped with the first process" in said[1][1]

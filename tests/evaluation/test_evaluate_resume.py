@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def test_a_broken_shard_is_named(tmp_path):
     assert len(EmbeddingCache(tmp_path / "cache", "model")) == 0
 
 
-def test_scores_are_kept_for_the_similarity_analysis(tmp_path):
+def test_scores_are_kept_for_the_similarity_analysis(tmp_path, capsys):
     from llave_jax import similarity
     from llave_jax.evaluation.similarity_comparison import read_similarity
 
@@ -152,9 +153,9 @@ def test_scores_are_kept_for_the_similarity_analysis(tmp_path):
     assert (tmp_path / "out/similarity.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(FileNotFoundError, match="evaluate EDIS into"):
         read_similarity(tmp_path / "a", ["EDIS"])
-    with pytest.raises(SystemExit, match=r"^error: .*EDIS_scores\.npz does not exist"):
-        similarity.main(
-            ["--evaluations", *runs, "--subsets", "EDIS", "--output", str(tmp_path / "out")]
-        )
+    capsys.readouterr()
+    command = ["--evaluations", *runs, "--subsets", "EDIS", "--output", str(tmp_path / "out")]
+    assert similarity.main(command) == 2
+    assert re.fullmatch(r"error: .*EDIS_scores\.npz does not exist.*\n", capsys.readouterr().err)
     with pytest.raises(SystemExit):
         similarity.main(["--evaluations", str(tmp_path / "a"), "--output", str(tmp_path / "out")])

@@ -854,8 +854,8 @@ def test_command(golden, tmp_path, capsys):
     assert convert_hf.main(["--to-hf", "llave", "--input", ours, "--output", back]) == 0
     assert_same_files(tmp_path / "back", golden / "checkpoint")
     capsys.readouterr()
-    assert convert_hf.main(["--input", source, "--output", ours]) == 1
+    assert convert_hf.main(["--input", source, "--output", ours]) == 2
     assert "error: " in capsys.readouterr().err
     assert convert_hf.main(["--input", source, "--output", ours, "--overwrite"]) == 0
-    assert convert_hf.main(["--to-hf", "llave", "--input", source, "--output", back]) == 1
+    assert convert_hf.main(["--to-hf", "llave", "--input", source, "--output", back]) == 2
     assert "neither a model directory nor a training run" in capsys.readouterr().err

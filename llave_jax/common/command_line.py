@@ -1,0 +1,218 @@
+"""What all commands share: how flags are spelled, where configs are found, what is printed, how an error ends.
+
+Flags have dashes (`--batch-size`); underscores do as well. A mistake of the user's ends a command with one
+line and exit status 2, as one in the flags does; `--verbose` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+PACKAGE = Path(__file__).parents[1]
+# The configs that come with the package: inside it where it was installed, beside it in a checkout.
+CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
+
+# Exit status of a mistake of the user's, argparse's own.
+USER_ERROR = 2
+# An error fits on a screen.
+MAX_LINES, MAX_CHARACTERS = 16, 1600
+# Libraries that tell what they do at every step.
+TALKATIVE = ("absl", "jax", "orbax", "grain", "httpx", "matplotlib", "PIL", "transformers")
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a command's flags.
+
+    It adds `--verbose` and, for a command that takes a run's config, `--config` and its overrides.
+    """
+
+    def __init__(self, module: str, description: str | None, *, takes_config: bool = False):
+        """Args:
+        module: how the command is called, "llave_jax.train" or "tools/convert_hf.py".
+        description: the text in front of the flags; the module's docstring.
+        takes_config: add `--config`. `values.config` is then the config with its overrides.
+        """
+        called = Path(sys.argv[0]).name
+        command = f"python {module}" if module.endswith(".py") else f"python -m {module}"
+        super().__init__(
+            prog=called if called.startswith("llave-") else command,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._takes_config = takes_config
+        if takes_config:
+            self.add_argument(
+                "--config",
+                required=True,
+                metavar="NAME",
+                help="a shipped config (llave_2b, tpu_v4:2b) or a file (configs/llave_2b.py); "
+                "--config.KEY=VALUE sets one of its fields",
+            )
+        self.add_argument(
+            "--verbose",
+            action="store_true",
+            help="show where an error comes from, and what libraries say",
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's, with flags in either spelling and the config loaded."""
+        given = [_with_dashes(argument) for argument in (sys.argv[1:] if args is None else args)]
+        values, rest = self.parse_known_args(given, namespace)
+        if self._takes_config:
+            try:
+                values.config = load_config(values.config, rest)
+            except ValueError as error:
+                self.error(str(error))
+        elif rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as errors of the command itself."""
+        self.exit(USER_ERROR, f"error: {message} (--help lists the flags)\n")
+
+
+def _with_dashes(argument: str) -> str:
+    """`--batch_size=8` -> `--batch-size=8`; fields of a config keep their names."""
+    name, equals, value = argument.partition("=")
+    if not name.startswith("--") or "." in name:
+        return argument
+    return name.replace("_", "-") + equals + value
+
+
+def find_config(name: str) -> tuple[Path, list[str]]:
+    """The file of a config, and the argument behind its name.
+
+    Args:
+      name: the name of a shipped config or the path of a file; behind a colon an argument to its
+        `get_config`: "llave_2b", "tpu_v4:2b", "my/own.py".
+
+    Raises:
+      ValueError: there is no such file; it lists the shipped configs.
+    """
+    file, *argument = name.split(":", 1)
+    candidates = [Path(file)]
+    if "/" not in file:
+        stem = file.removesuffix(".py")
+        candidates += [folder / f"{stem}.py" for folder in CONFIG_FOLDERS]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate, argument
+    shipped = sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.py")})
+    raise ValueError(
+        f"--config {name}: there is no such file, nor is it one of the shipped configs: "
+        f"{', '.join(shipped)}"
+    )
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
+    """A run's config.
+
+    Args:
+      name: as of `find_config`.
+      overrides: `--config.KEY=VALUE` or `--config.KEY VALUE`.
+
+    Returns:
+      What the file's `get_config` returns, with the overrides.
+
+    Raises:
+      ValueError: there is no such file, field or argument, or a value does not suit its field.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    path, argument = find_config(name)
+    make = runpy.run_path(str(path)).get("get_config")
+    if make is None:
+        raise ValueError(f"{path}: has no function get_config, which makes the config")
+    try:
+        inspect.signature(make).bind(*argument)
+    except TypeError as error:
+        raise ValueError(f"--config {name}: get_config in {path}: {error}") from error
+    config, values = make(*argument), flags.FlagValues()
+    command = ["", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
+        _, *rest = values(command)
+    except (AttributeError, KeyError) as error:
+        reason: Any = error
+        while isinstance(reason, Exception):
+            reason = reason.args[0]
+        raise ValueError(f"no such field in {path}: {'. '.join(reason.splitlines())}") from error
+    except (flags.Error, TypeError) as error:
+        raise ValueError(str(error)) from error
+    if rest:
+        raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
+    return values["config"].value
+
+
+def set_up_logging(args: argparse.Namespace, *, first: bool = True, times: bool = False) -> None:
+    """Sends messages to stderr, and quiets libraries.
+
+    Args:
+      args: the command's flags.
+      first: this is the first process of the job. Others say only what is amiss.
+      times: put the time of day in front of each line.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s" if times else None, "%H:%M:%S"))
+    level = logging.INFO if first else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.INFO if args.verbose else logging.WARNING)
+
+
+class _Formatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.levelno >= logging.WARNING:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        return super().formatMessage(record)
+
+
+def run(
+    action: Callable[[argparse.Namespace], int | None],
+    args: argparse.Namespace,
+    user_errors: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> int:
+    """Runs a command; a mistake of the user's ends it with one line.
+
+    Args:
+      action: does what the flags say; returns an exit status, None for 0.
+      args: as of `Parser.parse_args`.
+      user_errors: exceptions whose message says what to do.
+
+    Returns:
+      The exit status: USER_ERROR after one of `user_errors`.
+    """
+    try:
+        return action(args) or 0
+    except user_errors as error:
+        if args.verbose:
+            raise
+        print(f"error: {error_text(error)}", file=sys.stderr)
+        return USER_ERROR
+
+
+def error_text(error: Exception) -> str:
+    """An exception's message, no longer than a screen.
+
+    What a library raised may be an error of this package: where it was raised is then said too.
+    """
+    text = (str(error) or type(error).__name__).strip()
+    lines = text[:MAX_CHARACTERS].splitlines()
+    if len(lines) > MAX_LINES or len(text) > MAX_CHARACTERS:
+        lines = [*lines[:MAX_LINES], "... (--verbose shows all of it)"]
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    ours = any(raised_in.is_relative_to(folder) for folder in (PACKAGE, *CONFIG_FOLDERS))
+    if not ours and not isinstance(error, OSError):
+        lines[-1] += f" ({type(error).__name__} in {raised_in.name}; --verbose shows more)"
+    return "\n".join(lines)

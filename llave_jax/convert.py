@@ -1,0 +1,75 @@
+"""Convert between Hugging Face checkpoints and model directories.
+
+    python tools/convert_hf.py --input HF_DIR --output DIR
+    python tools/convert_hf.py --to-hf {llave,onevision} --input DIR --output HF_DIR
+
+HF_DIR is a checkpoint in the layout of the authors' code (LlavaQwenForCausalLM: the released LLaVE
+models, LLaVA-OneVision and Aquila-VL, and what was fine-tuned from them) or of transformers'
+LlavaOnevision. In the other direction DIR is a model directory or a training run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from llave_jax.common import command_line
+from llave_jax.weights.from_hf import convert_from_hf
+from llave_jax.weights.hf_names import LAYOUTS
+from llave_jax.weights.to_hf import convert_to_hf
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_line.Parser("tools/convert_hf.py", __doc__)
+    parser.add_argument("--input", required=True, metavar="DIR", help="what to convert")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to make")
+    parser.add_argument(
+        "--to-hf", choices=tuple(LAYOUTS), help="write a Hugging Face directory of this layout"
+    )
+    parser.add_argument(
+        "--vision-config",
+        metavar="FILE",
+        help="config.json of the vision tower, where a LlavaQwen checkpoint does not tell it",
+    )
+    parser.add_argument(
+        "--base-model",
+        metavar="ID",
+        help="with --to-hf, for the model card: name on the hub of the model this one was trained "
+        "from, such as lmms-lab/llava-onevision-qwen2-0.5b-ov",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in --output")
+    args = parser.parse_args(argv)
+    if args.to_hf and args.vision_config:
+        parser.error("--vision-config is of use only without --to-hf")
+    if args.base_model and not args.to_hf:
+        parser.error("--base-model is of use only with --to-hf")
+    return args
+
+
+def convert(args: argparse.Namespace) -> None:
+    command_line.set_up_logging(args)
+    # A terminated conversion cleans up like one stopped with Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if args.to_hf:
+        convert_to_hf(
+            args.input,
+            args.output,
+            args.to_hf,
+            base_model=args.base_model,
+            overwrite=args.overwrite,
+        )
+    else:
+        convert_from_hf(
+            args.input, args.output, vision_config=args.vision_config, overwrite=args.overwrite
+        )
+    print(f"written to {args.output}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command_line.run(convert, parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
