@@ -1,6 +1,6 @@
-"""The layers both towers are made of: projections, normalisation, scans of blocks.
+"""The layers that both towers are made of: projections, normalisation, scans over blocks.
 
-Parameters are kept in `param_dtype` (float32 masters when training) and used in `dtype`.
+Parameters are kept in `param_dtype` (in training, float32) and used in `dtype`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from llave_jax.models.parameters import weight_at
 from llave_jax.models.remat import find_remat
@@ -21,9 +22,16 @@ Dtype = Any
 
 
 class Projection(nn.Module):
-    """Linear map over the trailing `in_axes` axes of its input to axes `features`.
+    """Linear map of the last axes of its input.
 
-    Kernel [*in, *features], bias [*features].
+    Its kernel has shape [*in, *features] and its bias [*features].
+
+    Attributes:
+      features: sizes of the axes that it maps to.
+      in_axes: how many axes of the input it maps.
+      use_bias: whether it adds a bias.
+      dtype: of the product.
+      param_dtype: of kernel and bias.
     """
 
     features: tuple[int, ...]
@@ -33,7 +41,8 @@ class Projection(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """[..., *in] -> [..., *features] in `dtype`."""
         inputs = x.shape[x.ndim - self.in_axes :]
         fan_in = math.prod(inputs)
 
@@ -42,8 +51,9 @@ class Projection(nn.Module):
 
         kernel = self.param("kernel", initial, (*inputs, *self.features), self.param_dtype)
         x = x.astype(self.dtype)
-        # Tied to (a corner of) x, or all layers' parameters would be gathered ahead of a loop over
-        # batches.
+        # The barrier makes this layer's gather depend on x. Otherwise XLA moves the gathers of all
+        # layers out of the loop over micro-batches, and all parameters are in memory at once. A corner
+        # of x is enough to depend on.
         corner = x[:, *(slice(1),) * (x.ndim - 1)]
         _, kernel = jax.lax.optimization_barrier((jax.lax.stop_gradient(corner), kernel))
         kernel = kernel.astype(self.dtype)
@@ -62,14 +72,23 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation in float32, scaled: Qwen2's."""
+    """Root-mean-square normalisation over the last axis, scaled; computed in float32.
+
+    Attributes:
+      epsilon: added to the mean square.
+      dtype: of the result.
+      param_dtype: of the scale.
+
+    References: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467).
+    """
 
     epsilon: float
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*hidden"]) -> Float[Array, "*hidden"]:
+        """The input's shape, in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
@@ -77,13 +96,25 @@ class RMSNorm(nn.Module):
 
 
 def scan_blocks(
-    block: nn.Module, length: int, x: jax.Array, *inputs: Any, remat: str = "none"
-) -> jax.Array:
-    """Apply `length` blocks like `block` one after another: parameters stacked on their first axis.
+    block: nn.Module,
+    length: int,
+    x: Float[Array, "B T _"],
+    *inputs: Any,
+    remat: str = "none",
+) -> Float[Array, "B T _"]:
+    """Apply blocks one after another.
+
+    Each parameter of `block` is stacked: its first axis counts the blocks.
 
     Args:
-      block: module with `__call__(x, *inputs) -> x`; all blocks get the same `inputs`.
+      block: module with `__call__(x, *inputs) -> x`.
+      length: how many blocks.
+      x: what the first block gets.
+      inputs: what all blocks get besides.
       remat: a key of `remat.REMATS`; its `block_policy` applies.
+
+    Returns:
+      What the last block gives.
     """
 
     def body(block: nn.Module, x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
@@ -93,7 +124,7 @@ def scan_blocks(
         _recomputed(body, remat),
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType], flax annotates too little
         length=length,
     )
     return scanned(block, x, inputs)[0]
@@ -102,29 +133,40 @@ def scan_blocks(
 def scan_but_last(
     block: nn.Module,
     length: int,
-    x: jax.Array,
+    x: Float[Array, "B T D"],
     *inputs: Any,
     last: Callable[..., jax.Array],
     remat: str = "none",
-) -> jax.Array:
-    """As `scan_blocks` with parameters that it made, but for the last block, which is
-    `last(block, x, *inputs)`."""
+) -> Float[Array, "..."]:
+    """Apply blocks one after another, the last one in another way.
 
-    def first_ones(block: nn.Module, x: jax.Array) -> jax.Array:
+    `scan_blocks` must have made the parameters.
+
+    Args:
+      block, length, x, inputs, remat: as for `scan_blocks`.
+      last: applies the last block: `last(block, x, *inputs)`.
+
+    Returns:
+      What `last` gives.
+    """
+
+    def all_but_last(block: nn.Module, x: jax.Array) -> jax.Array:
         return scan_blocks(block, length - 1, x, *inputs, remat=remat)
 
-    def last_one(block: nn.Module, x: jax.Array) -> jax.Array:
+    def only_last(block: nn.Module, x: jax.Array) -> jax.Array:
         return _recomputed(last, remat)(block, constrain_rows(x), *inputs)
 
-    def part(function: Callable, which: slice | int) -> Callable:
+    def with_layers(function: Callable, layers: slice | int) -> Callable:
+        """`function` of a block whose parameters are those of some layers."""
+
         def take(variables: Any) -> Any:
-            return jax.tree.map(lambda stacked: stacked[which], variables)
+            return jax.tree.map(lambda stacked: stacked[layers], variables)
 
         return nn.map_variables(function, "params", trans_in_fn=take)
 
     if length > 1:
-        x = part(first_ones, slice(length - 1))(block, x)
-    return part(last_one, length - 1)(block, x)
+        x = with_layers(all_but_last, slice(length - 1))(block, x)
+    return with_layers(only_last, length - 1)(block, x)
 
 
 def _recomputed(function: Callable, remat: str) -> Callable:
@@ -132,5 +174,5 @@ def _recomputed(function: Callable, remat: str) -> Callable:
     policy = find_remat(remat).block_policy
     if policy is None:
         return function
-    # In the body of a scan there is no other computation to merge the recomputation with.
+    # In a scan, forward and backward pass are two loops: XLA cannot merge the recomputation away.
     return nn.remat(function, policy=policy, prevent_cse=False)

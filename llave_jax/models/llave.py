@@ -1,7 +1,7 @@
 """LLaVE: packed batches to L2-normalised embeddings.
 
-Puts SigLIP, projector and Qwen2 together. Which patch goes where was decided on the host
-(`llave_jax.inputs`); here are only gathers and products.
+Puts SigLIP, the projector and Qwen2 together. The host has decided which patch goes where
+(`llave_jax.inputs`); the device only gathers and multiplies.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, UInt8
 
 from llave_jax.inputs.batch import Budget, PackedBatch, empty_batch
 from llave_jax.models.config import LlaveConfig
@@ -25,7 +26,7 @@ from llave_jax.models.remat import find_remat
 from llave_jax.models.siglip import SiglipTower
 from llave_jax.parallel import sharding
 
-# Names of intermediate results a rematerialisation policy can choose to keep.
+# Name by which a policy of `jax.checkpoint` can keep the vision tower's features.
 VISION_FEATURES = "vision_features"
 
 
@@ -33,12 +34,15 @@ class Llave(nn.Module):
     """The embedding model.
 
     Attributes:
-      dtype: of activations and products; norms, softmax and the embedding are float32 throughout.
+      config: sizes of the towers, and how inputs are laid out.
+      dtype: of activations and products. Norms, softmax and the embedding are computed in float32.
       param_dtype: of the parameters.
       attention: implementation of the language model's attention (`llave_jax.ops.attention`).
-      vision_attention: of the vision tower's.
-      remat: what the backward pass computes again: a key of `remat.REMATS`.
-      freeze_vision: no gradient flows into the vision tower.
+      vision_attention: implementation of the vision tower's attention.
+      remat: what the backward pass computes again, a key of `remat.REMATS`.
+      freeze_vision: whether gradients stop at the vision tower.
+
+    References: Lan et al., LLaVE (arXiv 2503.04812), section 3.1.
     """
 
     config: LlaveConfig
@@ -51,14 +55,14 @@ class Llave(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.vision_tower = SiglipTower(
             config.vision,
             attention=self.vision_attention,
             remat="none" if self.freeze_vision else self.remat,
-            **kinds,
+            **dtypes,
         )
-        self.projector = Projector(config.text.hidden_size, **kinds)
+        self.projector = Projector(config.text.hidden_size, **dtypes)
         self.image_newline = self.param(
             "image_newline",
             nn.initializers.normal(config.text.hidden_size**-0.5),
@@ -70,74 +74,86 @@ class Llave(nn.Module):
             attention=self.attention,
             remat=self.remat,
             max_segment_length=config.inputs.max_length,
-            **kinds,
+            **dtypes,
         )
 
-    def __call__(self, batch: PackedBatch) -> jax.Array:
+    def __call__(self, batch: PackedBatch) -> Float[Array, "S Z G D"]:
         """Embeddings of all sequences of a batch.
 
         Returns:
-          float32 [S, Z, G, D], L2-normalised; slots that are not valid hold no meaning.
+          float32 [S, Z, G, D], L2-normalised. In slots that are not valid they have no meaning.
         """
-        batch = jax.tree.map(jnp.asarray, batch)
         if self.is_initializing():
-            # All layers are alike, the last as well.
+            # This scans over all layers, the last one included, and so makes stacked parameters.
             self.hidden_states(batch)
-        pooled = batch.pooled
-        # As empty slots any token will do.
+        pooled = jnp.asarray(batch.pooled)
+        # An empty slot, -1, may read any token.
         query_indices = jnp.maximum(pooled, 0).reshape(len(pooled), -1)
-        x = self.inputs_embeds(batch)
-        x = self.language_model.pooled(x, batch.positions, batch.segment_ids, query_indices)
+        x = self.language_model.pooled(
+            self.inputs_embeds(batch),
+            jnp.asarray(batch.positions),
+            jnp.asarray(batch.segment_ids),
+            query_indices,
+        )
         x = self.language_model.final_norm(x).astype(jnp.float32)
         norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
-        # As torch.nn.functional.normalize.
+        # The lower bound is that of torch.nn.functional.normalize.
         return (x / jnp.maximum(norm, 1e-12)).reshape(*pooled.shape, -1)
 
-    def hidden_states(self, batch: PackedBatch) -> jax.Array:
-        """Final hidden states [S, R, L, D], of all tokens."""
-        batch = jax.tree.map(jnp.asarray, batch)
+    def hidden_states(self, batch: PackedBatch) -> Float[Array, "S R T D"]:
+        """Final hidden states of all tokens: [S, R, T, D]."""
         x = self.inputs_embeds(batch)
         shards, rows, length, width = x.shape
         x = self.language_model(
             x.reshape(shards * rows, length, width),
-            batch.positions.reshape(shards * rows, length),
-            batch.segment_ids.reshape(shards * rows, length),
+            jnp.asarray(batch.positions).reshape(shards * rows, length),
+            jnp.asarray(batch.segment_ids).reshape(shards * rows, length),
         )
         return self.language_model.final_norm(x).reshape(shards, rows, length, width)
 
-    def inputs_embeds(self, batch: PackedBatch) -> jax.Array:
-        """What the language model reads: [S, R, L, D]."""
-        batch = jax.tree.map(jnp.asarray, batch)
-        tokens = batch.tokens
+    def inputs_embeds(self, batch: PackedBatch) -> Float[Array, "S R T D"]:
+        """What the language model reads, text and visual tokens: [S, R, T, D]."""
+        tokens = jnp.asarray(batch.tokens)
         text = self.language_model.embed(jnp.maximum(tokens, 0))
         if batch.patches.shape[1] == 0 and not self.is_initializing():
             return text
-        features = self.vision_features(batch.patches, batch.zero_crops)
-        place = Llave.visual_tokens
+        features = self.vision_features(jnp.asarray(batch.patches), jnp.asarray(batch.zero_crops))
+        visual_tokens = Llave.visual_tokens
         if find_remat(self.remat).block_policy is not None:
-            # Its intermediate results are wide and cheap to compute again.
-            place = nn.remat(place)
-        return jnp.where(tokens[..., None] < 0, place(self, features, batch), text)
+            # Its intermediate results are large and cheap to compute again.
+            visual_tokens = nn.remat(visual_tokens)
+        return jnp.where(tokens[..., None] < 0, visual_tokens(self, features, batch), text)
 
-    def visual_tokens(self, features: jax.Array, batch: PackedBatch) -> jax.Array:
-        """The weighted projected features of every slot's taps: [S, R, L, D]; text slots hold no
-        meaning."""
+    def visual_tokens(
+        self, features: Float[Array, "S C P O"], batch: PackedBatch
+    ) -> Float[Array, "S R T D"]:
+        """Visual tokens, put together from the projected features of their taps.
+
+        Args:
+          features: patch features [S, C, P, O].
+          batch: says which taps each token has.
+
+        Returns:
+          [S, R, T, D]. At text tokens they have no meaning.
+        """
         features = self.projector(features)
         shards, crops, patches, width = features.shape
         newline = jnp.broadcast_to(self.image_newline.astype(self.dtype), (shards, 1, width))
         table = jnp.concatenate([features.reshape(shards, crops * patches, width), newline], axis=1)
-        tapped = jax.vmap(lambda rows, index: rows[index])(table, batch.tap_index)
+        tapped = jax.vmap(lambda rows, index: rows[index])(table, jnp.asarray(batch.tap_index))
         if batch.tap_weight is None:
             return tapped[..., 0, :]
-        weight = batch.tap_weight[..., None]
+        weight = jnp.asarray(batch.tap_weight)[..., None]
         combined = jnp.sum(tapped * weight, axis=-2)
         if self.config.inputs.pool_mode == "max":
             takes_max = jnp.all(weight == 1, axis=-2)
             combined = jnp.where(takes_max, jnp.max(tapped, axis=-2), combined)
         return combined.astype(self.dtype)
 
-    def vision_features(self, patches: jax.Array, zero_crops: jax.Array) -> jax.Array:
-        """uint8 [S, C, P, patch_dim] and bool [S, C] -> [S, C, P, vision hidden]."""
+    def vision_features(
+        self, patches: UInt8[Array, "S C P X"], zero_crops: Bool[Array, "S C"]
+    ) -> Float[Array, "S C P O"]:
+        """The vision tower's features of each patch; see `PackedBatch` for the arguments."""
         shards, crops = patches.shape[:2]
         features = self.vision_tower(
             patches.reshape(shards * crops, *patches.shape[2:]), zero_crops.reshape(-1)

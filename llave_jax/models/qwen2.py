@@ -1,12 +1,13 @@
-"""Qwen2 language model, from embedded tokens to final hidden states; no LM head."""
+"""The Qwen2 language model, from embedded tokens to final hidden states; no LM head."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 from llave_jax.models.config import TextConfig
 from llave_jax.models.layers import Dtype, Projection, RMSNorm, scan_blocks, scan_but_last
@@ -15,7 +16,29 @@ from llave_jax.ops.rope import apply_rotary, rotary_tables
 from llave_jax.parallel.sharding import rows_per_device
 
 
+class Queries(NamedTuple):
+    """The tokens that the last layer computes, where it does not compute all.
+
+    Attributes:
+      indices: int32 [S, I] into the L tokens of a shard, its rows one after another.
+      row_length: tokens of a row.
+    """
+
+    indices: Int[Array, "S I"]
+    row_length: int
+
+
 class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions.
+
+    Attributes:
+      config: sizes of the model.
+      dtype: of activations and products.
+      param_dtype: of the parameters.
+      implementation: of `llave_jax.ops.attention`.
+      max_segment_length: see `ops.attention.attention`.
+    """
+
     config: TextConfig
     dtype: Dtype
     param_dtype: Dtype
@@ -23,22 +46,35 @@ class SelfAttention(nn.Module):
     max_segment_length: int | None
 
     @nn.compact
-    def __call__(self, x, cos, sin, segment_ids, query_indices=None, row_length=None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cos: Float[Array, "B T half"],
+        sin: Float[Array, "B T half"],
+        segment_ids: Int[Array, "B T"],
+        queries: Queries | None = None,
+    ) -> Float[Array, "B _ D"]:
+        """See `Block`."""
         config = self.config
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         heads = (config.num_heads, config.head_dim)
         kv_heads = (config.num_kv_heads, config.head_dim)
-        key = apply_rotary(Projection(kv_heads, name="k_proj", **kinds)(x), cos, sin)
-        value = Projection(kv_heads, name="v_proj", **kinds)(x)
-        if query_indices is not None:
-            x, cos, sin = (take_tokens(values, query_indices) for values in (x, cos, sin))
-        query = apply_rotary(Projection(heads, name="q_proj", **kinds)(x), cos, sin)
-        if query_indices is not None:
-            mixed = attention_at(
-                query, key, value, query_indices, segment_ids=segment_ids, row_length=row_length
+        key = apply_rotary(Projection(kv_heads, name="k_proj", **dtypes)(x), cos, sin)
+        value = Projection(kv_heads, name="v_proj", **dtypes)(x)
+        if queries is not None:
+            x, cos, sin = (take_tokens(values, queries.indices) for values in (x, cos, sin))
+        query = apply_rotary(Projection(heads, name="q_proj", **dtypes)(x), cos, sin)
+        if queries is not None:
+            attended = attention_at(
+                query,
+                key,
+                value,
+                queries.indices,
+                segment_ids=segment_ids,
+                row_length=queries.row_length,
             )
         else:
-            mixed = attention(
+            attended = attention(
                 query,
                 key,
                 value,
@@ -52,30 +88,55 @@ class SelfAttention(nn.Module):
             in_axes=2,
             use_bias=False,
             name="o_proj",
-            **kinds,
+            **dtypes,
         )
-        return output(mixed)
+        return output(attended)
 
 
 class Mlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)).
+
+    Attributes:
+      config: sizes of the model.
+      dtype: of activations and products.
+      param_dtype: of the parameters.
+
+    References: Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202).
+    """
+
     config: TextConfig
     dtype: Dtype
     param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, x):
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "use_bias": False}
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """[B, T, D] -> [B, T, D]."""
+        dtypes: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "use_bias": False,
+        }
         features = (self.config.intermediate_size,)
-        # Of a single row XLA does not fuse the gradient of silu with the products around it, but of
-        # tokens without rows; where there are several rows, these would be in its way.
+        # With one row per device, flatten [1, T, D] to [T, D]: XLA then fuses silu's gradient into the
+        # neighbouring matmuls. With several rows the reshape prevents the fusion.
         tokens = x.reshape(-1, x.shape[-1]) if rows_per_device(x) == 1 else x
-        gate = Projection(features, name="gate_proj", **kinds)(tokens)
-        up = Projection(features, name="up_proj", **kinds)(tokens)
-        down = Projection((self.config.hidden_size,), name="down_proj", **kinds)
+        gate = Projection(features, name="gate_proj", **dtypes)(tokens)
+        up = Projection(features, name="up_proj", **dtypes)(tokens)
+        down = Projection((self.config.hidden_size,), name="down_proj", **dtypes)
         return down(nn.silu(gate) * up).reshape(x.shape)
 
 
 class Block(nn.Module):
+    """One transformer layer, with the norms before attention and MLP.
+
+    Attributes:
+      config: sizes of the model.
+      dtype: of activations and products.
+      param_dtype: of the parameters.
+      implementation: of `llave_jax.ops.attention`.
+      max_segment_length: see `ops.attention.attention`.
+    """
+
     config: TextConfig
     dtype: Dtype
     param_dtype: Dtype
@@ -83,30 +144,53 @@ class Block(nn.Module):
     max_segment_length: int | None
 
     @nn.compact
-    def __call__(self, x, cos, sin, segment_ids, query_indices=None, row_length=None):
-        """All tokens [B, T, D], or of several rows' tokens [S, T, D] only what becomes of `query_indices`
-        [S, N]: [S, N, D]."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cos: Float[Array, "B T half"],
+        sin: Float[Array, "B T half"],
+        segment_ids: Int[Array, "B T"],
+        queries: Queries | None = None,
+    ) -> Float[Array, "B _ D"]:
+        """One layer, at all tokens or at some.
+
+        Args:
+          x: [B, T, D], of B rows. With `queries`, [S, L, D]: the rows of each shard one after another.
+          cos, sin: float32 [B, T, E / 2], of `ops.rope.rotary_tables`.
+          segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment.
+          queries: the tokens to compute; None: all.
+
+        Returns:
+          [B, T, D]; with `queries`, [S, I, D].
+        """
         config = self.config
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attend = SelfAttention(
             config,
             implementation=self.implementation,
             max_segment_length=self.max_segment_length,
             name="self_attn",
-            **kinds,
+            **dtypes,
         )
-        normed = RMSNorm(config.rms_norm_eps, name="input_layernorm", **kinds)(x)
-        attended = attend(normed, cos, sin, segment_ids, query_indices, row_length)
-        x = (x if query_indices is None else take_tokens(x, query_indices)) + attended
-        normed = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm", **kinds)(x)
-        return x + Mlp(config, name="mlp", **kinds)(normed)
+        normed = RMSNorm(config.rms_norm_eps, name="input_layernorm", **dtypes)(x)
+        attended = attend(normed, cos, sin, segment_ids, queries)
+        x = (x if queries is None else take_tokens(x, queries.indices)) + attended
+        normed = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm", **dtypes)(x)
+        return x + Mlp(config, name="mlp", **dtypes)(normed)
 
 
 class Qwen2(nn.Module):
-    """Causal transformer over packed rows.
+    """A causal transformer over packed rows.
 
     Attributes:
+      config: sizes of the model.
+      dtype: of activations and products.
+      param_dtype: of the parameters.
+      attention: implementation of `llave_jax.ops.attention`.
+      remat: what the backward pass computes again, a key of `remat.REMATS`.
       max_segment_length: tokens of the longest sequence; None: of a row.
+
+    References: Yang et al., Qwen2 Technical Report (arXiv 2407.10671).
     """
 
     config: TextConfig
@@ -118,28 +202,41 @@ class Qwen2(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.embed_tokens = nn.Embed(
             config.vocab_size,
             config.hidden_size,
             embedding_init=nn.initializers.normal(1.0),
-            **kinds,
+            **dtypes,
         )
         self.layers = Block(
             config,
             implementation=self.attention,
             max_segment_length=self.max_segment_length,
-            **kinds,
+            **dtypes,
         )
-        self.norm = RMSNorm(config.rms_norm_eps, **kinds)
+        self.norm = RMSNorm(config.rms_norm_eps, **dtypes)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32 [...] -> [..., D]."""
+    def embed(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens D"]:
+        """Token ids int32 [...] -> embeddings [..., D]."""
         return self.embed_tokens(tokens)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """Embedded tokens [B, T, D], int32 positions and segment ids [B, T] -> hidden states
-        [B, T, D] before the final norm; tokens see earlier ones of their own segment."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of all tokens.
+
+        Args:
+          x: embedded tokens [B, T, D].
+          positions: int32 [B, T], each token's position in its own sequence.
+          segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment.
+
+        Returns:
+          [B, T, D] before the final norm.
+        """
         config = self.config
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
         return scan_blocks(
@@ -147,28 +244,35 @@ class Qwen2(nn.Module):
         )
 
     def pooled(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, query_indices: jax.Array
-    ) -> jax.Array:
-        """What `__call__` would give at the tokens `query_indices`, int32 [S, N] with values in R * T.
+        self,
+        x: Float[Array, "S R T D"],
+        positions: Int[Array, "S R T"],
+        segment_ids: Int[Array, "S R T"],
+        query_indices: Int[Array, "S I"],
+    ) -> Float[Array, "S I D"]:
+        """Hidden states of some tokens, as `__call__` gives them.
 
-        The last layer computes only these, and keys and values for all.
+        The last layer computes queries for these tokens only, and keys and values for all.
 
         Args:
-          x: embedded tokens [S, R, T, D]: rows belong to S shards.
-          positions, segment_ids: int32 [S, R, T].
+          x: embedded tokens [S, R, T, D].
+          positions: int32 [S, R, T], each token's position in its own sequence.
+          segment_ids: int32 [S, R, T].
+          query_indices: int32 [S, I], in range(R * T): the tokens.
 
         Returns:
-          [S, N, D].
+          [S, I, D] before the final norm.
         """
         config = self.config
         shards, rows, length, width = x.shape
 
-        def last(block, x, cos, sin, segment_ids):
-            # Rows of a shard one after the other.
+        def last(block: nn.Module, x: Any, cos: Any, sin: Any, segment_ids: Any) -> jax.Array:
+            # The rows of a shard one after another.
             in_shard = (shards, rows * length)
             segment_ids = segment_ids.reshape(in_shard)
             cos, sin = (table.reshape(*in_shard, -1) for table in (cos, sin))
-            return block(x.reshape(*in_shard, width), cos, sin, segment_ids, query_indices, length)
+            queries = Queries(query_indices, length)
+            return block(x.reshape(*in_shard, width), cos, sin, segment_ids, queries)
 
         positions = positions.reshape(shards * rows, length)
         return scan_but_last(
@@ -181,11 +285,13 @@ class Qwen2(nn.Module):
             remat=self.remat,
         )
 
-    def final_norm(self, x: jax.Array) -> jax.Array:
-        """Hidden states [..., D] as the embedding and a language-model head read them."""
+    def final_norm(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
+        """Hidden states as the embedding and a language-model head read them."""
         return self.norm(x)
 
 
-def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
-    """[B, T, ...] at tokens [B, N] -> [B, N, ...]."""
-    return jax.vmap(lambda tokens, at: tokens[at])(x, index)
+def take_tokens(
+    x: Shaped[Array, "S L *rest"], indices: Int[Array, "S I"]
+) -> Shaped[Array, "S I *rest"]:
+    """The values of some tokens of each shard: [S, L, ...] -> [S, I, ...]."""
+    return jax.vmap(lambda tokens, at: tokens[at])(x, indices)
