@@ -27,12 +27,12 @@ RUN apt-get update \
 WORKDIR /opt/llave_jax
 
 # What the package depends on is a layer of its own, which a change of the code leaves as it is.
-COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY pyproject.toml setup.py README.md LICENSE NOTICE ./
+COPY configs configs
 COPY llave_jax/__init__.py llave_jax/
 RUN pip install --editable ".${EXTRAS:+[$EXTRAS]}"
 
 COPY llave_jax llave_jax
-COPY configs configs
 COPY tools tools
 
 USER ${RUN_AS}

@@ -3,9 +3,10 @@
 #
 #   launch/keep_running.sh COMMAND [ARGUMENT ...]
 #
-# It suits training, whose command continues from the latest checkpoint. Exit status 0 means complete.
-# A command that fails several times in a row soon after its start has a mistake that another start does
-# not mend: the loop then ends with the command's own status. SIGTERM is passed on and ends the loop.
+# It suits training, whose command continues from the latest checkpoint. Exit status 0 means complete,
+# 2 that the command or what it reads has a mistake. So has a command that fails several times in a row
+# soon after its start. Then the loop ends with the command's own status. SIGTERM is passed on and ends
+# the loop.
 #
 # Settings, as environment variables: PAUSE (seconds between starts, 10), SOON (a failure within so many
 # seconds is an early one, 600), TRIES (early failures in a row that end the loop, 3), STATUS (a file that
@@ -44,7 +45,7 @@ while true; do
   # A command that crashed may have left helpers behind, which would fill memory start by start.
   kill -KILL -- "-$child" 2>/dev/null
   child=''
-  if [[ $status == 0 || -n $stopping ]]; then
+  if [[ $status == [02] || -n $stopping ]]; then
     finish "$status"
   fi
   failures=$((SECONDS - start < soon ? failures + 1 : 0))

@@ -27,9 +27,11 @@ set -uo pipefail
 export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.92}
 
 # Two loading processes for each training process: gpu_h100.py's number is for one process on 8 GPUs.
+[[ $* == *--config.data.num_workers* ]] || set -- "$@" --config.data.num_workers=2
+
 # Since version 22.05 srun does not take --cpus-per-task from the job by itself.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
-  python -m llave_jax.train --distributed --config.data.num_workers=2 "$@"
+  python -m llave_jax.train --distributed "$@"
 status=$?
 
 if ((status == 143)); then

@@ -81,7 +81,7 @@ acquire() {
 
 install() {
   git archive --format=tar.gz --output="$scratch/llave.tar.gz" HEAD \
-    configs launch llave_jax tools pyproject.toml README.md LICENSE NOTICE &&
+    configs launch llave_jax tools pyproject.toml setup.py README.md LICENSE NOTICE &&
     gcloud compute tpus tpu-vm scp "$scratch/llave.tar.gz" "$NAME:" --zone="$ZONE" --worker=all &&
     on_host all "mkdir -p llave && tar -xzf llave.tar.gz -C llave && cd llave &&
       bash launch/tpu_vm_setup.sh $bucket"

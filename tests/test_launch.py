@@ -11,6 +11,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 import tomllib
 from pathlib import Path
@@ -48,6 +49,23 @@ def stand_in(folder, name, script):
 
 def environment(folder, **more):
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **more}
+
+
+def copy(source, target):
+    """As a Dockerfile's COPY: a file into the folder `target`, of a folder what is in it."""
+    target.mkdir(parents=True, exist_ok=True)
+    if (ROOT / source).is_dir():
+        shutil.copytree(ROOT / source, target, dirs_exist_ok=True)
+    else:
+        shutil.copy(ROOT / source, target)
+
+
+def assert_installs(folder):
+    """The package can be installed from what lies in `folder`, by what pip does first."""
+    script = "from setuptools import build_meta as b; b.prepare_metadata_for_build_editable('.')"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/launch.md"])
@@ -147,6 +165,11 @@ class TestKeepRunning:
         assert (tmp_path / "starts").read_text().count("\n") == 4
         assert "7, 4 times in a row" in done.stderr
 
+    def test_mistakes_are_not_tried_again(self, tmp_path):
+        done = self.run(tmp_path, "echo >>starts; exit 2")
+        assert done.returncode == 2
+        assert (tmp_path / "starts").read_text().count("\n") == 1
+
     def test_late_failures_do_not_count(self, tmp_path):
         done = self.run(tmp_path, "echo >>starts; (($(wc -l <starts) == 5)) || exit 1", SOON="0")
         assert done.returncode == 0
@@ -182,13 +205,13 @@ class TestSlurm:
         lines = re.findall(r"^#SBATCH --(\S+)$", self.SCRIPT.read_text(), flags=re.M)
         return dict(line.partition("=")[::2] for line in lines)
 
-    def run(self, folder, status):
+    def run(self, folder, status, *overrides):
         stand_in(folder, "srun", f'echo "$XLA_CLIENT_MEM_FRACTION" "$@" >>"$CALLS"; exit {status}')
         stand_in(folder, "scontrol", 'echo scontrol "$@" >>"$CALLS"')
         calls = folder / "calls"
         job = {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "8", "CALLS": str(calls)}
         done = subprocess.run(
-            [self.SCRIPT, "--config", "configs/gpu_h100.py:7b", "--workdir", "a run"],
+            [self.SCRIPT, "--config", "configs/gpu_h100.py:7b", "--workdir", "a run", *overrides],
             env=environment(folder, **job),
             capture_output=True,
             text=True,
@@ -213,7 +236,10 @@ class TestSlurm:
         workers = int(re.search(r"data\.num_workers=(\d+)", call)[1])
         assert workers < int(self.options()["cpus-per-task"])
         assert call.startswith("0.92 --cpus-per-task=8 ")
-        assert call.endswith("--config configs/gpu_h100.py:7b --workdir a run")
+        # An override must not stand before its config.
+        assert "--config configs/gpu_h100.py:7b --workdir a run --config.data.num_workers" in call
+        (call,) = self.run(tmp_path, 0, "--config.data.num_workers=5")[1:]
+        assert re.findall(r"data\.num_workers=(\d+)", call) == ["5"]
 
     @pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (143, True)])
     def test_only_a_run_that_was_told_to_stop_goes_back(self, tmp_path, status, requeued):
@@ -308,6 +334,12 @@ class TestTpuVm:
             expected = ["-m", "llave_jax.train", "--distributed", *arguments]
             assert (home / "arguments").read_text().splitlines() == expected
 
+    def test_what_is_copied_to_the_hosts_can_be_installed(self, tmp_path):
+        command = re.search(r"git archive (?:.|\n)*? HEAD \\\n(.*?) &&", self.SCRIPT.read_text())
+        for source in command[1].split():
+            copy(source, tmp_path / (source if (ROOT / source).is_dir() else "."))
+        assert_installs(tmp_path)
+
     def test_asks_again_for_a_slice_that_is_taken_away(self, tmp_path):
         training = 'echo >>"$CLOUD/starts"; (($(wc -l <"$CLOUD/starts") > 2)) || sleep 600'
         states = ["ACTIVE", "ACTIVE", "SUSPENDED", "NONE", "PROVISIONING", "ACTIVE"]
@@ -360,8 +392,16 @@ class TestDockerfile:
         for source in sources:
             assert (ROOT / source).exists(), source
             assert source.split("/")[0] in kept, source
-        # What the package's metadata needs must be there before it is installed.
-        assert {PROJECT["readme"], *PROJECT["license-files"]} <= set(sources)
+
+    def test_the_package_can_be_installed_from_what_is_copied_before(self, tmp_path):
+        for name, value in self.instructions():
+            if name == "RUN" and "pip install" in value:
+                break
+            if name == "COPY":
+                *sources, target = value.split()
+                for source in sources:
+                    copy(source, tmp_path / target)
+        assert_installs(tmp_path)
 
     def test_base_suits_the_package(self):
         arguments = dict(v.partition("=")[::2] for n, v in self.instructions() if n == "ARG")
