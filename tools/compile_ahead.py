@@ -55,7 +55,7 @@ def report(args: argparse.Namespace) -> int:
             print(f"{args.topology}: does not fit into memory\n{error}")
         return 1
     if args.hlo:
-        write_text(args.hlo, compiled.program.as_text())
+        write_text(args.hlo, compiled.text)
     values = {"topology": args.topology, **prediction.predict(compiled, training=training)}
     print(json.dumps(values) if args.json else f"{args.topology}: {prediction.table(values)}")
     return int(values["memory_gib"]["margin"] < 0)

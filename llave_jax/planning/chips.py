@@ -1,7 +1,7 @@
-"""Accelerators that programs can be compiled for without having them: figures and topologies.
+"""Chips that programs can be compiled for without having them: their figures and topologies.
 
-Owns what vendors publish of a chip, the rates assumed of its attention kernels, and the devices of a slice
-or host that need not exist. What these mean for a program is `aot.py`.
+Owns what vendors publish of a chip, the rates assumed of its attention kernels, and descriptions of the
+devices of a TPU slice or a host of GPUs. What these mean for a program is `prediction.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Chip:
 
     Attributes:
       flops: bf16 operations a second.
-      hbm: bytes of memory that programs can have.
-      links: bytes a second to other chips, all links together.
+      hbm: bytes of memory that a program can use.
+      links: bytes a second to other chips, over all links together.
     """
 
     flops: float
@@ -32,11 +32,11 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Tpu(Chip):
-    """After cloud.google.com/tpu/docs/system-architecture-tpu-vm.
+    """A TPU, with figures from cloud.google.com/tpu/docs/system-architecture-tpu-vm.
 
     Attributes:
-      clock: cycles a second of XLA's estimates: what makes its matrix units reach `flops`.
-      options: of the topology description; one device a chip, as slices present v4 and v5p.
+      clock: cycles a second in XLA's estimates: the clock at which its matrix units reach `flops`.
+      options: of the topology description. They make a chip one device, as slices of v4 and v5p do.
     """
 
     clock: float
@@ -45,16 +45,16 @@ class Tpu(Chip):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(Chip):
-    """After NVIDIA's data sheets and tuning guides.
+    """A GPU, with figures from NVIDIA's data sheets and tuning guides.
 
     Attributes:
-      name: as the device calls itself.
+      name: the device's own name.
       capability: compute capability, major and minor.
       cores: streaming multiprocessors.
       clock: cycles a second, boosted.
-      bandwidth: bytes a second of the memory.
-      l2: bytes of its cache.
-      shared_memory: bytes of a core; a block of threads can have 1 KiB less.
+      bandwidth: bytes a second from and to its memory.
+      l2: bytes of its level 2 cache.
+      shared_memory: bytes of shared memory of a core; a block of threads can use 1 KiB less.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Gpu(Chip):
     shared_memory: int
 
     def target(self) -> str:
-        """XLA's description of a device to compile for (its GpuTargetConfigProto, as text)."""
+        """XLA's description of the device (a GpuTargetConfigProto in text form)."""
         major, minor = self.capability
         feature = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
         versions = " ".join(
@@ -100,7 +100,7 @@ class Gpu(Chip):
             }}"""
 
 
-CHIPS: dict[str, Chip] = {
+CHIPS: dict[str, Tpu | Gpu] = {
     "v4": Tpu(275e12, 32 * GIB, 300e9, 1.05e9, {"chip_config_name": "megacore"}),
     "v5e": Tpu(197e12, 16 * GIB, 200e9, 1.5e9),
     "v5p": Tpu(459e12, 95 * GIB, 600e9, 1.75e9, {"chip_config_name": "megacore"}),
@@ -114,11 +114,11 @@ CHIPS: dict[str, Chip] = {
         (9, 0), 132, 1.98e9, 3.35e12, 50 * 2**20, 228 * 1024,
     ),
 }  # fmt: skip
-# A collective over one mesh axis can use this share of a chip's links.
+# The share of a chip's links that a collective over one mesh axis can use.
 LINKS_SHARE = 0.5
-# TPU attention kernels reach this share of the matrix units' rate over the scores they compute, with
-# heads padded to full lanes, by the instructions scheduled: benchmarks/tpu_kernels.py. No more than
-# 0.95 is believed.
+# The share of the matrix units' rate that the TPU attention kernels reach over the scores they compute, heads
+# padded to full lanes. benchmarks/tpu_kernels.py reads it off the scheduled instructions. Higher readings
+# are cut to 0.95.
 KERNEL_RATES = {
     "v4": {"causal_fwd": 0.52, "causal_bwd": 0.88, "full_fwd": 0.46, "full_bwd": 0.79},
     "v5e": {"causal_fwd": 0.76, "causal_bwd": 0.95, "full_fwd": 0.64, "full_bwd": 0.85},
@@ -128,11 +128,16 @@ KERNEL_RATES = {
 
 
 def topology_devices(topology: str) -> tuple[list[Any], str]:
-    """Devices of a TPU slice such as "v4:4x4x4" or of a host of GPUs such as "h100:8", none of which
-    need exist, and the kind of chip.
+    """Devices to compile for. They need not exist.
+
+    Args:
+      topology: a TPU slice such as "v4:4x4x4", or the GPUs of one host such as "h100:8".
+
+    Returns:
+      The devices, and the kind of chip, a key of CHIPS.
 
     Raises:
-      ValueError: not a known chip, or a shape that it does not come in.
+      ValueError: the chip is not known, or does not come in this shape.
       RuntimeError: the compiler for this kind of chip is not installed.
     """
     kind, _, shape = topology.partition(":")
@@ -141,7 +146,7 @@ def topology_devices(topology: str) -> tuple[list[Any], str]:
         raise ValueError(f"topology {topology!r}: expected CHIP:SHAPE with CHIP of {list(CHIPS)}")
     if isinstance(chip, Gpu):
         return _gpu_host(chip, topology, shape), kind
-    # libtpu asks the cloud what machine this is, and locks the chips it does not find here.
+    # Without these, libtpu asks the cloud's metadata server about the machine, and locks its chips.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)

@@ -13,7 +13,7 @@ from llave_jax.models.llave import Llave, abstract_params
 from llave_jax.parallel import sharding
 from llave_jax.planning import hlo
 
-# What an exchange is for, by where it comes from in the program; the first match counts.
+# What a collective is for, by the name of the traced operation that it comes from. The first match counts.
 _PURPOSES = (
     (r"embed_tokens/", "token embedding lookup"),
     (r"transpose\(.*rematted_computation.*/sharding_constraint", "parameter gather"),
@@ -21,27 +21,32 @@ _PURPOSES = (
     (r"/sharding_constraint", "parameter gather"),
     (r"\)/shard_map/|/shard_map/all_gather", "embedding gather and loss"),
 )
-# An exchange of a few norms, biases and metrics: nothing to plan for.
+# A collective of at most this many bytes exchanges norms, biases and metrics: nothing to plan for.
 SMALL_BYTES = 64 * 1024
+# The purpose of a collective that no rule recognises.
 UNACCOUNTED = "UNACCOUNTED"
 
 
 def layer_shapes(model: Llave) -> set[tuple[int, ...]]:
-    """Shapes of all parameters, of stacked layers one layer's."""
+    """Shapes of all parameters, for stacked layers the shape of one layer."""
     flat = sharding.flatten(abstract_params(model))
     return {x.shape[1:] if "/layers/" in path else x.shape for path, x in flat.items()}
 
 
-def purpose(collective: hlo.Collective, pool: int, whole: Collection[tuple[int, ...]]) -> str:
-    """What an exchange is for.
+def purpose(collective: hlo.Collective, pool: int, parameters: Collection[tuple[int, ...]]) -> str:
+    """What a collective is for.
 
-    Some XLA makes without saying where they come from; these are known by their sizes. On slices
-    whose links form rings in three dimensions XLA gathers by all-reduces of arrays that are zero
-    but for a device's own part.
+    XLA makes some collectives without the name of an operation. They are recognised by their sizes. On
+    slices whose links form rings in three dimensions, XLA gathers by all-reduce: each device contributes
+    an array that is zero outside its own part.
 
     Args:
+      collective: of the compiled program.
       pool: number of values in the gathered embeddings of one side.
-      whole: shapes of parameters, as of `layer_shapes`.
+      parameters: shapes, of `layer_shapes`.
+
+    Returns:
+      The purpose, or UNACCOUNTED.
     """
     for pattern, name in _PURPOSES:
         if re.search(pattern, collective.op_name):
@@ -50,28 +55,28 @@ def purpose(collective: hlo.Collective, pool: int, whole: Collection[tuple[int, 
         return "scalars and vectors"
     dtypes, shapes = (set(values) for values in zip(*hlo.arrays(collective.shape), strict=True))
     if dtypes == {"s32"}:
-        # Token ids: every device looks up its columns of everybody's tokens.
+        # Token ids: each device looks up its own columns of the embeddings of all tokens.
         return "token embedding lookup"
     if dtypes == {"f32"} and all(_is_pool(collective, dims, pool) for dims in shapes):
         return "embedding gather and loss"
     if collective.op_name:
         return UNACCOUNTED
-    if collective.kind in ("all-reduce", "all-gather") and shapes <= set(whole):
+    if collective.kind in ("all-reduce", "all-gather") and shapes <= set(parameters):
         return "parameter gather"
     if collective.kind == "reduce-scatter" and all(
-        any(_is_part(dims, full, collective.group) for full in whole) for dims in shapes
+        any(_is_part(dims, full, collective.group) for full in parameters) for dims in shapes
     ):
         return "gradient scatter"
-    # Shards that are no whole tiles are shifted to their places.
+    # A permute moves shards that are no whole tiles to where they belong.
     if collective.kind == "collective-permute" and all(
-        any(_is_part(dims, full) for full in whole) for dims in shapes
+        any(_is_part(dims, full) for full in parameters) for dims in shapes
     ):
         return "parameter gather"
     return UNACCOUNTED
 
 
 def _is_pool(collective: hlo.Collective, dims: tuple[int, ...], pool: int) -> bool:
-    """The embeddings of one side, or gradients of them; shares may be padded to tiles of 8 rows."""
+    """Whether an array holds the embeddings of one side or their gradients, padded to tiles of 8 rows."""
     if not dims:
         return False
     parts = collective.group if collective.kind == "reduce-scatter" else 1
@@ -81,7 +86,7 @@ def _is_pool(collective: hlo.Collective, dims: tuple[int, ...], pool: int) -> bo
 
 
 def _is_part(dims: tuple[int, ...], full: tuple[int, ...], parts: int | None = None) -> bool:
-    """`full` cut along one dimension (into so many equal parts)."""
+    """Whether `dims` is `full` cut along one dimension, into `parts` equal parts if that is given."""
     if len(dims) != len(full):
         return False
     cut = [(part, size) for part, size in zip(dims, full, strict=True) if part != size]

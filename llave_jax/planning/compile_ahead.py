@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
 
 import jax
 
@@ -17,15 +16,24 @@ from llave_jax.embedding.embedding_step import build_embedding_step
 from llave_jax.inputs.batch import Budget
 from llave_jax.models.llave import Llave, abstract_params, param_shardings
 from llave_jax.parallel import sharding
-from llave_jax.planning.chips import CHIPS, Chip, topology_devices
+from llave_jax.planning.chips import CHIPS, Gpu, Tpu, topology_devices
 from llave_jax.training import batch_shape, setup, train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program for a topology, before anything is read off it."""
+    """A program compiled for a topology.
 
-    program: Any
+    Attributes:
+      program: XLA's executable.
+      mesh: over the devices of the topology.
+      kind: of chip, a key of `chips.CHIPS`.
+      budget: room of one shard in one micro-batch.
+      model: the model that the program runs.
+      config: of the run.
+    """
+
+    program: jax.stages.Compiled
     mesh: jax.sharding.Mesh
     kind: str
     budget: Budget
@@ -33,20 +41,34 @@ class Compiled:
     config: Config
 
     @property
-    def chip(self) -> Chip:
+    def chip(self) -> Tpu | Gpu:
+        """Figures of the chip."""
         return CHIPS[self.kind]
+
+    @property
+    def text(self) -> str:
+        """The optimised program, in the text form that `hlo.py` reads."""
+        text = self.program.as_text()
+        if text is None:
+            raise RuntimeError("this version of jax does not give the text of a compiled program")
+        return text
 
 
 class DoesNotFit(Exception):
-    """The program needs more memory than a device has; says what XLA says, largest buffers too."""
+    """The program needs more memory than a device has. The message is XLA's, with the largest buffers."""
 
 
 def compile_train_step(config: Config, topology: str) -> Compiled:
-    """The whole training step of a config, compiled for a slice.
+    """Compiles the whole training step of a config.
+
+    Args:
+      config: of the run.
+      topology: as for `chips.topology_devices`.
 
     Raises:
       DoesNotFit: it needs more memory than the chips have.
-      ValueError: as of `batch_shape.check_budget`.
+      ValueError: the batch has no room for an item of the model, or the topology is not known.
+      RuntimeError: the compiler for this kind of chip is not installed.
     """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
@@ -57,10 +79,17 @@ def compile_train_step(config: Config, topology: str) -> Compiled:
 def lower_train_step(
     config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[jax.stages.Lowered, setup.Training, Budget]:
-    """The program that training runs on a mesh, before XLA compiles it."""
+    """The program that training runs on a mesh, before XLA compiles it.
+
+    Returns:
+      The lowered program, what the training consists of, and the room of one shard in one micro-batch.
+
+    Raises:
+      ValueError: the batch has no room for an item of the model.
+    """
     llave_config = setup.model_config(config)
     batch_shape.check_budget(config, llave_config, sharding.num_shards(mesh))
-    # The number of steps is a constant of the schedule and changes nothing else.
+    # The number of steps is one constant of the schedule. It does not matter which.
     training = setup.build_training(config, llave_config, mesh, config.steps or 1000)
     budget = batch_shape.batch_budget(config, sharding.num_shards(mesh))
     leading = (config.batch.micro_batches,)
@@ -69,7 +98,10 @@ def lower_train_step(
 
 
 def compile_embedding_step(config: Config, topology: str) -> Compiled:
-    """The forward pass alone, with bfloat16 parameters, on one micro-batch of the config's budget."""
+    """Compiles the forward pass alone, with bfloat16 parameters, on one micro-batch.
+
+    Arguments and errors are those of `compile_train_step`.
+    """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     model = setup.build_training(config, setup.model_config(config), mesh, 1000).model
@@ -77,14 +109,14 @@ def compile_embedding_step(config: Config, topology: str) -> Compiled:
     params = abstract_params(model)
     budget = batch_shape.batch_budget(config, sharding.num_shards(mesh))
     batch, _ = train_step.abstract_batch(model, mesh, budget, ())
-    places = param_shardings(params, mesh)
+    shardings = param_shardings(params, mesh)
     lowered = build_embedding_step(model, mesh).lower(
-        sharding.with_shardings(params, places), batch
+        sharding.with_shardings(params, shardings), batch
     )
     return Compiled(_compile(lowered), mesh, kind, budget, model, config)
 
 
-def _compile(lowered: jax.stages.Lowered) -> Any:
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -94,9 +126,9 @@ def _compile(lowered: jax.stages.Lowered) -> Any:
 
 
 def _out_of_memory_message(text: str) -> str:
-    """XLA's account of an overflow: totals, then the largest buffers."""
+    """The lines of XLA's error that say the totals and the largest buffers."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    wanted = re.compile(
+    pattern = re.compile(
         r"RESOURCE_EXHAUSTED|Used|Program hbm|Exceeded|Size:|Shape:|Operator:|\d+\."
     )
-    return "\n".join(line for line in lines if wanted.search(line))[:4000]
+    return "\n".join(line for line in lines if pattern.search(line))[:4000]

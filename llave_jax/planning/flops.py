@@ -1,7 +1,7 @@
-"""Floating-point operations the model's mathematics needs for given sequences: the M of MFU.
+"""Floating-point operations that the model's mathematics needs for given sequences: what MFU is measured in.
 
-Counts a multiply-add as two. Recomputation, padding and masked-out scores are not needed work;
-norms, rotations, activations and the loss are left out as small.
+Owns these counts. A multiply-add is two operations. Recomputation, padding and masked scores are no needed
+work, and do not count. Norms, rotations, activations and the loss are small, and are left out.
 """
 
 from __future__ import annotations
@@ -12,28 +12,34 @@ from llave_jax.models.config import LlaveConfig
 
 
 def text_layer_weights(config: LlaveConfig) -> int:
-    """Weights of one layer of the language model that a token is multiplied with."""
+    """Weights of one layer of the language model by which a token is multiplied."""
     text = config.text
     attention = 2 * text.hidden_size * (text.num_heads + text.num_kv_heads) * text.head_dim
     return attention + 3 * text.hidden_size * text.intermediate_size
 
 
 def text_forward(config: LlaveConfig, lengths: np.ndarray) -> float:
-    """Language model over sequences of these lengths, each causal within itself, to their last
-    tokens: the last layer needs only keys and values of the others."""
+    """FLOPs of the language model, from the tokens of sequences to the hidden state of their last tokens.
+
+    In the last layer, all tokens but the last one need keys and values only.
+
+    Args:
+      config: of the model.
+      lengths: int [n], tokens of each sequence; attention is causal within a sequence.
+    """
     text = config.text
     lengths = np.asarray(lengths, np.float64)
     tokens, weights = np.sum(lengths), text_layer_weights(config)
     scores = np.sum(lengths * (lengths + 1) / 2)
-    a_score = 4 * text.num_heads * text.head_dim
-    layer = 2 * tokens * weights + scores * a_score
+    per_score = 4 * text.num_heads * text.head_dim
+    layer = 2 * tokens * weights + scores * per_score
     keys = 2 * text.hidden_size * text.num_kv_heads * text.head_dim
-    last = 2 * (tokens * keys + len(lengths) * (weights - keys)) + tokens * a_score
+    last = 2 * (tokens * keys + len(lengths) * (weights - keys)) + tokens * per_score
     return (text.num_layers - 1) * layer + last
 
 
 def vision_forward(config: LlaveConfig, crops: float) -> float:
-    """SigLIP tower over this many crops."""
+    """FLOPs of the SigLIP tower for this many crops."""
     vision = config.vision
     width, patches = vision.hidden_size, vision.num_patches
     linear = 4 * width**2 + 2 * width * vision.intermediate_size
@@ -42,12 +48,19 @@ def vision_forward(config: LlaveConfig, crops: float) -> float:
 
 
 def projector_forward(config: LlaveConfig, crops: float) -> float:
+    """FLOPs of the projector for this many crops."""
     width = config.text.hidden_size
     return crops * config.vision.num_patches * 2 * (config.vision.hidden_size + width) * width
 
 
 def embedding(config: LlaveConfig, lengths: np.ndarray, crops: float) -> float:
-    """Forward pass over sequences of these lengths with this many crops in all."""
+    """FLOPs of the forward pass.
+
+    Args:
+      config: of the model.
+      lengths: int [n], tokens of each sequence.
+      crops: of all sequences together.
+    """
     return (
         text_forward(config, lengths)
         + vision_forward(config, crops)
@@ -58,9 +71,14 @@ def embedding(config: LlaveConfig, lengths: np.ndarray, crops: float) -> float:
 def training(
     config: LlaveConfig, lengths: np.ndarray, crops: float, *, freeze_vision: bool
 ) -> float:
-    """Forward and backward pass: each product has two gradients, a frozen tower none."""
+    """FLOPs of forward and backward pass. Each product has two gradients; in a frozen tower it has none.
+
+    Args:
+      config, lengths, crops: as for `embedding`.
+      freeze_vision: whether the vision tower is frozen.
+    """
     towers = 1 if freeze_vision else 3
-    # Below a frozen tower nothing needs the gradient of the projector's input.
+    # With a frozen tower, nothing needs the gradient of the projector's input.
     unneeded = 0.0
     if freeze_vision:
         patches, vision = config.vision.num_patches, config.vision

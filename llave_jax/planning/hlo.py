@@ -1,7 +1,7 @@
-"""What a compiled XLA program executes: products, kernels, collectives, XLA's own cycle estimates.
+"""What a compiled XLA program executes: products, kernels, collectives, and XLA's own cycle estimates.
 
-Reads the text of an optimised module and counts the body of a loop as often as it runs, which
-XLA's `cost_analysis` does not. Knows nothing of models; what numbers mean is `aot.py`.
+Owns reading the text of an optimised module. The body of a loop counts as often as it runs, which XLA's
+`cost_analysis` does not do. Knows no models; what the numbers mean is `prediction.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ _ARRAY = re.compile(r"\b(" + "|".join(DTYPE_BYTES) + r")\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`shape` is the text of its result's shape, `attributes` what follows its operands."""
+    """One instruction of a computation.
+
+    Attributes:
+      name: without "%".
+      shape: text of the shape of its result.
+      opcode: such as "dot" or "fusion".
+      operands: names of its operands; for a constant or a parameter, its value or number.
+      attributes: the text after its operands.
+      is_root: whether it is the result of its computation.
+    """
 
     name: str
     shape: str
@@ -38,23 +47,34 @@ class Instruction:
     is_root: bool
 
     def attribute(self, key: str) -> str | None:
-        """A called computation's name, as in `body=%name`."""
+        """The name of a computation that it calls as `key`, as in `body=%name`; None if it calls none."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found and found.group(1)
+
+    def called(self, key: str) -> str:
+        """As `attribute`.
+
+        Raises:
+          ValueError: it calls no computation as `key`.
+        """
+        name = self.attribute(key)
+        if name is None:
+            raise ValueError(f"{self.opcode} {self.name} names no computation as {key!r}")
+        return name
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of exchange, over all its executions.
+    """One collective instruction, with all its executions.
 
     Attributes:
       kind: one of COLLECTIVES.
-      op_name: where it comes from in the traced program.
-      shape: of its result on one device (several joined by "+").
+      op_name: the traced operation that it comes from; "" if XLA gives none.
+      shape: of its result on one device; several are joined by "+".
       group: devices that exchange with each other.
       count: executions.
-      result_bytes: bytes of the results, all executions.
-      hidden: runs while other operations do (XLA made it asynchronous).
+      result_bytes: bytes of the results of all executions.
+      hidden: whether other operations run meanwhile, because XLA made it asynchronous.
     """
 
     kind: str
@@ -67,7 +87,7 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes a device receives, by the usual ring algorithms."""
+        """Bytes that a device receives in the usual ring algorithms."""
         others = (self.group - 1) / self.group
         factor = {
             "all-gather": others,
@@ -84,11 +104,12 @@ class Cost:
     """What one device executes in one run of the program.
 
     Attributes:
-      product_flops: of matrix products and convolutions outside kernels.
-      kernels: name -> [(operand shapes, executions)] of hand-written kernels.
+      product_flops: FLOPs of matrix products and convolutions outside kernels.
+      kernels: name -> [(shapes of operands, executions)] of hand-written kernels.
       collectives: all exchanges between devices.
-      cycles: XLA's estimates for fusions and plain operations, kernels and exchanges excluded: TPUs.
-      operations: the same fusions and operations as (product operations, bytes moved, executions).
+      cycles: XLA's estimate for all fusions and plain operations, on TPUs; kernels and collectives do not
+        count.
+      operations: (FLOPs of products, bytes moved, executions) of the same fusions and operations.
     """
 
     product_flops: float = 0
@@ -100,8 +121,15 @@ class Cost:
     operations: list[tuple[float, int, int]] = dataclasses.field(default_factory=list)
 
     def roofline_seconds(self, flops: float, bandwidth: float) -> float:
-        """If each operation took as long as its products at `flops` a second or its bytes at `bandwidth`
-        a second, whichever is longer."""
+        """A lower bound of the time of all operations.
+
+        Args:
+          flops: FLOPs a second at which products run.
+          bandwidth: bytes a second at which memory is read and written.
+
+        Returns:
+          Seconds, if each operation takes as long as its products or its bytes, whichever is longer.
+        """
         return sum(
             times * max(products / flops, moved / bandwidth)
             for products, moved, times in self.operations
@@ -109,10 +137,14 @@ class Cost:
 
 
 def cost(text: str, num_devices: int) -> Cost:
-    """Cost of an optimised module, as printed by `compiled.as_text()`.
+    """What one device executes in one run of a program.
+
+    Args:
+      text: the optimised module, as printed by `compiled.as_text()`.
+      num_devices: devices that the program runs on.
 
     Raises:
-      ValueError: a loop whose number of runs cannot be read off its condition.
+      ValueError: the number of runs of a loop cannot be read off its condition.
     """
     program = Program(text)
     total = Cost()
@@ -121,7 +153,12 @@ def cost(text: str, num_devices: int) -> Cost:
 
 
 class Program:
-    """Computations of a module: name -> instructions, and which one is the entry."""
+    """The computations of a module.
+
+    Attributes:
+      computations: name -> instructions.
+      entry: name of the computation that a run starts with.
+    """
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
@@ -129,7 +166,7 @@ class Program:
         current: list[Instruction] = []
         for line in text.splitlines():
             if line.startswith(("%", "ENTRY")) and line.endswith("{"):
-                name = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line).group(1)
+                name = _find(r"^(?:ENTRY )?%?([\w.\-]+)", line).group(1)
                 current = self.computations[name] = []
                 if line.startswith("ENTRY"):
                     self.entry = name
@@ -138,18 +175,31 @@ class Program:
 
     @functools.cache  # noqa: B019 (one program, short-lived)
     def shapes(self, computation: str) -> dict[str, str]:
+        """Name -> text of the shape, of the instructions of a computation."""
         return {i.name: i.shape for i in self.computations[computation]}
 
     def trip_count(self, loop: Instruction) -> int:
+        """How often a loop runs.
+
+        Raises:
+          ValueError: neither XLA nor the loop's condition says it.
+        """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known.group(1))
-        condition = self.computations[loop.attribute("condition")]
+        condition = self.computations[loop.called("condition")]
         root = next(i for i in condition if i.is_root)
         values = {i.name: i for i in condition}
         limits = [values[name] for name in root.operands if values[name].opcode == "constant"]
         if root.opcode != "compare" or "direction=LT" not in root.attributes or len(limits) != 1:
             raise ValueError(f"loop {loop.name}: its condition is not a comparison with a constant")
         return int(limits[0].operands[0])
+
+
+def _find(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"expected {pattern} in the compiled program, found {text[:200]!r}")
+    return found
 
 
 def _parse(line: str) -> Instruction:
@@ -185,7 +235,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _elements(shape: str) -> list[str]:
-    """Shapes that a tuple's shape holds."""
+    """The shapes of the elements of a tuple's shape."""
     elements, depth, start = [], 0, 1
     for n, character in enumerate(shape):
         depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(character, 0)
@@ -196,7 +246,7 @@ def _elements(shape: str) -> list[str]:
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """[(dtype, dimensions)] of a shape or of a tuple of shapes."""
+    """[(dtype, dimensions)] of the arrays of a shape, which may be a tuple."""
     return [
         (dtype, tuple(int(d) for d in dims.split(",") if d))
         for dtype, dims in _ARRAY.findall(shape)
@@ -204,6 +254,7 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def num_bytes(shape: str) -> int:
+    """Bytes of all arrays of a shape."""
     return sum(DTYPE_BYTES[dtype] * math.prod(dims) for dtype, dims in arrays(shape))
 
 
@@ -212,7 +263,7 @@ def _add(program: Program, computation: str, times: int, total: Cost, num_device
     for i in program.computations[computation]:
         if i.opcode == "while":
             runs = times * program.trip_count(i)
-            _add(program, i.attribute("body"), runs, total, num_devices)
+            _add(program, i.called("body"), runs, total, num_devices)
             continue
         base = i.opcode.removesuffix("-start")
         if base in COLLECTIVES:
@@ -229,14 +280,14 @@ def _add(program: Program, computation: str, times: int, total: Cost, num_device
             products = _flops_within(program, called)
         total.product_flops += times * products
         if called and i.opcode == "fusion":
-            # XLA may fuse a kernel with what reads its results.
+            # XLA may fuse a kernel with the operations that read its results.
             kernels = [k for k in program.computations[called] if _is_kernel(k)]
             for kernel in kernels:
                 _add_kernel(kernel, program.shapes(called), times, total)
             if kernels:
                 continue
-            if exchange := _fused_exchange(program, i, called, times, num_devices):
-                total.collectives.append(exchange)
+            if collective := _fused_collective(program, i, called, times, num_devices):
+                total.collectives.append(collective)
                 continue
         elif called:
             _add(program, called, times, total, num_devices)
@@ -256,19 +307,22 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 
 
 def _bytes_moved(program: Program, i: Instruction, shapes: dict[str, str]) -> int:
-    """Bytes that an operation reads and writes: of what it only slices the slices, and of what it
-    updates in place the update."""
+    """Bytes that an operation reads and writes.
+
+    If it reads only slices of an operand, the slices count. If it updates an operand in place, the update
+    counts.
+    """
     if i.opcode != "fusion":
         within, results = [i], [i]
         names = list(i.operands)
     else:
-        within = program.computations[i.attribute("calls")]
-        places = {int(k.operands[0]): k.name for k in within if k.opcode == "parameter"}
-        names = [places.get(n, "") for n in range(len(i.operands))]
+        within = program.computations[i.called("calls")]
+        parameters = {int(k.operands[0]): k.name for k in within if k.opcode == "parameter"}
+        names = [parameters.get(n, "") for n in range(len(i.operands))]
         values = {k.name: k for k in within}
         (root,) = (k for k in within if k.is_root)
         results = [values[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    inner = program.shapes(i.attribute("calls")) if i.opcode == "fusion" else shapes
+    inner = program.shapes(i.called("calls")) if i.opcode == "fusion" else shapes
 
     moved = 0
     for name, operand in zip(names, i.operands, strict=True):
@@ -284,11 +338,11 @@ def _bytes_moved(program: Program, i: Instruction, shapes: dict[str, str]) -> in
 
 
 def _updates(i: Instruction) -> str | None:
-    """The operand of which an operation writes a part in place."""
+    """The operand that an operation updates in place; None if there is none."""
     return i.operands[0] if i.opcode == "dynamic-update-slice" else None
 
 
-# Custom calls of hand-written kernels: on TPUs, on GPUs with older and with newer jax.
+# Targets of the custom calls of hand-written kernels: of TPUs, and of GPUs in older and newer jax.
 _KERNEL_CALLS = re.compile(
     r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton|triton_kernel_call_ffi)"'
 )
@@ -300,7 +354,7 @@ def _is_kernel(i: Instruction) -> bool:
 
 def _add_kernel(i: Instruction, shapes: dict[str, str], times: int, total: Cost) -> None:
     operands = tuple(arrays(shapes[name])[0][1] for name in i.operands)
-    # On TPUs the instruction has the kernel's name, on GPUs only where it comes from does.
+    # On TPUs the instruction is named after the kernel, on GPUs only its op_name is.
     traced = re.search(r'op_name="[^"]*?(\w+)/pallas_call"', i.attributes)
     name = re.sub(r"[.\d]+$", "", i.name)
     if name == "pallas_call" and traced:
@@ -315,7 +369,7 @@ def _flops_within(program: Program, computation: str) -> float:
         if i.opcode in ("convolution", "dot"):
             flops += _product_flops(i, shapes)
         elif i.opcode == "fusion":
-            flops += _flops_within(program, i.attribute("calls"))
+            flops += _flops_within(program, i.called("calls"))
     return flops
 
 
@@ -323,14 +377,17 @@ def _product_flops(i: Instruction, shapes: dict[str, str]) -> float:
     left, right = (arrays(shapes[name])[0][1] for name in i.operands)
     result = arrays(i.shape)[0][1]
     if i.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes).group(1)
+        contracted = _find(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes).group(1)
         return 2 * math.prod(result) * math.prod(left[int(d)] for d in contracted.split(",") if d)
     return _convolution_flops(i, left, right, result)
 
 
 def _convolution_flops(i: Instruction, left, right, result) -> float:
-    """TPUs express all products as convolutions; only taps inside the (dilated) input count."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
+    """FLOPs of a convolution. TPUs write all products as convolutions.
+
+    Only those positions of the window count that meet an element of the (dilated) input.
+    """
+    labels = _find(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
     lhs, rhs, out = (dict(zip(text, dims, strict=True)) for text, dims in
                      zip(labels, (left, right, result), strict=True))  # fmt: skip
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _window(i.attributes)))
@@ -344,7 +401,7 @@ def _convolution_flops(i: Instruction, left, right, result) -> float:
         stride = int(setting("stride", "1"))
         low = int(setting("pad", "0_0").split("_")[0])
         spread, reach = int(setting("lhs_dilate", "1")), int(setting("rhs_dilate", "1"))
-        pairs *= _valid_taps(lhs[key], rhs[key], out[key], stride, low, spread, reach)
+        pairs *= _window_hits(lhs[key], rhs[key], out[key], stride, low, spread, reach)
     return 2 * out["b"] * out["f"] * rhs["i"] * pairs
 
 
@@ -354,7 +411,7 @@ def _window(attributes: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _valid_taps(size, kernel, outputs, stride, low, spread, reach) -> int:
+def _window_hits(size, kernel, outputs, stride, low, spread, reach) -> int:
     count = 0
     for o in range(outputs):
         for k in range(kernel):
@@ -367,9 +424,10 @@ def _collective(i: Instruction, kind: str, times: int, num_devices: int) -> Coll
     hidden = i.opcode.endswith("-start")
     shape = i.shape
     if hidden and kind != "all-reduce":
-        # A tuple of operand (or a tuple of them), result (or a tuple) and handles of the transfer.
+        # The shape is a tuple: operands, results, then handles of the transfer. Operands and results are
+        # tuples themselves if there are several.
         shape = _elements(shape)[1]
-    # GPUs start all exchanges apart, even those they then wait for.
+    # GPUs write all collectives as start and end, even those that they wait for at once.
     hidden &= '"is_sync":true' not in i.attributes
     found = arrays(shape)
     shape = "+".join(f"{dtype}[{','.join(map(str, dims))}]" for dtype, dims in found)
@@ -385,25 +443,25 @@ def _collective(i: Instruction, kind: str, times: int, num_devices: int) -> Coll
     )
 
 
-def _fused_exchange(
+def _fused_collective(
     program: Program, i: Instruction, called: str, times: int, num_devices: int
 ) -> Collective | None:
-    """The exchange that a fusion stands for; None if it is not one.
+    """The collective that a fusion stands for; None if it stands for none.
 
-    One that computation goes on beside is written three times: in the fusion that starts it, in
-    those it goes on beside, in the one that waits for its end. The first counts.
+    An asynchronous collective is written three times: in the fusion that starts it, in the fusions that run
+    meanwhile, and in the one that waits for its end. Only the first counts.
     """
-    exchange = next((e for e in program.computations[called] if e.opcode in COLLECTIVES), None)
-    if exchange is None or "async_collective_fusion" in called or "-done" in i.name:
+    collective = next((e for e in program.computations[called] if e.opcode in COLLECTIVES), None)
+    if collective is None or "async_collective_fusion" in called or "-done" in i.name:
         return None
     if "-start" in i.name:
-        hidden = _collective(exchange, exchange.opcode, times, num_devices)
+        hidden = _collective(collective, collective.opcode, times, num_devices)
         return dataclasses.replace(hidden, hidden=True)
     if "all-reduce-scatter" in called:
-        # An all-reduce of which each device keeps its part: the fusion's result.
-        part = dataclasses.replace(i, attributes=exchange.attributes + i.attributes)
+        # An all-reduce whose result each device cuts to its own part: the result of the fusion.
+        part = dataclasses.replace(i, attributes=collective.attributes + i.attributes)
         return _collective(part, "reduce-scatter", times, num_devices)
-    return _collective(exchange, exchange.opcode, times, num_devices)
+    return _collective(collective, collective.opcode, times, num_devices)
 
 
 def _group_size(attributes: str, num_devices: int) -> int:
@@ -411,7 +469,7 @@ def _group_size(attributes: str, num_devices: int) -> int:
         return found.group(1).count(",") + 1
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
         return int(found.group(2))
-    # mesh['a'=4,'b'=4] {'b'}: the axes named after the mesh, and after its devices if those follow.
+    # mesh['a'=4,'b'=4] {'b'}: the axes in braces make the group. The mesh may list its devices in between.
     mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}"
     if found := re.search(mesh, attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))

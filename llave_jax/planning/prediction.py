@@ -23,33 +23,39 @@ from llave_jax.models.llave import Llave, abstract_params
 from llave_jax.ops import gpu_attention, tpu_attention
 from llave_jax.parallel import sharding
 from llave_jax.planning import flops, hlo, workload
-from llave_jax.planning.chips import CHIPS, GIB, KERNEL_RATES, LINKS_SHARE, Chip, Gpu
+from llave_jax.planning.chips import GIB, KERNEL_RATES, LINKS_SHARE, Gpu
 from llave_jax.planning.collectives import layer_shapes, purpose
 from llave_jax.planning.compile_ahead import Compiled
 from llave_jax.training import batch_shape
 
-# Pairs whose sizes stand for the data, and those of which packing is simulated.
+# Pairs drawn from the assumed data. Their sizes stand for all, and their packing is simulated.
 SAMPLE = 4000
-# A process packs for so many shards: the chips of a TPU host, half the GPUs of one.
+# Shards for which one process packs: the chips of a TPU host, or half the GPUs of one.
 SHARDS_PER_PROCESS = 4
 
 
-def _is_gpu(kind: str) -> bool:
-    return isinstance(CHIPS[kind], Gpu)
-
-
 def predict(compiled: Compiled, *, training: bool) -> dict[str, Any]:
-    """What a run of the program takes, and the speed to expect, as plain numbers.
+    """What a run of the program takes, and the speed to expect.
 
-    Of TPUs times are predictions. Fusions take XLA's own cycle estimates; attention kernels run at
-    KERNEL_RATES; a collective moves its bytes over LINKS_SHARE of the links; those XLA made
-    asynchronous cost nothing, the others add up. Nothing waits for the host. Of GPUs, for which XLA
-    estimates nothing, times are bounds: each operation at the published rate of matrix products or of
-    the memory, whichever takes longer, and attention kernels at the former.
+    For TPUs the times are predictions. Fusions take XLA's own estimate of their cycles. Attention kernels run
+    at KERNEL_RATES. A collective moves its bytes over LINKS_SHARE of the links; it costs nothing if XLA made
+    it asynchronous. All these times are added up, and nothing waits for the host.
+
+    For GPUs, for which XLA estimates nothing, the times are lower bounds. An operation takes as long as its
+    products or its memory traffic at the published rates, whichever is longer; attention kernels take as
+    long as their products.
+
+    Args:
+      compiled: of `compile_ahead`.
+      training: whether it is a training step, not an embedding step.
+
+    Returns:
+      Plain numbers by name: memory in GiB, times in seconds, operations as FLOPs of a whole step, speed in
+      pairs a second and chip. `table` prints them.
     """
     config, chip, mesh, model = compiled.config, compiled.chip, compiled.mesh, compiled.model
     devices = mesh.devices.size
-    cost = hlo.cost(compiled.program.as_text(), devices)
+    cost = hlo.cost(compiled.text, devices)
     micro_batches = config.batch.micro_batches if training else 1
     packing = packing_simulation.simulate(
         workload.sample_pairs(model.config.input_spec, SAMPLE),
@@ -62,8 +68,8 @@ def predict(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     scores = _kernel_scores(compiled, packing.segment_ids)
     kernels = _kernel_costs(cost, compiled, scores)
     executed = devices * (cost.product_flops + kernels["flops"])
-    collectives = _collective_table(cost, chip, compiled)
-    if _is_gpu(compiled.kind):
+    collectives = _collective_table(cost, compiled)
+    if isinstance(chip, Gpu):
         others = {"operations": cost.roofline_seconds(chip.flops, chip.bandwidth)}
     else:
         others = {"fusions": cost.cycles / chip.clock}
@@ -74,6 +80,8 @@ def predict(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     }
     step = sum(seconds.values())
     memory = compiled.program.memory_analysis()
+    if memory is None:
+        raise RuntimeError("this version of jax does not say how much memory the program needs")
     peak = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -112,7 +120,7 @@ def predict(compiled: Compiled, *, training: bool) -> dict[str, Any]:
         "kernels": {name: sum(n for _, n in calls) for name, calls in cost.kernels.items()},
         "collectives": collectives,
         "seconds": seconds,
-        "seconds_are": "bounds" if _is_gpu(compiled.kind) else "predictions",
+        "seconds_are": "bounds" if isinstance(chip, Gpu) else "predictions",
         "step_seconds": step,
         "pairs_per_second_per_chip": pairs / step / devices,
         "mfu": necessary / step / devices / chip.flops,
@@ -120,7 +128,7 @@ def predict(compiled: Compiled, *, training: bool) -> dict[str, Any]:
 
 
 def flops_per_pair(model: Llave, *, training: bool) -> float:
-    """Necessary operations of an average pair of the mix."""
+    """FLOPs that the model needs for an average pair of the assumed data."""
     sizes = workload.sample_pairs(model.config.input_spec, SAMPLE)
     lengths, crops = sizes.lengths.ravel(), float(sizes.crops.sum())
     if training:
@@ -130,16 +138,19 @@ def flops_per_pair(model: Llave, *, training: bool) -> float:
     return total / SAMPLE
 
 
-# Matrix products over the scores in each of the attention kernels, by the end of their names.
+# Matrix products of the size of the scores in an attention kernel, by the end of its name.
 _KERNEL_PRODUCTS = {"fwd": 2, "bwd": 5, "bwd_queries": 3, "bwd_keys": 4}
 
 
 def _kernel_scores(compiled: Compiled, segment_ids: np.ndarray) -> dict[str, float]:
-    """Scores of one head that attention kernels compute for a micro-batch of a device, by their mask:
-    of rows packed as `segment_ids` [..., R, T] are on average, and of the vision tower's crops."""
+    """Scores of one head that the attention kernels compute in one micro-batch on one device, by mask.
+
+    "causal" is the language model's mean over the rows packed as `segment_ids` [..., R, T]; "full" is that of
+    the vision tower's crops.
+    """
     config = compiled.model.config
     patches, crops = config.vision.num_patches, compiled.budget.crops
-    if _is_gpu(compiled.kind):
+    if isinstance(compiled.chip, Gpu):
         heads = {"causal": config.text.head_dim, "full": _vision_head_dim(config)}
         causal = gpu_attention.visited_scores(
             segment_ids, causal=True, head_dim=heads["causal"]
@@ -159,17 +170,20 @@ def _vision_head_dim(config: LlaveConfig) -> int:
 
 
 def _kernel_costs(cost: hlo.Cost, compiled: Compiled, scores: dict[str, float]) -> dict[str, float]:
-    """Operations and seconds of all attention kernels on one device, `scores` as of `_kernel_scores`."""
+    """FLOPs and seconds of all attention kernels on one device, given the scores of `_kernel_scores`."""
     config = compiled.model.config
     text, vision = config.text, config.vision
-    # The tensor axis divides heads if it divides all; crops are whole on their device.
+    # The tensor axis splits heads only if it divides both query heads and key heads.
     heads = {
         "causal": (text.num_heads, text.num_kv_heads, text.head_dim),
         "full": (vision.num_heads, vision.num_heads, _vision_head_dim(config)),
     }
     total = {"flops": 0.0, "seconds": 0.0}
     for name, calls in cost.kernels.items():
-        kernels, mask, phase = re.fullmatch(r"(splash|triton)_(causal|full)_(\w+)", name).groups()
+        kernel = re.fullmatch(r"(splash|triton)_(causal|full)_(\w+)", name)
+        if kernel is None:
+            raise ValueError(f"kernel {name!r} of the compiled program is no attention kernel")
+        platform, mask, phase = kernel.groups()
         count, groups, head_dim = heads[mask]
         divisor = compiled.mesh.shape["tensor"]
         if count % divisor == 0 and groups % divisor == 0:
@@ -177,7 +191,7 @@ def _kernel_costs(cost: hlo.Cost, compiled: Compiled, scores: dict[str, float]) 
         times = sum(executions for _, executions in calls)
         flops = 2 * _KERNEL_PRODUCTS[phase] * times * count * scores[mask]
         total["flops"] += flops * head_dim
-        if kernels == "splash":
+        if platform == "splash":
             padded = -(-head_dim // tpu_attention.LANES) * tpu_attention.LANES
             rate = KERNEL_RATES[compiled.kind][f"{mask}_{phase}"]
         else:
@@ -186,13 +200,13 @@ def _kernel_costs(cost: hlo.Cost, compiled: Compiled, scores: dict[str, float]) 
     return total
 
 
-def _collective_table(cost: hlo.Cost, chip: Chip, compiled: Compiled) -> list[dict[str, Any]]:
-    """Collectives by kind and purpose, most bytes first."""
+def _collective_table(cost: hlo.Cost, compiled: Compiled) -> list[dict[str, Any]]:
+    """Collectives by kind and purpose, those with most bytes first."""
     pool = compiled.config.batch.pairs * compiled.model.config.text.hidden_size
-    whole = layer_shapes(compiled.model)
+    parameters = layer_shapes(compiled.model)
     groups: dict[tuple, list[hlo.Collective]] = collections.defaultdict(list)
     for collective in cost.collectives:
-        why = purpose(collective, pool, whole)
+        why = purpose(collective, pool, parameters)
         groups[collective.kind, why, collective.group, collective.hidden].append(collective)
     table = [
         {
@@ -202,7 +216,7 @@ def _collective_table(cost: hlo.Cost, chip: Chip, compiled: Compiled) -> list[di
             "hidden": hidden,
             "count": sum(c.count for c in members),
             "gib": sum(c.wire_bytes for c in members) / GIB,
-            "seconds": sum(c.wire_bytes for c in members) / (chip.links * LINKS_SHARE),
+            "seconds": sum(c.wire_bytes for c in members) / (compiled.chip.links * LINKS_SHARE),
         }
         for (kind, why, group, hidden), members in groups.items()
     ]
@@ -210,7 +224,7 @@ def _collective_table(cost: hlo.Cost, chip: Chip, compiled: Compiled) -> list[di
 
 
 def table(values: dict[str, Any]) -> str:
-    """A report for people."""
+    """The text of a prediction, for people."""
     memory, packing, seconds = values["memory_gib"], values["packing"], values["seconds"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in values["mesh"].items())
     budget = values["budget"]

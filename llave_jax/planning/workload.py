@@ -1,7 +1,7 @@
-"""The sizes of MMEB's training pairs, as assumed where the data itself is not at hand.
+"""The sizes of MMEB's training pairs, assumed for when the data is not at hand.
 
-Owns one table: rows, image sizes and text lengths by subset. Budgets of batches, predicted speed
-and the packing figures in docs/scaling.md all come from it.
+Owns one table: rows, image sizes and text lengths by subset. Batches that are planned without data, the
+predicted speed and the packing figures in docs/scaling.md come from it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.inputs.anyres import image_taps, num_crops
 from llave_jax.inputs.config import InputSpec
 
-# (width, height, share) of the image sizes of a source. COCO, VOC and ImageNet are published as
-# files; the others are what their papers or hosts say they scaled images to.
+# (width, height, share) of the images of a source. COCO, VOC and ImageNet are published as files. The sizes
+# of the others are those to which their papers or hosts say that images were scaled.
 Sizes = tuple[tuple[int, int, float], ...]
 COCO: Sizes = (
     (640, 480, 0.45),
@@ -55,8 +55,8 @@ class Side:
     """One side of the pairs of a subset.
 
     Attributes:
-      text: mean tokens of its text, instruction included, chat format not.
-      images: sizes of its image; None: it has none.
+      text: mean tokens of its text, with the instruction and without the chat format.
+      images: sizes of its image; None if it has none.
     """
 
     text: float
@@ -65,12 +65,19 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
+    """One subset of the training data.
+
+    Attributes:
+      rows: pairs of which a run trains on each once.
+      query, target: the sides of a pair.
+    """
+
     rows: int
     query: Side
     target: Side
 
 
-# The rows are those of the paper's recipe (at most 50 000 of each): 662 thousand together.
+# The rows are those of the paper's recipe, at most 50 000 of each subset: 662 thousand together.
 SUBSETS: dict[str, Subset] = {
     "ImageNet_1K": Subset(50_000, Side(8, IMAGENET), Side(5)),
     "N24News": Subset(48_988, Side(45, N24), Side(3)),
@@ -93,19 +100,22 @@ SUBSETS: dict[str, Subset] = {
     "WebQA": Subset(17_166, Side(34), Side(24, WIKI)),
     "MSCOCO": Subset(50_000, Side(18, COCO), Side(12, BOXES)),
 }
-# Tokens of the chat format around a text, and the line break after an image.
+# Tokens of the chat format around a text, with the line break after an image.
 CHAT_TOKENS = 24
-# Texts of a subset spread around their mean like a log-normal of this deviation.
+# The lengths of a subset's texts are log-normal around their mean, with this deviation of the logarithm.
 TEXT_SPREAD = 0.4
 
 
 def sample_pairs(spec: InputSpec, count: int, seed: int = 0) -> PairSizes:
-    """Sizes of pairs drawn uniformly from all rows of the mix, as the model's inputs lay them out.
+    """Sizes of pairs that are drawn uniformly from all rows of the table.
 
     Args:
-      spec: of the model.
-      count: n.
+      spec: how the model lays out its inputs.
+      count: number of pairs.
       seed: of the draw.
+
+    Returns:
+      Sizes of `count` pairs.
     """
     rng = np.random.default_rng(seed)
     rows = np.array([subset.rows for subset in SUBSETS.values()], float)
@@ -132,7 +142,7 @@ def sample_pairs(spec: InputSpec, count: int, seed: int = 0) -> PairSizes:
 
 
 class ImageCost(NamedTuple):
-    """What one image takes: visual tokens, crops, and taps of a token."""
+    """What one image needs: visual tokens, crops, and taps of a token."""
 
     tokens: int
     crops: int
@@ -141,7 +151,7 @@ class ImageCost(NamedTuple):
 
 @functools.lru_cache
 def image_cost(width: int, height: int, spec: InputSpec) -> ImageCost:
-    """What an image of width x height pixels takes."""
+    """What an image of `width` x `height` pixels needs."""
     taps = image_taps(width, height, spec.config, spec.crop)
     crops = num_crops(width, height, spec.config, spec.crop)
     return ImageCost(taps.shape[0], crops, taps.width)

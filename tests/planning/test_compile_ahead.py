@@ -365,7 +365,7 @@ def test_tiny_model_compiles_for_a_host_of_gpus(tmp_path_factory):
 def test_exchanges_without_a_name_are_known_by_their_size(kind, shape, expected):
     size = hlo.num_bytes(shape)
     exchange = hlo.Collective(kind, "", shape, group=32, count=1, result_bytes=size, hidden=False)
-    assert collectives.purpose(exchange, pool=1152 * 1536, whole={(1152, 1536)}) == expected
+    assert collectives.purpose(exchange, pool=1152 * 1536, parameters={(1152, 1536)}) == expected
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_exchanges_without_a_name_are_known_by_their_size(kind, shape, expected)
 def test_exchanges_are_known_by_where_they_come_from(op_name, expected):
     size = 8 * hlo.num_bytes("bf16[512,896]")
     exchange = hlo.Collective("all-gather", op_name, "bf16[512,896]", 8, 8, size, hidden=False)
-    assert collectives.purpose(exchange, pool=256 * 896, whole={(896, 4864)}) == expected
+    assert collectives.purpose(exchange, pool=256 * 896, parameters={(896, 4864)}) == expected
 
 
 @pytest.mark.slow
