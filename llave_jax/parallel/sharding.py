@@ -1,7 +1,8 @@
-"""Where arrays live: the device mesh, and the placement of parameters and batches on it.
+"""The device mesh, and where parameters and batches lie on it.
 
-How each parameter is split says the table of weights (`llave_jax.models.parameters`); this module
-applies it. Batches are split over the data-like axes, one shard a device.
+The table of weights (`llave_jax.models.parameters`) says how each parameter is split; this module
+applies it. Batches are split over `data` and `fsdp`, so that each device has one shard of its own
+(devices along `tensor` share theirs).
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Shaped
 
 MESH_AXES = ("data", "fsdp", "tensor")
-# A batch is split over both; the loss gathers over both, or negatives would be lost.
+# A batch is split over these. The loss must gather over the same axes, or negatives are lost.
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with axes `data`, `fsdp`, `tensor`; one of them may be -1: all remaining devices.
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Arrange devices as a mesh.
+
+    Args:
+      axes: size of each of MESH_AXES; one may be -1: all remaining devices.
+      devices: None: all devices of the job.
 
     Raises:
       ValueError: the sizes do not use all devices, or cannot be laid out on a slice's links.
@@ -48,12 +54,13 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
         ) from error
 
 
-def num_shards(mesh: Mesh) -> int:
-    """Shards of a batch: devices along the data-like axes."""
+def num_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Shards of a batch: devices along BATCH_AXES."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def path_string(path: Sequence[Any]) -> str:
+def path_string(path: tuple[Any, ...]) -> str:
+    """A path of `jax.tree_util` joined by "/"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -74,15 +81,18 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def param_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Placement of one parameter.
+def param_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """How one parameter is split.
 
-    An axis that does not divide its dimension (2 key heads over 4 devices) leaves it whole.
+    A dimension that its mesh axis does not divide (2 key heads over 4 devices) stays whole.
 
     Args:
-      axes: mesh axis of each of the trailing dimensions, None to leave one whole; leading
-        dimensions, which layers are stacked on, are left whole.
+      axes: mesh axis of each of the last dimensions; None leaves one whole. A layer axis in front of
+        them stays whole.
       shape: of the parameter.
+      mesh: whose axes they are.
 
     Raises:
       ValueError: one axis for two dimensions, or more axes than dimensions.
@@ -102,11 +112,17 @@ def param_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> 
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device has whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, leading_axes: int = 0) -> NamedSharding:
-    """Sharding of arrays [..., S, ...] whose shard axis comes after `leading_axes` others."""
+    """The sharding of a batch's arrays.
+
+    Args:
+      mesh: the mesh.
+      leading_axes: axes in front of the shard axis, which are not split.
+    """
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading_axes, BATCH_AXES))
 
 
@@ -114,11 +130,12 @@ def local_shards(mesh: Mesh) -> range:
     """The batch shards that this process loads.
 
     Raises:
-      ValueError: they are not a run of their own (the tensor axis crosses processes).
+      ValueError: they are not consecutive, or other processes have them too: the tensor axis crosses
+        processes.
     """
     total = num_shards(mesh)
     indices = batch_sharding(mesh).addressable_devices_indices_map((total,)).values()
-    starts = sorted({index[0].start or 0 for index in indices})
+    starts = sorted({index[0].start or 0 for index in indices if index is not None})
     if (
         starts != list(range(starts[0], starts[-1] + 1))
         or len(starts) * jax.process_count() != total
@@ -131,42 +148,48 @@ def local_shards(mesh: Mesh) -> range:
 
 
 def mesh_in_use() -> bool:
-    """Whether the computation being traced is to run on a mesh (`use_mesh`)."""
+    """Whether the computation that is being traced is for a mesh; see `use_mesh`."""
     return not jax.sharding.get_abstract_mesh().empty
 
 
 def use_mesh(mesh: Mesh) -> AbstractContextManager:
-    """Context for tracing a computation that is to run on this mesh: what `constrain_rows` and
-    `map_rows_and_heads` split arrays over. Without it they leave everything to XLA."""
+    """A context in which computations are traced for a mesh.
+
+    `constrain_rows`, `gather_for_use` and `map_rows_and_heads` split arrays over its axes. Outside
+    such a context XLA decides how arrays are split.
+    """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def rows_per_device(x: jax.Array) -> int:
-    """Of an array [rows, ...] split over the batch axes of the mesh in use."""
+def rows_per_device(x: Shaped[Array, "B ..."]) -> int:
+    """How many of an array's B rows each device of the mesh in use has."""
     mesh = jax.sharding.get_abstract_mesh()
     return x.shape[0] if mesh.empty else max(1, x.shape[0] // num_shards(mesh))
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keep an array [rows, ...] split over the batch axes, and only those.
+def constrain_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    """Keep activations split by rows over BATCH_AXES, and over no other axis.
 
-    Left alone, XLA may gather activations to keep parameters split; with this it gathers
-    parameters, which are fewer bytes and can be fetched ahead.
+    Without this XLA may gather activations and keep parameters split. Parameters are fewer bytes, and
+    their gathers can start early.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not mesh_in_use():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
-def gather_for_use(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """All-gather a layer's parameter over every mesh axis but "tensor"; scatter its gradient back.
+def gather_for_use(x: Float[Array, "*param"], axes: Sequence[str | None]) -> Float[Array, "*param"]:
+    """All-gather a layer's parameter over every mesh axis but `tensor`; scatter its gradient back.
 
-    The explicit gather sends the parameter once per use, in the dtype of `x`. Without it XLA cuts
-    the matrix product into one per shard, too thin for the matrix units.
+    The explicit gather sends the parameter once per use, in the dtype of `x`. Without it XLA splits
+    the matrix product into one per shard, each too thin for the matrix units.
 
     Args:
-      x: the parameter, in the dtype to send.
-      axes: mesh axis of each of its dimensions, as for `param_spec`, of the mesh in use.
+      x: the parameter, in the dtype in which it is to be sent.
+      axes: as for `param_spec`, of the mesh in use.
+
+    Returns:
+      The parameter, split over `tensor` only.
     """
     spec = param_spec(axes, x.shape, jax.sharding.get_abstract_mesh())
     whole = PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
@@ -188,25 +211,39 @@ def map_rows_and_heads(
     with_heads: Sequence[jax.Array],
     without_heads: Sequence[jax.Array],
 ) -> jax.Array:
-    """`function(*with_heads, *without_heads)`, each device on its own rows and heads.
+    """Apply a function on each device to its own rows and heads.
 
     Args:
-      function: maps arrays [B, T, H, D] (the number of heads may differ) and [B, T] to [B, T, H, D].
+      function: maps arrays `with_heads` and `without_heads` to [B, T, H, E].
+      with_heads: [B, T, heads, E]; their numbers of heads may differ.
+      without_heads: [B, T].
+
+    Returns:
+      [B, T, H, E].
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*with_heads, *without_heads)
     divides = all(x.shape[2] % mesh.shape["tensor"] == 0 for x in with_heads)
-    # Heads that do not divide are computed by every device of the tensor axis.
+    # If the heads do not divide, every device along the tensor axis computes all of them.
     heads = PartitionSpec(BATCH_AXES, None, "tensor" if divides else None)
     specs = (*(heads for _ in with_heads), *(PartitionSpec(BATCH_AXES) for _ in without_heads))
-    # Kernels do not say over which axes their results vary, so that cannot be checked.
+    # Kernels do not declare over which axes their results vary, so JAX cannot check it.
     mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
     return mapped(*with_heads, *without_heads)
 
 
 def device_put_batch(batch: Any, mesh: Mesh, leading_axes: int = 0) -> Any:
-    """Host arrays of this process's shards -> global arrays, split over the batch axes."""
+    """Put a batch on its devices.
+
+    Args:
+      batch: tree of host arrays [..., S, ...] with this process's shards only.
+      mesh: the mesh.
+      leading_axes: axes in front of the shard axis.
+
+    Returns:
+      The tree of global arrays with all processes' shards.
+    """
     sharding = batch_sharding(mesh, leading_axes)
     total = num_shards(mesh)
 
@@ -218,7 +255,15 @@ def device_put_batch(batch: Any, mesh: Mesh, leading_axes: int = 0) -> Any:
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
-    """Shapes and dtypes (arrays or ShapeDtypeStructs), placed."""
+    """Add shardings to a tree of shapes.
+
+    Args:
+      abstract: tree of arrays or `jax.ShapeDtypeStruct`.
+      shardings: tree of the same structure.
+
+    Returns:
+      Tree of `jax.ShapeDtypeStruct`.
+    """
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, shardings
     )
