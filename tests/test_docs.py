@@ -117,7 +117,7 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
         found += [
             (scripts()[words[0]], words[1:])
             for words in map(str.split, code.splitlines())
-            if words and words[0] in scripts()
+            if len(words) > 1 and words[0] in scripts()
         ]
     return found
 
