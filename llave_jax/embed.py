@@ -3,25 +3,25 @@
     python -m llave_jax.embed --model DIR --input items.jsonl --output DIR
 
 A line is an object with any of `text`, `image`, `images`, `video`, and an optional `id`; paths are
-relative to the file. Writes embeddings.npy (float32 [n, D], L2-normalised) and ids.jsonl, one id a
-line (without an id the item's number, from 0), in the order of the input. With --on-error skip, items
-that cannot be read are left out of both and listed in skipped.jsonl. run.json names the model and its
-precision.
+relative to the file. Writes embeddings.npy (float32 [n, D], L2-normalised) and ids.jsonl (one id a
+line; an item without an id has its number, from 0), both in the order of the input. With --on-error
+skip, items that cannot be read are left out of both files and listed in skipped.jsonl. run.json names
+the model and its precision.
 
-The same command continues where it was stopped, however it was stopped. Lines added to the input are
-embedded as well. Items whose text, pictures or videos have changed are embedded again, with the rest
-of their chunk; a file counts as changed if size or time differ, and then its content does too.
+The same command continues a job that was stopped in any way. It embeds lines that were added to the
+input, and embeds items again whose text, images or videos have changed, with the rest of their chunk.
+Files are compared by size and time first; if one of these differs, by their content.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
 import jax
 
-from llave_jax.common import command_line
 from llave_jax.embedding.bulk import embed_file
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.run_info import add_dtype_argument, record_run, settings_of
@@ -30,16 +30,20 @@ from llave_jax.weights.fingerprint import model_fingerprint
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = command_line.Parser("llave_jax.embed", __doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m llave_jax.embed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--model", required=True, help="converted model directory, or a training run's directory"
     )
     parser.add_argument("--input", required=True, help="JSON-lines file of items")
     parser.add_argument("--output", required=True, help="directory to write")
-    parser.add_argument("--batch-size", type=int, help="items encoded together; default: automatic")
-    parser.add_argument("--max-length", type=int, help="tokens of an item; default: the model's")
+    parser.add_argument("--batch_size", type=int, help="items encoded together; default: automatic")
+    parser.add_argument("--max_length", type=int, help="tokens of an item; default: the model's")
     parser.add_argument(
-        "--on-error",
+        "--on_error",
         choices=("raise", "skip"),
         default="raise",
         help="an item that cannot be read ends the job, or is left out and listed",
@@ -49,20 +53,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def command(args: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     processes.initialize(args)
     first = jax.process_index() == 0
-    command_line.set_up_logging(args, first=first)
-    embedder = Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
-    fingerprint = model_fingerprint(args.model, embedder.model.dtype, embedder.config)
-    result = embed_file(
-        embedder,
-        args.input,
-        args.output,
-        fingerprint,
-        batch_size=args.batch_size,
-        on_error=args.on_error,
-    )
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    try:
+        embedder = Embedder.from_pretrained(
+            args.model, dtype=args.dtype, max_length=args.max_length
+        )
+        fingerprint = model_fingerprint(args.model, embedder.model.dtype, embedder.config)
+        result = embed_file(
+            embedder,
+            args.input,
+            args.output,
+            fingerprint,
+            batch_size=args.batch_size,
+            on_error=args.on_error,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     if first:
         settings = settings_of(args.model, embedder, fingerprint)
         record_run(args.output, result.path.name, settings)
@@ -72,9 +82,5 @@ def command(args: argparse.Namespace) -> None:
             print(f"{result.skipped} items skipped, see {result.path.with_name('skipped.jsonl')}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command_line.run(command, parse_args(argv))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,12 +7,15 @@ import time
 
 from tqdm import tqdm
 
+# Between two lines, where there is no terminal.
+_LINE_SECONDS = 30.0
+
 
 class Progress:
-    """Counts done units of work and says how fast and how long still.
+    """Counts units of work and shows how many are done, how fast, and how much time is left.
 
-    Use as a context manager. On a terminal this is a tqdm bar; otherwise one line to stderr at the
-    end and every `interval` seconds. `enabled=False` is silent (processes other than the first).
+    Use as a context manager. On a terminal it is a tqdm bar; elsewhere a line to stderr every half minute
+    and at the end.
     """
 
     def __init__(
@@ -23,11 +26,16 @@ class Progress:
         unit: str = "items",
         enabled: bool = True,
         initial: int = 0,
-        interval: float = 30.0,
     ):
+        """Args:
+        total: units in all; None if that is not known.
+        label: of the work, in front of the numbers.
+        unit: what is counted, in the plural.
+        enabled: False for no output, as on processes other than the first.
+        initial: units that an earlier run has done.
+        """
         self._total, self._label, self._unit = total, label, unit
         self._initial = self._done = initial
-        self._interval = interval
         self._start = self._last = time.monotonic()
         self._plain = enabled and not sys.stderr.isatty()
         self._bar = tqdm(
@@ -48,7 +56,11 @@ class Progress:
             self._line()
 
     def skip(self, count: int) -> None:
-        """`count` units were done by an earlier run: they do not count for the rate."""
+        """Count units that an earlier run has done: they do not enter the rate.
+
+        Args:
+          count: number of units.
+        """
         self._initial += count
         self._done += count
         self._start = time.monotonic()
@@ -60,13 +72,18 @@ class Progress:
             self._bar.refresh()
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """`count` more units are done; `note` is shown behind the rate."""
+        """Count units that are done.
+
+        Args:
+          count: number of units.
+          note: shown behind the rate.
+        """
         self._done += count
         self._bar.update(count)
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         now = time.monotonic()
-        if self._plain and now - self._last >= self._interval:
+        if self._plain and now - self._last >= _LINE_SECONDS:
             self._last = now
             self._line(note)
 

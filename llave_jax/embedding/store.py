@@ -6,10 +6,10 @@
     progress.jsonl          which model, then a line for each chunk of items that is done
     embeddings.partial.npy  the array while it grows
 
-A chunk's vectors are on disk before its line in progress.jsonl. Vectors without a line are cut off by
-the next start. A chunk whose items have changed gets vectors at the end of the file and a line that
-replaces its old one; if there were such chunks, the last step puts the rows in order. What a chunk's
-digests are made of is `embed.py`'s business.
+A chunk's embeddings are on disk before its line in progress.jsonl; the next start cuts off rows that have
+no line. If the items of a chunk change, its new embeddings go to the end of the array, and a new line
+replaces the old one. The last step then writes the rows in order. What the digests of a chunk are made
+of is not known here.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Chunk:
 
     Attributes:
       items: how many.
-      first_row: of its vectors, in the growing array.
-      rows: its vectors: one for each item that was not skipped.
-      stamp: digest that is cheap to compare (size and time of files); "" if the vectors are lost.
-      content: digest of what the model saw; "" if the vectors are lost.
-      skipped: (index within the chunk, reason) of items without a vector.
+      first_row: of its embeddings, in the growing array.
+      rows: of its embeddings: one for each item that was not skipped.
+      stamp: digest that is quick to compute (size and time of files); "" if the embeddings are lost.
+      content: digest of what the model saw; "" if the embeddings are lost.
+      skipped: (index within the chunk, reason) of items without an embedding.
     """
 
     items: int
@@ -59,14 +59,21 @@ class Chunk:
 
 
 class Store:
-    """Use as a context manager: `chunks` holds what is done, `add` adds to it, `finish` ends it."""
+    """What an output directory holds. Use as a context manager.
+
+    Attributes:
+      source: path of the input that the directory's work belongs to; None if there is no work.
+      chunks: what is done, by the number of the chunk.
+      num_rows: embeddings that were listed so far.
+      num_skipped: skipped items that were listed so far.
+    """
 
     def __init__(self, directory: str | os.PathLike, *, model: str, dimension: int, source: str):
         """Args:
         directory: made if it does not exist.
         model: fingerprint of the model.
         dimension: D.
-        source: path of the input; work on another input is continued only if it begins alike.
+        source: path of the input, kept for messages.
 
         Raises:
           ValueError: the directory holds other work, or another job writes to it.
@@ -80,7 +87,6 @@ class Store:
         self._data: IO[bytes] | None = None
         self._log: IO[str] | None = None
         self._closing = contextlib.ExitStack()
-        # Input that the directory's work belongs to, None if there is none.
         self.source: str | None = None
         self.chunks: dict[int, Chunk] = {}
         self.num_rows = self.num_skipped = 0
@@ -100,7 +106,7 @@ class Store:
 
     @property
     def path(self) -> Path:
-        """Of the finished array."""
+        """The file of the finished array."""
         return self._final
 
     def __enter__(self) -> Store:
@@ -118,7 +124,14 @@ class Store:
         content: str,
         skipped: Sequence[tuple[int, str]],
     ) -> None:
-        """Keep a chunk's float32 [rows, D] and what identifies its items."""
+        """Keep the embeddings of a chunk.
+
+        Args:
+          index: number of the chunk.
+          vectors: float32 [rows, D].
+          stamp, content: digests of its items.
+          skipped: (index within the chunk, reason) of items without an embedding.
+        """
         data = self._begin()
         first_row = self._end_row()
         data.seek(self._offset(first_row))
@@ -128,14 +141,15 @@ class Store:
         self._put(index, Chunk(items, first_row, len(vectors), stamp, content, tuple(skipped)))
 
     def renew(self, index: int, stamp: str) -> None:
-        """A chunk's files have other times, but the same content."""
+        """Replace the stamp of a chunk whose files have other times, but the same content."""
         self._put(index, dataclasses.replace(self.chunks[index], stamp=stamp))
 
     def list_items(self, index: int, lines: Sequence[int], ids: Sequence[Any]) -> None:
-        """Enter a chunk that is done into the lists; call in order, for all chunks.
+        """Enter a chunk that is done into ids.jsonl and skipped.jsonl. Call it for all chunks, in order.
 
         Args:
-          lines: of the input, one for each item.
+          index: number of the chunk.
+          lines: line numbers of all its items.
           ids: of all its items.
         """
         chunk = self.chunks[index]
@@ -150,7 +164,11 @@ class Store:
         self.num_skipped += len(reasons)
 
     def finish(self, count: int) -> None:
-        """The input ends after `count` chunks: bring everything into its final form."""
+        """Bring the directory into its final form.
+
+        Args:
+          count: chunks of the whole input; later ones, of a longer input before, are dropped.
+        """
         done = dict(enumerate(self.chunks[i] for i in range(count)))
         starts = [0, *itertools.accumulate(chunk.rows for chunk in done.values())]
         total = starts.pop()
@@ -197,7 +215,7 @@ class Store:
                     left -= len(part)
 
     def _lock(self) -> None:
-        """Two jobs that write to one directory would mix their vectors."""
+        """Lock the directory: two jobs that write to it would mix their rows."""
         if fcntl is None:
             return
         descriptor = os.open(self._directory, os.O_RDONLY)
@@ -213,9 +231,9 @@ class Store:
             pass
 
     def _list(self, name: str) -> IO[str]:
-        """A list that is written anew and takes its name in `finish`."""
+        """Open a list under a temporary name. `finish` gives it its own."""
         path = partial_path(self._directory / name)
-        # Half a surrogate pair, which JSON can hold, is written as JSON escapes it.
+        # An id can hold half a surrogate pair. It is written as an escape, as JSON does.
         return self._closing.enter_context(
             open(path, "w", encoding="utf-8", errors="backslashreplace")
         )
@@ -246,7 +264,7 @@ class Store:
         available = self._rows_on_disk(self._partial if growing else self._final)
         lost = [i for i, c in self.chunks.items() if c.first_row + c.rows > available]
         for i in lost:
-            # Where its items begin and end still counts.
+            # The number of its items stays: it says which items later chunks hold.
             self.chunks[i] = Chunk(self.chunks[i].items, 0, 0, "", "")
         if lost:
             logging.getLogger(__name__).warning(
@@ -258,7 +276,7 @@ class Store:
             )
 
     def _count_rows_anew(self) -> None:
-        """`first_row` of each chunk in the finished array, where they follow each other."""
+        """Set `first_row` of all chunks as in the finished array, which has them in order."""
         row = 0
         for index in sorted(self.chunks):
             self.chunks[index] = dataclasses.replace(self.chunks[index], first_row=row)
@@ -268,8 +286,8 @@ class Store:
         """The growing array, cut off after the last row that counts; the finished one becomes it."""
         if self._data is not None:
             return self._data
-        # Before the finished array is renamed: in it rows are counted by their order, whatever the
-        # log says.
+        # Before the finished array is renamed: its rows are found by the order of the chunks, those of a
+        # growing array by the log.
         self._write_log()
         end = self._end_row()
         if self._partial.exists() or not end:
@@ -293,7 +311,7 @@ class Store:
         _sync(log)
 
     def _write_log(self) -> IO[str]:
-        """progress.jsonl with the lines that count, open for more."""
+        """Write progress.jsonl with one line for each chunk, and open it for more."""
         if self._log is not None:
             self._log.close()
         lines = [_json_line(self._heading)]
@@ -307,7 +325,7 @@ class Store:
         return len(_header(0, self._dimension)) + 4 * self._dimension * row
 
     def _rows_on_disk(self, path: Path) -> int:
-        """Whole rows behind a header of the right form; 0 where there is none."""
+        """Whole rows of a file; 0 if its header is not that of our array."""
         rows = _rows_of_header(path, self._dimension)
         if rows is None:
             return 0
@@ -315,13 +333,13 @@ class Store:
         return on_disk if path == self._partial else min(rows, on_disk)
 
     def _is_whole(self, total: int) -> bool:
-        """The finished array is there with so many rows and nothing else."""
+        """Whether the finished array is there with exactly `total` rows."""
         rows = _rows_of_header(self._final, self._dimension)
         return rows == total and self._final.stat().st_size == self._offset(total)
 
 
 def _header(rows: int, dimension: int) -> bytes:
-    """Of a .npy file; its length does not depend on `rows`."""
+    """Header of a .npy file of float32 [rows, dimension]. Its length does not depend on `rows`."""
     buffer = io.BytesIO()
     form = {"descr": "<f4", "fortran_order": False, "shape": (rows, dimension)}
     np.lib.format.write_array_header_1_0(buffer, form)
@@ -329,7 +347,7 @@ def _header(rows: int, dimension: int) -> bytes:
 
 
 def _rows_of_header(path: Path, dimension: int) -> int | None:
-    """What the header says; None if it is not that of float32 [rows, dimension]."""
+    """Rows by the header of a file; None if it is not that of float32 [rows, dimension]."""
     try:
         with open(path, "rb") as file:
             head = file.read(len(_header(0, dimension)))
@@ -342,7 +360,7 @@ def _rows_of_header(path: Path, dimension: int) -> int | None:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines up to the first that was not written to its end."""
+    """JSON lines of a file, up to the first incomplete one."""
     entries = []
     if path.exists():
         for line in path.read_bytes().split(b"\n")[:-1]:
