@@ -132,7 +132,7 @@ class BatchShapes:
         rows = 1
         while True:
             # Slots in proportion to rows, rather than one an item: fewer different shapes.
-            slots = max(1, full.groups * rows // full.rows)
+            slots = max(1, min(full.groups, full.groups * rows // full.rows))
             budget = Budget(rows, row_length, num_crops, slots, sides=1, taps=full.taps)
             planner = Planner(budget, self._num_shards)
             sizes = zip(lengths, crops, strict=True)
