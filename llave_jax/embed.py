@@ -16,12 +16,12 @@ Files are compared by size and time first; if one of these differs, by their con
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
 import jax
 
+from llave_jax.common import command_line
 from llave_jax.embedding.bulk import embed_file
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.run_info import add_dtype_argument, record_run, settings_of
@@ -30,20 +30,16 @@ from llave_jax.weights.fingerprint import model_fingerprint
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m llave_jax.embed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.Parser("llave_jax.embed", __doc__)
     parser.add_argument(
         "--model", required=True, help="converted model directory, or a training run's directory"
     )
     parser.add_argument("--input", required=True, help="JSON-lines file of items")
     parser.add_argument("--output", required=True, help="directory to write")
-    parser.add_argument("--batch_size", type=int, help="items encoded together; default: automatic")
-    parser.add_argument("--max_length", type=int, help="tokens of an item; default: the model's")
+    parser.add_argument("--batch-size", type=int, help="items encoded together; default: automatic")
+    parser.add_argument("--max-length", type=int, help="tokens of an item; default: the model's")
     parser.add_argument(
-        "--on_error",
+        "--on-error",
         choices=("raise", "skip"),
         default="raise",
         help="an item that cannot be read ends the job, or is left out and listed",
@@ -53,26 +49,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def command(args: argparse.Namespace) -> None:
     processes.initialize(args)
     first = jax.process_index() == 0
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    try:
-        embedder = Embedder.from_pretrained(
-            args.model, dtype=args.dtype, max_length=args.max_length
-        )
-        fingerprint = model_fingerprint(args.model, embedder.model.dtype, embedder.config)
-        result = embed_file(
-            embedder,
-            args.input,
-            args.output,
-            fingerprint,
-            batch_size=args.batch_size,
-            on_error=args.on_error,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command_line.set_up_logging(args, first=first)
+    embedder = Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
+    fingerprint = model_fingerprint(args.model, embedder.model.dtype, embedder.config)
+    result = embed_file(
+        embedder,
+        args.input,
+        args.output,
+        fingerprint,
+        batch_size=args.batch_size,
+        on_error=args.on_error,
+    )
     if first:
         settings = settings_of(args.model, embedder, fingerprint)
         record_run(args.output, result.path.name, settings)
@@ -82,5 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{result.skipped} items skipped, see {result.path.with_name('skipped.jsonl')}")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return command_line.run(command, parse_args(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
