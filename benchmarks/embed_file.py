@@ -47,7 +47,7 @@ WORDS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[250_000, 500_000, 1_000_000])
     parser.add_argument("--model", help="model directory; default: a tiny one, made here")
     parser.add_argument("--dir", help="where files are written; default: a temporary directory")
@@ -72,6 +72,8 @@ def main() -> None:
                 f"{peak_again:>10.0f}",
                 flush=True,
             )
+        size = args.sizes[-1]
+        source, output = folder / f"{size}.jsonl", folder / f"out{size}"
         whole = np.load(output / "embeddings.npy", mmap_mode="r")
         killed = folder / "killed"
         first, _ = run(model, source, killed, kill_at=size // 2)

@@ -154,17 +154,19 @@ def compile_all() -> None:
 
 
 def triton_programs(function: Callable, *inputs: jax.ShapeDtypeStruct) -> dict[str, tuple]:
-    """Kernels of a function: name -> tile and the text of its Triton program, which jax does not give
-    out by itself."""
-    from jax._src.pallas.triton import pallas_call_registration as registration
+    """Kernels of a function: name -> (tile, text of its Triton program).
+
+    jax has no public way to the text, so its lowering is recorded as it runs.
+    """
+    from jax._src.pallas.triton import lowering
 
     tiles, programs = {}, {}
-    lower, call = registration.lowering.lower_jaxpr_to_triton_module, gpu_attention.Settings.call
+    lower, call = lowering.lower_jaxpr_to_triton_module, gpu_attention.Settings.call
 
     def note_program(*args, **options):
         result = lower(*args, **options)
         text = result.module.operation.get_asm()
-        name = re.search(r"triton_(?:causal|full)_\w+", text).group()
+        (name,) = set(re.findall(r"triton_(?:causal|full)_\w+", str(text)))
         programs[name] = text
         return result
 
@@ -172,12 +174,12 @@ def triton_programs(function: Callable, *inputs: jax.ShapeDtypeStruct) -> dict[s
         tiles[f"triton_{'causal' if settings.causal else 'full'}_{name}"] = tile
         return call(settings, kernel, tile, name, *arrays, **options)
 
-    registration.lowering.lower_jaxpr_to_triton_module = note_program
-    gpu_attention.Settings.call = note_tile
+    lowering.lower_jaxpr_to_triton_module = note_program
+    setattr(gpu_attention.Settings, "call", note_tile)  # noqa: B010 (its signature is wider)
     try:
         jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",))
     finally:
-        registration.lowering.lower_jaxpr_to_triton_module = lower
+        lowering.lower_jaxpr_to_triton_module = lower
         gpu_attention.Settings.call = call
     return {name: (tiles[name], text) for name, text in sorted(programs.items())}
 
@@ -202,8 +204,8 @@ def compile_program(text: str, tile: gpu_attention.Tile, capability: int, tools:
     ptx = kernel.asm["ptx"]
     return {
         "shared": kernel.metadata.shared,
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "spilled": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
+        "spilled": int(re.findall(r"STACK:(\d+)", usage)[0]),
         "products": next(
             (name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "none"
         ),
@@ -236,7 +238,7 @@ def time_all(crops: int, repeats: int) -> None:
         longest = -(-int(case.lengths.max()) // 64) * 64
         padded = random_arrays(case.arrays(len(lengths), longest))
 
-        def attend(query, key, value, lengths=lengths, causal=case.causal):
+        def attend_padded(query, key, value, lengths=lengths, causal=case.causal):
             return jax.nn.dot_product_attention(
                 query,
                 key,
@@ -247,7 +249,7 @@ def time_all(crops: int, repeats: int) -> None:
                 implementation="cudnn",
             )
 
-        show(case, f"cuDNN, padded to {longest}", attend, padded, repeats)
+        show(case, f"cuDNN, padded to {longest}", attend_padded, padded, repeats)
 
 
 def random_arrays(shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:

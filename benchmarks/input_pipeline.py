@@ -30,6 +30,7 @@ import numpy as np
 import PIL.Image
 import sklearn.datasets
 import transformers
+from transformers.utils.import_utils import is_torchvision_available
 
 from llave_jax.data.pipeline import train_iterator
 from llave_jax.data.sources import PairSource
@@ -103,7 +104,8 @@ def photograph(photo: PIL.Image.Image, size: tuple[int, int], rng: np.random.Gen
     width, height = size
     scale = max(width / photo.width, height / photo.height) * rng.uniform(1.0, 1.6)
     grown = photo.resize((round(photo.width * scale) + 1, round(photo.height * scale) + 1))
-    x, y = rng.integers(grown.width - width + 1), rng.integers(grown.height - height + 1)
+    x = int(rng.integers(grown.width - width + 1))
+    y = int(rng.integers(grown.height - height + 1))
     buffer = io.BytesIO()
     grown.crop((x, y, x + width, y + height)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
@@ -130,7 +132,7 @@ def compare(source: MixedPairs, builder: SequenceBuilder, repeats: int) -> None:
     """One core: our path by stages, then the peer's on the same items."""
     spec = builder.spec
     items = [item for i in range(len(source)) for item in (source[i].query, source[i].target)]
-    images = [image for item in items for image in item.images]
+    images = [image for item in items for image in item.images if image is not None]
     decoded = [load_image(image) for image in images]
     sequences = [builder(item) for item in items]
     layout = (spec.config, spec.crop)
@@ -194,7 +196,8 @@ def compare_peers(source, items, images, builder, repeats, ours) -> None:
             for item in items:
                 content = chat.place_markers(item.text, len(item.images))
                 opened = [PIL.Image.open(io.BytesIO(i)).convert("RGB") for i in item.images]
-                processor(images=opened or None, text=chat.chat_text(content), return_tensors="pt")
+                text = chat.chat_text(content)
+                processor(images=opened or None, text=text, return_tensors="pt")  # pyright: ignore[reportCallIssue]
 
         seconds = cpu_seconds(run, repeats)
         report(f"LlavaOnevisionProcessor, {name}", seconds, len(images), len(source), ours)
@@ -204,8 +207,10 @@ def compare_peers(source, items, images, builder, repeats, ours) -> None:
 def peers(spec: InputSpec) -> list[tuple[str, object]]:
     size = {"height": spec.crop.size, "width": spec.crop.size}
     options = {"size": size, "image_grid_pinpoints": [list(p) for p in spec.config.pinpoints]}
-    found = [("Pillow", transformers.LlavaOnevisionImageProcessorPil(**options))]
-    if transformers.utils.is_torchvision_available():
+    found: list[tuple[str, object]] = [
+        ("Pillow", transformers.LlavaOnevisionImageProcessorPil(**options))
+    ]
+    if is_torchvision_available():
         found.append(("torchvision", transformers.LlavaOnevisionImageProcessor(**options)))
     return found
 
@@ -313,7 +318,7 @@ def words_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="llave-0.5b", choices=list(PRESETS))
     parser.add_argument(
         "--tokenizer", type=Path, help="a tokenizer's folder; a small one by default"

@@ -81,6 +81,7 @@ def measure(form: str, pairs: int, dim: int, tile_size: int, repeats: int) -> di
     shape = jax.ShapeDtypeStruct((pairs, dim), jnp.float32)
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(shape, shape).compile()
     memory = step.memory_analysis()
+    assert memory is not None, "this version of jax does not say how much memory a program needs"
     result = {
         "arguments": memory.argument_size_in_bytes / MIB,
         "results": memory.output_size_in_bytes / MIB,
@@ -136,7 +137,7 @@ def _machine() -> str:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, nargs="+", default=[65_536])
     parser.add_argument("--dims", type=int, nargs="+", default=[896, 3584])
     parser.add_argument("--forms", nargs="+", default=["tiles"], choices=["plain", "tiles"])

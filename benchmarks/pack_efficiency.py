@@ -42,7 +42,7 @@ CONFIGS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=6000, help="pairs drawn from the mix")
     parser.add_argument("--shards", type=int, default=4, help="devices of a process")
     parser.add_argument("--row-lengths", action="store_true", help="compare lengths of rows")

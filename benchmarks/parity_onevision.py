@@ -13,8 +13,10 @@ import gc
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
@@ -30,7 +32,7 @@ from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.tokenizer_files import copy_tokenizer_files
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
-SIZES = {
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tiny": (
         {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
         | {"num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 640},
@@ -58,7 +60,8 @@ def random_model(size: str, seed: int = 0):
     )
 
     text, vision = SIZES[size]
-    text_config = Qwen2Config(**text, rope_theta=1_000_000.0, tie_word_embeddings=True)
+    text = {**text, "rope_theta": 1_000_000.0}
+    text_config = Qwen2Config(**text, tie_word_embeddings=True)
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
         text_config=text_config,
@@ -103,7 +106,9 @@ def torch_stages(model, sequence: TokenSequence, item: Item) -> dict[str, np.nda
         if item.video:
             inputs["pixel_values_videos"] = pixels[None]
         else:
-            width, height = item.images[0].size
+            (image,) = item.images
+            assert isinstance(image, PIL.Image.Image)
+            width, height = image.size
             inputs |= {"pixel_values": pixels[None], "image_sizes": torch.tensor([[height, width]])}
     with torch.no_grad():
         stages["hidden"] = model.model(**inputs, use_cache=False).last_hidden_state[0].numpy()
@@ -135,7 +140,8 @@ def our_stages(config: LlaveConfig, params: dict, sequence: TokenSequence) -> di
             stages["projector"] = model.apply(
                 variables, stages["vision"], method=lambda module, x: module.projector(x)
             )
-        stages["hidden"] = model.apply(variables, batch, method=Llave.hidden_states)[:, 0]
+        hidden = model.apply(variables, batch, method=Llave.hidden_states)
+        stages["hidden"] = jnp.asarray(hidden)[:, 0]
         return jax.tree.map(lambda x: x[0], stages)
 
     return jax.tree.map(np.asarray, jax.jit(run)(params, batch))

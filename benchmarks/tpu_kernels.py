@@ -47,7 +47,7 @@ PRODUCTS = {"fwd": 2, "bwd": 5}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--chip", choices=TOPOLOGIES, help="default: all")
     parser.add_argument("--model", choices=PRESETS, default="llave-2b")
     parser.add_argument("--row_length", type=int, default=6144)
@@ -103,7 +103,7 @@ def compile_kernels(chip: str, config: LlaveConfig, row_length: int) -> dict[str
     schedules = {}
     for path in DUMP.glob("*splash*-final_bundles.txt"):
         if "schedule-analysis" not in path.name:
-            name = re.search(r"splash_(causal|full)_(fwd|bwd)", path.name).group()
+            name = re.findall(r"splash_(?:causal|full)_(?:fwd|bwd)", path.name)[0]
             schedules[name] = path.read_text().splitlines()
     for path in DUMP.iterdir():
         path.unlink()
@@ -129,6 +129,7 @@ def show(chip: str, name: str, schedule: list[str], config: LlaveConfig, rows: n
     a_key = cycles.get("key_first", 0) + cycles.get("key_last", 0)
     all_cycles = cycles["visit"] + a_query / visits_of_query + a_key / visits_of_key
     figures = chips.CHIPS[chip]
+    assert isinstance(figures, chips.Tpu)
     units = figures.flops / figures.clock / CORES[chip]
     needed = 2 * PRODUCTS[phase] * heads * blocks.query * blocks.key * tpu_attention.LANES / units
     print(

@@ -191,7 +191,8 @@ def torch_run(config, pairs, batch, args) -> tuple[float, float | None]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = torch_model(config).to(device, getattr(torch, args.dtype))
+    model = torch_model(config)
+    model = model.to(device, getattr(torch, args.dtype))  # pyright: ignore[reportArgumentType]
     model.train()
     model.vision_tower.requires_grad_(False)
     model.language_model.gradient_checkpointing_enable()
@@ -249,7 +250,7 @@ def torch_model(config: LlaveConfig):
             image_grid_pinpoints=[list(p) for p in config.inputs.pinpoints],
             image_token_index=text.vocab_size - 2,
             video_token_index=text.vocab_size - 1,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
         )
     )
 
