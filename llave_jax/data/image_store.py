@@ -6,7 +6,6 @@ compact index (24 bytes a member) is built once and travels to worker processes 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import zipfile
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from llave_jax.common.content import short_hash
 from llave_jax.inputs.images import MAX_FILE_BYTES, ImageError, read_image_file
 
 # Where a cloned MMEB-train repository keeps archives, below the image root.
@@ -160,9 +160,8 @@ def _names_inside(parts: tuple[str, ...], stem: str) -> list[str]:
 
 
 def _key(archive: int, member: str) -> int:
-    """64-bit hash: among a million names two meet with probability 3e-8."""
-    digest = hashlib.blake2b(f"{archive}/{member}".encode(errors="surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), "little")
+    name = f"{archive}/{member}".encode(errors="surrogatepass")
+    return int.from_bytes(short_hash(name), "little")
 
 
 def _index_archives(archives: list[Path]) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import heapq
 import json
 import sys
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from llave_jax.common.content import short_hash
 from llave_jax.data.sources import PairSource
 
 ORDERS = ("uniform", "modality")
@@ -78,7 +78,7 @@ class Composition:
         sizes = {subset: len(rows) for subset, rows in source.subsets.items()}
         weights = self.weights and dict(self.weights)
         parts = json.dumps([sizes, self.order, self.sub_batch, weights, batch_size])
-        return f"{len(source)} rows, {hashlib.blake2b(parts.encode(), digest_size=4).hexdigest()}"
+        return f"{len(source)} rows, {short_hash(parts.encode(), 4).hex()}"
 
 
 UNIFORM = Composition()

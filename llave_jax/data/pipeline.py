@@ -19,7 +19,6 @@ import collections
 import dataclasses
 import enum
 import functools
-import hashlib
 import logging
 import math
 import os
@@ -47,9 +46,8 @@ from llave_jax.data.order import (
 from llave_jax.data.skips import SkipLog, TooManySkips
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.batch import Budget, PackedBatch, stack_batches
+from llave_jax.inputs.content import content_id
 from llave_jax.inputs.cuts import CutWarnings
-from llave_jax.inputs.images import read_image_file
-from llave_jax.inputs.item import Item
 from llave_jax.inputs.packing import Packer, default_lookahead, place_dealt
 from llave_jax.inputs.sequence import SequenceBuilder, TokenSequence
 from llave_jax.inputs.taps import Taps
@@ -245,25 +243,6 @@ class _Load:
             "target_ids": np.array([content_id(item) for item in items[1:]], np.int32),
             "sequences": [None if s is None else _to_arrays(s) for s in sequences],
         }
-
-
-def content_id(item: Item | None) -> int:
-    """int32 hash of an item's text and images: equal for equal contents, in any source.
-
-    A zero picture is not the same as no picture.
-    """
-    if item is None:
-        return 0
-    digest = hashlib.blake2b(item.text.encode(), digest_size=4)
-    for image in item.images:
-        digest.update(b"\x1f")
-        if image is None:
-            continue
-        if isinstance(image, (str, os.PathLike)):
-            image = read_image_file(image, item.name)
-        data = image if isinstance(image, bytes) else image.tobytes()
-        digest.update(hashlib.blake2b(data).digest())
-    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _to_arrays(sequence: TokenSequence) -> dict[str, Any]:

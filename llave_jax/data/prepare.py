@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import multiprocessing
 import tempfile
@@ -27,6 +26,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from llave_jax.common import files
+from llave_jax.common.content import digest, file_digest, short_hash
 from llave_jax.common.progress import Progress
 from llave_jax.data.rows import Row
 from llave_jax.data.skips import SkipLog
@@ -155,10 +155,10 @@ def write_shard(source: MmebSource, shard: Shard, check_images: bool, skip: bool
                 f"{shard.path} holds other rows than the source has now; "
                 "choose another output, or delete the file"
             )
-        if _checksum(shard.path) == done["sha256"]:
+        if file_digest(shard.path).hex() == done["sha256"]:
             return done
     serializer = features()
-    digest = hashlib.blake2b()
+    written: list[bytes] = []
     kept, skipped = [], []
     with files.atomic_file(shard.path) as temporary:
         writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
@@ -172,14 +172,14 @@ def write_shard(source: MmebSource, shard: Shard, check_images: bool, skip: bool
                 skipped.append((row_number, str(error)))
                 continue
             serialized = serializer.serialize_example(serializer.encode_example(record))
-            digest.update(serialized)
+            written.append(digest(serialized))
             writer.write(serialized)
             kept.append((row_number, source.digest(index)))
         writer.close()
-        _read_back(temporary, len(kept), digest.hexdigest())
+        _read_back(temporary, written)
         record = {
             "fingerprint": fingerprint,
-            "sha256": _checksum(temporary),
+            "sha256": file_digest(temporary).hex(),
             "bytes": temporary.stat().st_size,
             "rows": [row for row, _ in kept],
             "digests": [f"{value:016x}" for _, value in kept],
@@ -200,28 +200,23 @@ def _record(source: MmebSource, index: int, row_number: int, check_images: bool)
     return {"row": row_number, **row._asdict(), **dict(zip(IMAGES, images, strict=True))}
 
 
-def _read_back(path: Path, count: int, digest: str) -> None:
-    """Raises OSError if a file does not hold what was written to it."""
+def _read_back(path: Path, written: list[bytes]) -> None:
+    """Raises OSError if a file does not hold the records that were written; `written`: their digests."""
     reader = ArrayRecordReader(str(path))
-    found = reader.num_records()
-    check = hashlib.blake2b()
-    for _ in range(found):
-        check.update(reader.read())
+    found = [digest(reader.read()) for _ in range(reader.num_records())]
     reader.close()
-    if found != count or check.hexdigest() != digest:
+    if found != written:
         raise OSError(
-            f"{path}: {count} records were written, {found} are read back"
-            + ("" if found != count else " with other content")
+            f"{path}: {len(written)} records were written, {len(found)} are read back"
+            + ("" if len(found) != len(written) else " with other content")
             + "; check the disk"
         )
 
 
 def _fingerprint(source: MmebSource, shard: Shard) -> str:
     """Says which rows a shard is made of."""
-    digest = hashlib.blake2b(digest_size=16)
-    for index in shard.indices:
-        digest.update(source.digest(index).to_bytes(8, "little"))
-    return digest.hexdigest()
+    digests = [source.digest(index).to_bytes(8, "little") for index in shard.indices]
+    return short_hash(b"".join(digests), 16).hex()
 
 
 def _read_record(shard: Shard) -> dict[str, Any] | None:
@@ -287,11 +282,6 @@ def _write_description(folder: Path) -> None:
         )
         for name in ("features.json", "dataset_info.json"):  # the last one makes it readable
             (Path(scratch) / name).replace(folder / name)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # What a worker process writes from; set once, when it starts.

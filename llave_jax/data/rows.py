@@ -5,7 +5,6 @@ Owns text only. A row's images are read by `image_store.py`; rows become pairs i
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
+from llave_jax.common.content import short_hash
 from llave_jax.inputs.item import is_empty
 
 REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
@@ -57,8 +57,7 @@ class Row(NamedTuple):
 
 def hash_texts(texts: Iterable[str]) -> int:
     """64-bit hash, the same on every machine."""
-    text = "\x1f".join(texts).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return int.from_bytes(short_hash("\x1f".join(texts).encode()), "little")
 
 
 class Table:

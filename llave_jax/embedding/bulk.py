@@ -7,7 +7,6 @@ Owns which chunks are embedded: new ones, and those whose items have changed. Li
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from llave_jax.common.content import digest
 from llave_jax.common.progress import Progress
 from llave_jax.embedding.checks import check_embeddings
 from llave_jax.embedding.embedder import Embedder
@@ -229,14 +229,14 @@ class _Output:
     def _digest(self, chunk: list[Line], digest_of: Callable[[Item], bytes]) -> str:
         """Digest of a chunk's items, in order. Items that cannot be read have digests too."""
 
-        def digest(line: Line) -> bytes:
+        def line_digest(line: Line) -> bytes:
             if line.item is None:
-                return hashlib.sha256(line.error.encode("utf-8", "backslashreplace")).digest()
+                return digest(line.error.encode("utf-8", "backslashreplace"))
             try:
                 return digest_of(line.item)
             except (OSError, ValueError) as error:  # ValueError: a null byte in a path
-                return hashlib.sha256(f"unreadable: {type(error).__name__}".encode()).digest()
+                return digest(f"unreadable: {type(error).__name__}".encode())
 
         has_files = any(line.weight > 1 for line in chunk)
-        digests = self._threads.map(digest, chunk) if has_files else map(digest, chunk)
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        digests = self._threads.map(line_digest, chunk) if has_files else map(line_digest, chunk)
+        return digest(*digests).hex()

@@ -16,9 +16,10 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from llave_jax.common.content import DIGEST_BYTES
 from llave_jax.common.files import atomic_file
 from llave_jax.embedding.checks import check_embeddings
-from llave_jax.inputs.content import DIGEST_BYTES, item_key
+from llave_jax.inputs.content import item_key
 from llave_jax.inputs.item import Item
 from llave_jax.parallel.processes import from_first_process
 

@@ -5,15 +5,13 @@ Owns what enters the digests. Who keeps them, and for what, is not known here.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 
 import PIL.Image
 
+from llave_jax.common.content import digest, file_digest
 from llave_jax.inputs.item import ImageLike, Item
-
-DIGEST_BYTES = 32
 
 PathDigest = Callable[[str | os.PathLike], bytes]
 
@@ -28,12 +26,29 @@ def item_key(item: Item) -> bytes:
       item: its files are read whole.
 
     Returns:
-      DIGEST_BYTES bytes.
+      `common.content.DIGEST_BYTES` bytes.
 
     Raises:
       OSError: a file cannot be read.
     """
-    return _item_digest(item, _file_digest)
+    return _item_digest(item, file_digest)
+
+
+def content_id(item: Item | None) -> int:
+    """32 bits of an item's `item_key`, for the device, which tells equal targets apart by them.
+
+    A zero picture is not the same as no picture.
+
+    Args:
+      item: None for a side that a pair lacks.
+
+    Returns:
+      A number that fits into int32; 0 for None.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    return 0 if item is None else int.from_bytes(item_key(item)[:4], "little", signed=True)
 
 
 def item_stamp(item: Item) -> bytes:
@@ -45,7 +60,7 @@ def item_stamp(item: Item) -> bytes:
       item: its files are looked up, but not read.
 
     Returns:
-      DIGEST_BYTES bytes.
+      `common.content.DIGEST_BYTES` bytes.
 
     Raises:
       OSError: a file does not exist.
@@ -54,10 +69,10 @@ def item_stamp(item: Item) -> bytes:
 
 
 def _item_digest(item: Item, path_digest: PathDigest) -> bytes:
-    digest = hashlib.sha256()
+    parts: list[bytes] = []
 
     def add(tag: bytes, value: bytes) -> None:
-        digest.update(tag + len(value).to_bytes(8, "little") + value)
+        parts.append(tag + len(value).to_bytes(8, "little") + value)
 
     add(b"text", item.text.encode("utf-8"))
     for image in item.images:
@@ -70,25 +85,20 @@ def _item_digest(item: Item, path_digest: PathDigest) -> bytes:
     elif item.video is not None:
         frames = (_image_digest(frame, path_digest) for frame in item.video)
         add(b"frames", b"".join(frames))
-    return digest.digest()
+    return digest(*parts)
 
 
 def _image_digest(image: ImageLike, path_digest: PathDigest) -> bytes:
     if isinstance(image, PIL.Image.Image):
         rgb = image.convert("RGB")
         header = f"pixels {rgb.width} {rgb.height} ".encode()
-        return hashlib.sha256(header + rgb.tobytes()).digest()
+        return digest(header, rgb.tobytes())
     if isinstance(image, bytes):
-        return hashlib.sha256(image).digest()
+        return digest(image)
     return path_digest(image)
-
-
-def _file_digest(path: str | os.PathLike) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _file_stamp(path: str | os.PathLike) -> bytes:
     status = os.stat(path)
     stamp = f"{os.fspath(path)} {status.st_size} {status.st_mtime_ns}"
-    return hashlib.sha256(os.fsencode(stamp)).digest()
+    return digest(os.fsencode(stamp))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 
+from llave_jax.common.content import digest, file_digest
 from llave_jax.models.config import LlaveConfig
 from llave_jax.weights import model_dir
 from llave_jax.weights.run_params import latest_params
@@ -35,14 +35,13 @@ def model_fingerprint(path: str | os.PathLike, dtype: object, config: LlaveConfi
     Raises:
       CheckpointError: `path` is neither a model directory nor a training run with a checkpoint.
     """
-    digest = hashlib.sha256(repr((dtype, config)).encode())
+    parts = [repr((dtype, config)).encode()]
     for part in _model_files(Path(path)):
         files = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
         for file in files:
             name = file.relative_to(part).as_posix() if part.is_dir() else file.name
-            digest.update(f"{name} {file.stat().st_size} ".encode())
-            digest.update(_file_digest(file))
-    return digest.hexdigest()[:32]
+            parts += [f"{name} {file.stat().st_size} ".encode(), _file_digest(file)]
+    return digest(*parts).hex()[:32]
 
 
 def _model_files(path: Path) -> list[Path]:
@@ -54,11 +53,11 @@ def _model_files(path: Path) -> list[Path]:
 
 def _file_digest(file: Path) -> bytes:
     size = file.stat().st_size
+    if size <= _WHOLE_FILE_BYTES:
+        return file_digest(file)
+    blocks = []
     with file.open("rb") as stream:
-        if size <= _WHOLE_FILE_BYTES:
-            return hashlib.file_digest(stream, "sha256").digest()
-        digest = hashlib.sha256()
         for offset in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS, dtype=np.int64):
             stream.seek(int(offset))
-            digest.update(stream.read(_BLOCK_BYTES))
-    return digest.digest()
+            blocks.append(stream.read(_BLOCK_BYTES))
+    return digest(*blocks)

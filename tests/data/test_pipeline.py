@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from llave_jax.data import order as order_lib
-from llave_jax.data import pipeline
 from llave_jax.data.order import (
     Composition,
     Members,
@@ -26,6 +25,7 @@ from llave_jax.data.rows import EMPTY_SIDE, Row, RowError
 from llave_jax.data.skips import SkipLog, TooManySkips
 from llave_jax.data.sources import PairSource, make_pair, open_source
 from llave_jax.inputs.batch import Budget
+from llave_jax.inputs.content import content_id
 from llave_jax.inputs.images import ImageError
 from llave_jax.inputs.item import Item
 from tests.data.mmeb_tree import encode, make_tree, picture
@@ -414,9 +414,9 @@ class TestContent:
         data = encode(image, "PNG")
         path = tmp_path / "a.png"
         path.write_bytes(data)
-        assert pipeline.content_id(Item("a", (data,))) == pipeline.content_id(Item("a", (path,)))
+        assert content_id(Item("a", (data,))) == content_id(Item("a", (path,)))
         different = {
-            pipeline.content_id(item)
+            content_id(item)
             for item in (
                 Item("a"),
                 Item("b"),
@@ -446,7 +446,7 @@ class TestContent:
                     assert (batch.packed.pooled[0, shard, 2, slot] >= 0) == bool(pair.negatives)
                     if pair.negatives:
                         with_negative += 1
-                        expected = pipeline.content_id(pair.negatives[0])
+                        expected = content_id(pair.negatives[0])
                         assert batch.target_ids[0, shard, 1, slot] == expected
         assert with_negative == 8
 

@@ -1,0 +1,42 @@
+"""Digests of content: whatever is recognised by its content, anywhere in the package, is hashed here.
+
+`digest` is wide enough that no two contents ever share one: items, files, models, caches. `short_hash`
+is for tables of millions of rows and for what has to fit into an integer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+DIGEST_BYTES = 32
+
+
+def digest(*parts: bytes) -> bytes:
+    """SHA-256 of the parts, one after another: DIGEST_BYTES bytes.
+
+    Parts of varying length can run into each other: a caller that has such puts lengths between them.
+    """
+    sha256 = hashlib.sha256()
+    for part in parts:
+        sha256.update(part)
+    return sha256.digest()
+
+
+def file_digest(path: str | os.PathLike) -> bytes:
+    """`digest` of a file's content, which is read piece by piece.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def short_hash(content: bytes, size: int = 8) -> bytes:
+    """BLAKE2b of `size` bytes. Among a million contents, two share one of 8 bytes with probability 3e-8.
+
+    It is not the beginning of `digest`: prepared data, held-out rows and the order in which a run reads
+    its rows depend on these values, so they must not change.
+    """
+    return hashlib.blake2b(content, digest_size=size).digest()
