@@ -1,7 +1,8 @@
-"""Encoded image files by the paths that rows give: in a folder, or in zip archives below it.
+"""Encoded image files by the paths that rows give: in a folder, in zip archives below it, or in one archive.
 
-Owns finding and reading bytes; decoding is `inputs/images.py`. Archives are read in place: a
-compact index (24 bytes a member) is built once and travels to worker processes with the store.
+Owns finding and reading bytes, for training and evaluation; decoding is `inputs/images.py`. Archives are
+read in place. A compact index of 36 bytes a member is built once, and worker processes get it with the
+store.
 """
 
 from __future__ import annotations
@@ -36,10 +37,17 @@ _MEMBER = np.dtype(
 
 
 def check_relative(path: str, name: str = "") -> None:
-    """Raises ImageError if a row's image path is absolute or climbs out of the image root.
+    """Refuses an image path that is absolute or climbs out of the image root.
 
-    The check is on the path's text: a symbolic link inside the root may lead anywhere, since only
-    the owner of the folder can have put it there.
+    The check is on the path's text. A symbolic link inside the root may lead anywhere, since only the
+    owner of the folder can have put it there.
+
+    Args:
+      path: as a row gives it.
+      name: where the path was found, for the error.
+
+    Raises:
+      ImageError: the path leaves the root.
     """
     parts = PurePosixPath(path).parts
     if path.startswith("/") or ".." in parts or "\0" in path or not parts:
@@ -49,25 +57,38 @@ def check_relative(path: str, name: str = "") -> None:
 
 
 class ImageStore:
-    """`store.read(path) -> bytes` below one image root. Picklable; reads are safe in threads.
+    """The images below one root. Picklable; threads may read at the same time.
 
-    A path is looked up as a file first, then in the archives `ROOT/*.zip`, `ROOT/images_zip/*.zip`
-    and `ROOT/images/*.zip`, as if each were unpacked into `ROOT`, `ROOT/images`, or a folder of the
-    archive's name in either.
+    The root is a folder: a path is looked up as a file first, then in the archives `ROOT/*.zip`,
+    `ROOT/images_zip/*.zip` and `ROOT/images/*.zip`, as if each were unpacked into `ROOT`,
+    `ROOT/images`, or a folder of the archive's name in either.
+
+    Or the root is a zip archive, in which all paths may lie below the same folders: the first path that
+    is asked for shows which.
     """
 
     def __init__(self, root: str | os.PathLike):
-        """Raises FileNotFoundError for a missing root, ValueError for an unreadable archive."""
+        """Args:
+          root: a folder or a zip archive.
+
+        Raises:
+          FileNotFoundError: there is neither.
+          ValueError: an archive is not readable.
+        """
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"image root {self.root} is not a folder")
-        self._archives = [
-            archive
-            for folder in _ARCHIVE_FOLDERS
-            for archive in sorted((self.root / folder).glob("*.zip"))
-        ]
+        if not self.root.exists():
+            raise FileNotFoundError(f"image root {self.root} is neither a folder nor a zip archive")
+        self._archives = [self.root]
+        if self.root.is_dir():
+            self._archives = [
+                archive
+                for folder in _ARCHIVE_FOLDERS
+                for archive in sorted((self.root / folder).glob("*.zip"))
+            ]
         self._members = _index_archives(self._archives)
         self._files: dict[int, int] = {}
+        # Of a root that is an archive: the folders that all paths lie below.
+        self._prefix: str | None = None
 
     def read(self, path: str, name: str = "") -> bytes:
         """The encoded bytes of an image.
@@ -79,29 +100,58 @@ class ImageStore:
         Raises:
           ImageError: the path leaves the root, nothing is there, or it cannot be read.
         """
+        found = self.find(path, name)
+        return found if isinstance(found, bytes) else read_image_file(found, name)
+
+    def find(self, path: str, name: str = "") -> str | bytes:
+        """As `read`, but of a file only its path: it is read when it is used, and may be large.
+
+        Args:
+          path: relative to the root, with forward slashes.
+          name: where the path was found, for errors.
+
+        Returns:
+          The file's path, or the bytes of an archive's member.
+
+        Raises:
+          ImageError: the path leaves the root, nothing is there, or the archive cannot be read.
+        """
         where = f"{name} ({path})" if name else path
         check_relative(path, where)
         file = self.root / path
-        if not self._archives or os.path.exists(file):
-            return read_image_file(file, name)
-        member = self._find(path)
-        if member is None:
-            raise ImageError(
-                where,
-                f"neither a file below {self.root} nor in its {len(self._archives)} zip archive(s)",
-            )
-        return self._read_member(member, where)
+        if os.path.exists(file):
+            return str(file)
+        member = self._find_member(path)
+        if member is not None:
+            return self._read_member(member, where)
+        reason = f"the file does not exist below {self.root}"
+        if self._archives == [self.root]:
+            reason = f"the file does not exist in the archive {self.root}"
+        elif self._archives:
+            reason += f", nor in its {len(self._archives)} zip archive(s)"
+        advice = "unpack the images there, or name the folder or zip archive that holds them"
+        raise ImageError(where, f"{reason}; {advice}")
 
-    def _find(self, path: str) -> np.void | None:
+    def _find_member(self, path: str) -> np.void | None:
         """The index entry of a path, searching archives whose name is a folder in it first."""
+        if self._archives == [self.root]:
+            if self._prefix is None:
+                self._prefix = _find_prefix(self.root, path)
+            return None if self._prefix is None else self._member(0, self._prefix + path)
         parts = PurePosixPath(path).parts
         numbers = range(len(self._archives))
         for number in sorted(numbers, key=lambda n: self._archives[n].stem not in parts):
             for candidate in _names_inside(parts, self._archives[number].stem):
-                key = _key(number, candidate)
-                place = int(np.searchsorted(self._members["key"], key))
-                if place < len(self._members) and self._members["key"][place] == key:
-                    return self._members[place]
+                member = self._member(number, candidate)
+                if member is not None:
+                    return member
+        return None
+
+    def _member(self, archive: int, name: str) -> np.void | None:
+        key = _key(archive, name)
+        index = int(np.searchsorted(self._members["key"], key))
+        if index < len(self._members) and self._members["key"][index] == key:
+            return self._members[index]
         return None
 
     def _read_member(self, member: np.void, where: str) -> bytes:
@@ -157,6 +207,16 @@ def _names_inside(parts: tuple[str, ...], stem: str) -> list[str]:
     if parts and parts[0] == stem:
         names.append("/".join(parts[1:]))
     return [name for name in names if name]
+
+
+def _find_prefix(archive: Path, path: str) -> str | None:
+    """The folders below which a path lies in an archive, as "" or "images/"; None if it is not there."""
+    with zipfile.ZipFile(archive) as file:
+        names = file.namelist()
+    if path in names:
+        return ""
+    found = [name for name in names if name.endswith("/" + path)]
+    return min(found, key=len)[: -len(path)] if found else None
 
 
 def _key(archive: int, member: str) -> int:

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from llave_jax.common.files import write_arrays, write_text
+from llave_jax.data.image_store import ImageStore
 from llave_jax.embedding.run_info import record_run
 from llave_jax.evaluation import mmeb_data
 from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed
-from llave_jax.evaluation.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset, EvalImages
+from llave_jax.evaluation.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset
 from llave_jax.evaluation.results import DatasetResult, Results
 from llave_jax.parallel.processes import from_first_process, only_on_first
 
@@ -105,7 +106,7 @@ def evaluate_mmeb(
 def evaluate_dataset(
     encode: Encode,
     dataset: EvalDataset,
-    store: EvalImages,
+    store: ImageStore,
     cache: EmbeddingCache,
     info: DatasetInfo,
 ) -> DatasetResult:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet
 
-from llave_jax.data.image_store import check_relative
-from llave_jax.inputs.item import ImageLike, Item, is_empty, missing_image
+from llave_jax.data.image_store import ImageStore
+from llave_jax.inputs.item import Item, is_empty, missing_image
 
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
@@ -111,66 +110,17 @@ class EvalDataset:
         return len(self.query_ids)
 
 
-class EvalImages:
-    """Image files below a folder, or inside a zip archive, by their path in the rows.
-
-    Files of a folder stay paths, read only when they are encoded: a benchmark's images need not fit
-    into memory. (Training's `data.image_store` gives bytes, for worker processes.) Inside an archive
-    a path may be prefixed by folders ("images/..."): the prefix is found once, from the first image
-    asked for.
-    """
-
-    def __init__(self, root: str | os.PathLike):
-        self.root = Path(root)
-        self._archive = zipfile.ZipFile(self.root) if self.root.is_file() else None
-        self._members = frozenset(self._archive.namelist()) if self._archive else frozenset()
-        self._prefix: str | None = None
-
-    def load(self, path: str, name: str) -> ImageLike:
-        """The file's path (folder) or its bytes (archive).
-
-        Args:
-            path: as in the row, with forward slashes.
-            name: file and row that ask for it, for the error.
-
-        Raises:
-            FileNotFoundError: no such image; names the row.
-            ImageError: the path is absolute or leaves the image root.
-        """
-        check_relative(path, name)
-        if self._archive is None:
-            file = self.root / path
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{name}: image {path!r} is not in {self.root}; unpack the dataset's images "
-                    "there, or name the folder or zip archive that holds them"
-                )
-            return str(file)
-        if self._prefix is None:
-            self._prefix = self._find_prefix(path)
-        member = self._prefix + path
-        if member not in self._members:
-            raise FileNotFoundError(f"{name}: image {path!r} is not in the archive {self.root}")
-        return self._archive.read(member)
-
-    def _find_prefix(self, path: str) -> str:
-        if path in self._members:
-            return ""
-        found = [member for member in self._members if member.endswith("/" + path)]
-        return min(found, key=len)[: -len(path)] if found else ""
-
-
-def open_images(data_dir: str | os.PathLike, images: str | os.PathLike | None = None) -> EvalImages:
+def open_images(data_dir: str | os.PathLike, images: str | os.PathLike | None = None) -> ImageStore:
     """The images of a benchmark directory: `images/`, `eval_images/`, `images.zip`, or as given."""
     data_dir = Path(data_dir)
     if images is not None:
         if not Path(images).exists():
             raise FileNotFoundError(f"image folder or archive {images} does not exist")
-        return EvalImages(images)
+        return ImageStore(images)
     for name in ("images", "eval_images", "images.zip"):
         if (data_dir / name).exists():
-            return EvalImages(data_dir / name)
-    return EvalImages(data_dir)
+            return ImageStore(data_dir / name)
+    return ImageStore(data_dir)
 
 
 def dataset_names(
@@ -304,7 +254,7 @@ def _parse_row(row: dict[str, Any], where: str) -> tuple[Content, list[Content]]
     return query, targets
 
 
-def make_item(dataset: EvalDataset, index: int, images: EvalImages) -> Item:
+def make_item(dataset: EvalDataset, index: int, images: ImageStore) -> Item:
     """The item of one content.
 
     A marker without an image path, as in queries of WebQA and EDIS, holds the zero picture.
@@ -315,13 +265,13 @@ def make_item(dataset: EvalDataset, index: int, images: EvalImages) -> Item:
       images: where its image is looked up.
 
     Raises:
-      FileNotFoundError: the image is missing; it names file and row.
+      ImageError: the image is missing; it names file and row.
     """
     content = dataset.contents[index]
     name = f"{dataset.source}: row {dataset.first_row[index]}"
     if not content.image:
         return Item(text=content.text, images=missing_image(content.text), name=name)
-    return Item(text=content.text, images=(images.load(content.image, name),), name=name)
+    return Item(text=content.text, images=(images.find(content.image, name),), name=name)
 
 
 def chance(dataset: EvalDataset) -> float:

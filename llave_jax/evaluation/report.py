@@ -14,6 +14,7 @@ import numpy as np
 
 from llave_jax.common.files import write_text
 from llave_jax.common.tables import percent
+from llave_jax.data.image_store import ImageStore
 from llave_jax.evaluation import mmeb_data, published
 from llave_jax.evaluation import report_html as html
 from llave_jax.evaluation.drawing import histograms_svg
@@ -134,7 +135,7 @@ def _stats(results: Sequence[DatasetResult]) -> SimilarityStats | None:
     return similarity_overlap(scores, [0] * len(scores), candidates=candidates)
 
 
-def _galleries(results: Results, data_dir: str | os.PathLike, store: mmeb_data.EvalImages) -> str:
+def _galleries(results: Results, data_dir: str | os.PathLike, store: ImageStore) -> str:
     content = html.paragraph(
         "Queries taken evenly from each dataset, with their best-ranked candidates. Green: the "
         "right answer; red: a wrong one that was chosen; below each its rank and cosine."
@@ -173,7 +174,7 @@ def _spread(rows: np.ndarray) -> np.ndarray:
 
 
 def _mmeb_example(
-    row: int, result: DatasetResult, dataset: mmeb_data.EvalDataset, store: mmeb_data.EvalImages
+    row: int, result: DatasetResult, dataset: mmeb_data.EvalDataset, store: ImageStore
 ) -> Example:
     targets, scores = dataset.target_ids[row], only_on_first(result.scores)[row]
 

@@ -5,7 +5,6 @@ from llave_jax.data.rows import Row
 from llave_jax.inputs.content import content_id, item_key
 from llave_jax.inputs.item import Item
 
-
 KEY = "04b8354d31905679b369ff4a62ba80129d054120c2fe91465df222b747801805"
 
 

@@ -439,6 +439,28 @@ class TestArchives:
         with pytest.raises(ValueError, match=r"a.png is encrypted or compressed in an unusual way"):
             ImageStore(tmp_path)
 
+    @pytest.mark.parametrize("prefix", ["", "images/", "some/where/"])
+    def test_the_root_may_be_an_archive(self, tmp_path, prefix):
+        members = {f"{prefix}S/a.png": b"a", f"{prefix}S/b.png": b"b", "other/S/c.png": b"c"}
+        store = ImageStore(self.zip_of(tmp_path / "all.zip", members))
+        with pytest.raises(
+            ImageError, match=r"row 1 \(S/x.png\): .*not exist in the archive .*all.zip"
+        ):
+            store.find("S/x.png", "row 1")
+        assert store.find("S/a.png") == store.read("S/a.png") == b"a"
+        assert pickle.loads(pickle.dumps(store)).read("S/b.png") == b"b"
+        with pytest.raises(ImageError, match="does not exist in the archive"):
+            store.read("S/c.png")
+
+    def test_a_file_is_found_without_reading_it(self, tmp_path):
+        (tmp_path / "a.png").write_bytes(b"a")
+        self.zip_of(tmp_path / "S.zip", {"b.png": b"b"})
+        store = ImageStore(tmp_path)
+        assert store.find("a.png") == str(tmp_path / "a.png")
+        assert store.find("S/b.png") == b"b"
+        with pytest.raises(FileNotFoundError, match="neither a folder nor a zip archive"):
+            ImageStore(tmp_path / "none")
+
     def test_forged_size_does_not_inflate(self, tmp_path):
         path = self.zip_of(tmp_path / "S.zip", {"a.png": bytes(10_000_000)})
         data = path.read_bytes().replace((10_000_000).to_bytes(4, "little"), b"\x10\0\0\0")

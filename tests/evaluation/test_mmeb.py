@@ -16,6 +16,7 @@ from llave_jax.evaluation.cache import EmbeddingCache
 from llave_jax.evaluation.mmeb_data import MMEB_DATASETS, DatasetInfo
 from llave_jax.evaluation.results import DatasetResult, Results
 from llave_jax.inputs.content import item_key
+from llave_jax.inputs.images import ImageError
 from llave_jax.inputs.item import Item
 from tests.evaluation.fake_encoder import HashEncoder, hash_vector
 
@@ -199,7 +200,9 @@ def test_missing_parquet_column_is_named(tmp_path):
 
 def test_missing_data_is_named(tmp_path):
     write_rows(tmp_path, "Own", [row("q", ["a"], "Own/lost.png")])
-    with pytest.raises(FileNotFoundError, match=r"Own.json: row 0: image 'Own/lost.png'"):
+    with pytest.raises(
+        ImageError, match=r"Own.json: row 0 \(Own/lost.png\): the file does not exist"
+    ):
         mmeb.evaluate_mmeb(HashEncoder(), tmp_path)
     with pytest.raises(FileNotFoundError, match="present: Own"):
         mmeb_data.read_dataset(tmp_path, "GQA")
