@@ -1,6 +1,6 @@
 """A page of sample pairs as the model will see them: chat text, tiles, base crop, token counts.
 
-One self-contained HTML file; figures by subset are `inspect.py`.
+It is one self-contained HTML file. Figures by subset are `inspection.py`.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def test_the_report_and_the_page_show_every_subset(tree, tokenizer, tmp_path):
     assert re.search(r"filled, by simulation: [\d.]+% of row tokens", report)
     assert re.search(
         rf"an epoch of {ROWS * len(TEMPLATES)} pairs takes about \d+ steps; a run of this config makes "
-        r"6, [\d.]+ epochs \(batch.fill 1 expected\)",
+        r"6, [\d.]+ epochs",
         report,
     )
     assert page.count("<div class='pair'>") == 2 * len(TEMPLATES)
