@@ -11,7 +11,7 @@ import optax
 
 from llave_jax.common.progress import Progress
 from llave_jax.config import Config
-from llave_jax.data.pipeline import TrainBatch
+from llave_jax.data.step_iterators import TrainBatch
 from llave_jax.training.metrics import MetricsWriter
 
 
