@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from llave_jax.data.order import IMAGE, MIXED, TEXT, ModalityOrder
+from llave_jax.data.modality_order import IMAGE, MIXED, TEXT, ModalityOrder
 from llave_jax.inputs.batch import Budget
 from llave_jax.inputs.packing import Placement, Planner, default_lookahead, place_dealt
 
@@ -204,8 +204,8 @@ def _simulate_modality(
                 step[micro_batch][pair] = placement  # noqa: B023
             return placement is not None
 
-        kind = order.kind(number)
-        free = [i for i in waiting if kind in (MIXED, IMAGE if order.has_image(i) else TEXT)]
+        modality = order.modality(number)
+        free = [i for i in waiting if modality in (MIXED, IMAGE if order.has_image(i) else TEXT)]
         later = [i for i in waiting if i not in free]
         dealt = order.rows(number).reshape(micro_batches, shards, order.group_size)
         homes |= {int(pair): (m, s) for (m, s, _), pair in np.ndenumerate(dealt)}

@@ -22,12 +22,11 @@ import grain
 import numpy as np
 
 from llave_jax.data.loading import RowLoader
+from llave_jax.data.modality_order import ModalityOrder, ModalityPart
 from llave_jax.data.order import (
     UNIFORM,
     Composition,
     Members,
-    ModalityOrder,
-    ProcessPart,
     UniformOrder,
     UniformPart,
     row_order,
@@ -123,7 +122,7 @@ def train_iterator(
     parts = process_count * num_shards * micro_batches
     batch_size = None
     if by_modality:
-        part = ProcessPart(
+        part = ModalityPart(
             ModalityOrder(
                 *source.queries(),
                 num_groups=parts,

@@ -20,7 +20,8 @@ import numpy as np
 from absl import flags
 
 from llave_jax.data.loading import RowLoader, to_sequence
-from llave_jax.data.order import HOLE, IMAGE, MIXED, ProcessPart
+from llave_jax.data.modality_order import IMAGE, MIXED, ModalityPart
+from llave_jax.data.order import HOLE
 from llave_jax.data.skips import SkipLog, TooManySkips
 from llave_jax.inputs.batch import PackedBatch, stack_batches
 from llave_jax.inputs.cuts import CutWarnings
@@ -300,7 +301,7 @@ class ModalityIterator(StepIterator):
     depend on the devices that the batch was dealt to.
     """
 
-    def __init__(self, order: grain.MapDataset, *, part: ProcessPart, **options):
+    def __init__(self, order: grain.MapDataset, *, part: ModalityPart, **options):
         super().__init__(order, **options)
         self._part = part
         self._batches = part.order
@@ -365,8 +366,8 @@ class ModalityIterator(StepIterator):
         Another process may still have the same row of another epoch, or a row of equal content, and
         cannot be asked. Such a row is taken by one process at a time, in turns.
         """
-        kind = self._batches.kind(number)
-        if kind != MIXED and (kind == IMAGE) != self._batches.has_image(row):
+        modality = self._batches.modality(number)
+        if modality != MIXED and (modality == IMAGE) != self._batches.has_image(row):
             return False
         processes = self._part.process_count
         if number < self._batches.batches_per_epoch and not self._repeated[row]:

@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 
 from llave_jax.config import default_config
-from llave_jax.data.order import (
-    HOLE,
-    IMAGE,
-    MIXED,
-    TEXT,
-    Composition,
-    ModalityOrder,
-    UniformOrder,
-)
+from llave_jax.data.modality_order import IMAGE, MIXED, TEXT, ModalityOrder
+from llave_jax.data.order import HOLE, Composition, UniformOrder
 from llave_jax.data.pipeline import train_iterator
 from llave_jax.data.rows import Row
 from llave_jax.data.sources import PairSource, make_pair, open_source, split_held_out
@@ -109,8 +102,8 @@ class TestModalityOrder:
                 seen += present.tolist()
                 kinds = set(image_query[present].tolist())
                 of_kind = {MIXED: {True, False}, IMAGE: {True}, TEXT: {False}}
-                assert kinds == of_kind[order.kind(number)]
-                assert (order.kind(number) == MIXED) <= (number == numbers[-1])
+                assert kinds == of_kind[order.modality(number)]
+                assert (order.modality(number) == MIXED) <= (number == numbers[-1])
                 if steps:
                     assert len(present) == size
                     found = [words[group].tolist() for group in rows]
@@ -120,7 +113,7 @@ class TestModalityOrder:
                     assert counts.max() - counts.min() <= 1
             assert len(set(seen)) == len(seen)
             assert len(seen) == (steps * size or images + texts)
-            kinds = collections.Counter(order.kind(number) for number in numbers)
+            kinds = collections.Counter(order.modality(number) for number in numbers)
             if min(images, texts) >= size:  # as the authors' code cuts them
                 left = images + texts - size * sum(full.values())
                 assert kinds[IMAGE] == full[IMAGE]
@@ -143,7 +136,7 @@ class TestModalityOrder:
         assert not np.array_equal(epochs[0], epochs[1])
         assert not np.array_equal(epochs[0], epochs[2])
         np.testing.assert_array_equal(epochs[1], epochs[3])
-        kinds = [[order.kind(25 * epoch + i) for i in range(25)] for epoch in range(2)]
+        kinds = [[order.modality(25 * epoch + i) for i in range(25)] for epoch in range(2)]
         assert kinds[0] != kinds[1]
 
     def test_the_papers_epoch(self):
@@ -152,10 +145,10 @@ class TestModalityOrder:
         order = ModalityOrder(
             image_query, np.ones(662_178, int), num_groups=64, group_size=4, seed=0
         )
-        kinds = collections.Counter(order.kind(number) for number in range(2586))
+        kinds = collections.Counter(order.modality(number) for number in range(2586))
         assert order.batches_per_epoch == 2586
         assert kinds == {IMAGE: 495_012 // 256, TEXT: 167_166 // 256, MIXED: 1}
-        assert order.kind(2585) == MIXED
+        assert order.modality(2585) == MIXED
 
 
 class TestUniformOrder:
@@ -300,8 +293,8 @@ class TestModalityBatches:
         for number in range(steps):
             rows = run.rows(number)
             kinds = {bool(source.image_query[row]) for row in rows}
-            if order.kind(number) != MIXED:
-                assert kinds <= {order.kind(number) == IMAGE}
+            if order.modality(number) != MIXED:
+                assert kinds <= {order.modality(number) == IMAGE}
             contents = [source.digest(row) for row in rows]
             assert len(set(contents)) == len(contents)
             placed.update(rows)
@@ -422,7 +415,7 @@ class TestModalityBatches:
             before = [
                 number - 1 - i
                 for i in range(number)
-                if order.kind(number - 1 - i) == order.kind(number)
+                if order.modality(number - 1 - i) == order.modality(number)
             ]
             waited = set(run.rows(number)) - expected
             late += len(waited)
