@@ -25,7 +25,7 @@ class RowLoader:
         self._sides = sides
         self._skip = skip
 
-    def __call__(self, index: np.int64) -> dict[str, Any]:
+    def __call__(self, index: int | np.int64) -> dict[str, Any]:
         if index == HOLE:
             return {"hole": True}
         try:

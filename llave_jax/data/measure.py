@@ -9,7 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -93,7 +93,7 @@ def _measure_pair(pair: Pair, builder: LayoutBuilder, sides: int) -> _MeasuredPa
     items = pair.sides(sides)
     sequences = [None if item is None else builder(item) for item in items]
 
-    def by_side(size: Callable[[TokenSequence], int]) -> list[int]:
+    def by_side(size: Callable[[TokenSequence], Any]) -> list[int]:
         return [0 if sequence is None else int(size(sequence)) for sequence in sequences]
 
     return _MeasuredPair(

@@ -27,7 +27,7 @@ class _Epoch(NamedTuple):
 
 
 class ModalityOrder:
-    """The authors' order (`group_by_modality_length`): batches of one kind, dealt by length.
+    """The authors' order (`group_by_modality_length`): batches of one modality, dealt by length.
 
     In each epoch, rows with an image in the query and rows without are shuffled apart and cut into
     batches; the batches of both are shuffled together. What is left of both makes one mixed batch at
@@ -36,7 +36,7 @@ class ModalityOrder:
     each to the group with the fewest words that is not full yet.
 
     Beyond the authors' code: the mixed batch is drawn at random and dealt like the others (theirs
-    comes in the order of the data). A kind of fewer rows than a batch is in the mixed batch whole
+    comes in the order of the data). A modality of fewer rows than a batch is in the mixed batch whole
     (theirs may never see it). Rows that do not fill a batch at all make one (theirs makes none).
 
     Attributes:
@@ -92,8 +92,8 @@ class ModalityOrder:
     def _deal(self, number: int) -> np.ndarray:
         epoch, index = divmod(number, self.batches_per_epoch)
         content = self._epoch(epoch)
-        last = content.mixed is not None and index == len(content.batches)
-        rows = content.mixed if last else content.batches[index]
+        last = index == len(content.batches)
+        rows = content.mixed if content.mixed is not None and last else content.batches[index]
         return deal_evenly(rows, self._words[rows], self._num_groups, self.group_size)
 
     def _make_epoch(self, epoch: int) -> _Epoch:
@@ -106,7 +106,7 @@ class ModalityOrder:
         scarce = [modality for modality in rows if full[modality] == 0 and len(rows[modality])]
         left = len(shuffled) - size * sum(full.values())
         if len(scarce) == 1 and left < size:
-            # The scarce rows would be dropped in every epoch: a batch of the other kind joins them.
+            # The scarce rows would be dropped in every epoch: a batch of the other modality joins them.
             full = {modality: max(0, count - 1) for modality, count in full.items()}
 
         batches = np.concatenate([part[: full[modality] * size] for modality, part in rows.items()])
@@ -137,13 +137,13 @@ def deal_evenly(
       words: int [n].
 
     Returns:
-      int64 [num_groups, group_size], HOLE where a batch that is not full leaves places.
+      int64 [num_groups, group_size], HOLE where a batch is not full.
     """
     longest_first = np.argsort(-words.astype(np.int64), kind="stable")
-    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    groups: list[list[Any]] = [[] for _ in range(num_groups)]
     if len(rows) < num_groups * group_size:
-        for place, index in enumerate(longest_first):
-            groups[place % num_groups].append(rows[index])
+        for turn, index in enumerate(longest_first):
+            groups[turn % num_groups].append(rows[index])
     else:
         open_groups = [(0, group) for group in range(num_groups)]
         for index in longest_first:
@@ -186,9 +186,9 @@ class ModalityPart:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, position: int) -> np.int64:
-        number, place = divmod(position, self.size)
-        return self.order.rows(number).reshape(self._batch)[:, self.process_index].flat[place]
+    def __getitem__(self, index: int) -> np.int64:
+        number, offset = divmod(index, self.size)
+        return self.order.rows(number).reshape(self._batch)[:, self.process_index].flat[offset]
 
     def home(self, position: int) -> tuple[int, int]:
         """(micro-batch, shard) of the group that a position belongs to."""

@@ -106,10 +106,10 @@ class UniformOrder:
         rows = np.argsort(slots, kind="stable")
         rows = rows[slots[rows] < num_slots]
         slots = slots[rows]
-        places = np.arange(len(rows)) - np.searchsorted(slots, slots)
-        self.batches_per_epoch = int(places.max()) + 1
+        numbers = np.arange(len(rows)) - np.searchsorted(slots, slots)
+        self.batches_per_epoch = int(numbers.max()) + 1
         self._rows = np.full((self.batches_per_epoch, num_slots), HOLE, np.int64)
-        self._rows[places, slots] = rows
+        self._rows[numbers, slots] = rows
         self._make_cache()
 
     def _make_cache(self) -> None:
@@ -125,8 +125,8 @@ class UniformOrder:
 
     def rows(self, number: int) -> np.ndarray:
         """int64 [batch size], rows of the `number`-th batch of all epochs; HOLE for none."""
-        epoch, place = divmod(number, self.batches_per_epoch)
-        return self._epoch(epoch)[place]
+        epoch, index = divmod(number, self.batches_per_epoch)
+        return self._epoch(epoch)[index]
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         keys = random_keys(self._rows.size, self._seed, 7, epoch).reshape(self._rows.shape)
@@ -186,10 +186,10 @@ class UniformPart:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, position: int) -> np.int64:
-        number, place = divmod(position, self.size)
-        index, count = self._process
-        return self.order.rows(number)[index + place * count]
+    def __getitem__(self, index: int) -> np.int64:
+        number, slot = divmod(index, self.size)
+        process, count = self._process
+        return self.order.rows(number)[process + slot * count]
 
 
 def rows_of_process(
@@ -208,13 +208,13 @@ def rows_of_process(
     owner[dealt] = np.arange(len(first)) % process_count
     rows = np.flatnonzero(owner[inverse] == process_index)
     return {
-        name: rows[np.searchsorted(rows, place.start) : np.searchsorted(rows, place.stop)]
-        for name, place in source.subsets.items()
+        name: rows[np.searchsorted(rows, indices.start) : np.searchsorted(rows, indices.stop)]
+        for name, indices in source.subsets.items()
     }
 
 
 def row_order(
-    subsets: Mapping[str, Sequence[int]], *, seed: int, epochs: int | None, composition: Composition
+    subsets: Mapping[str, np.ndarray], *, seed: int, epochs: int | None, composition: Composition
 ) -> grain.MapDataset[np.ndarray]:
     """Position -> int64 [sub_batch] rows of one subset, shuffled anew each epoch; HOLE for none.
 
@@ -251,7 +251,7 @@ def row_order(
 class _Locate:
     """(position, group number) -> row indices of a group: rows of one subset, mixed each epoch."""
 
-    def __init__(self, subsets: Sequence[Sequence[int]], size: int, seed: int):
+    def __init__(self, subsets: Sequence[np.ndarray], size: int, seed: int):
         self._subsets = [rows for rows in subsets if len(rows)]
         self._size = size
         self._seed = seed

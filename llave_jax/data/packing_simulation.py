@@ -210,7 +210,7 @@ def _simulate_modality(
         dealt = order.rows(number).reshape(micro_batches, shards, order.group_size)
         homes |= {int(pair): (m, s) for (m, s, _), pair in np.ndenumerate(dealt)}
         refused = place_dealt(
-            free, dealt.reshape(-1).tolist(), homes.get, add, micro_batches, lookahead
+            free, dealt.reshape(-1).tolist(), homes.__getitem__, add, micro_batches, lookahead
         )
         times_carried[refused] += 1
         waiting = sorted(later + refused)

@@ -103,6 +103,7 @@ def prepare(
             for future in concurrent.futures.as_completed(pending):
                 shard, subset = pending[future]
                 for row, reason in future.result()["skipped"]:
+                    assert skips is not None  # without it, a row that cannot be used is an error
                     skips.record(f"{subset}:{row}", reason)
                 progress.update(len(shard.indices))
         except BaseException:
@@ -235,16 +236,17 @@ def _write_index(
     facts: dict[str, np.ndarray],
 ) -> None:
     """`row_numbers` and `facts` (INDEX_FACTS) are of all rows of the source's subset."""
-    records = [_read_record(shard) for shard in shards]
+    records = [json.loads(shard.record_path.read_text()) for shard in shards]
     rows = np.array([row for record in records for row in record["rows"]], np.int64)
     digests = [int(value, 16) for record in records for value in record["digests"]]
     kept = np.searchsorted(row_numbers, rows)
+    arrays: dict[str, Any] = {fact: values[kept] for fact, values in facts.items()}
     files.write_arrays(
         folder / f"rows-{split}.npz",
         row=rows,
         digest=np.array(digests, np.uint64),
         left_out=np.array(left_out, np.int64),
-        **{fact: values[kept] for fact, values in facts.items()},
+        **arrays,
     )
 
 
@@ -253,7 +255,7 @@ def _write_description(folder: Path) -> None:
     splits = sorted(path.stem.removeprefix("rows-") for path in folder.glob("rows-*.npz"))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         template = tfds.core.ShardedFileTemplate(
-            data_dir=scratch,
+            data_dir=scratch,  # pyright: ignore[reportArgumentType]
             template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
             dataset_name=NAME,
             filetype_suffix="array_record",
@@ -305,5 +307,6 @@ def _set_task(source: MmebSource, options: tuple[bool, bool]) -> None:
 
 
 def _run_task(shard: Shard) -> dict[str, Any]:
+    assert _task is not None
     source, (check_images, skip) = _task
     return write_shard(source, shard, check_images, skip)

@@ -21,6 +21,8 @@ from llave_jax.inputs.item import is_empty
 REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 OPTIONAL = ("neg_text", "neg_image_path")
 FIELDS = REQUIRED + OPTIONAL
+# Its functions are made when it is imported: type checkers do not know them.
+compute: Any = pyarrow.compute
 # Rows that are turned into Python strings at a time.
 _CHUNK = 4096
 EMPTY_SIDE = "the query or the target has neither text nor image"
@@ -155,8 +157,8 @@ def _empty_rows(table: pa.Table) -> np.ndarray:
         # Few rows have no path and no visible ASCII in their text; Python's rule decides on those. Bytes
         # are matched, as they need not be UTF-8.
         text, path = table[text_field], table[path_field]
-        visible = pa.compute.match_substring_regex(text.cast(pa.large_binary()), "[!-~]")
-        candidates = pa.compute.and_(pa.compute.equal(path, ""), pa.compute.invert(visible))
+        visible = compute.match_substring_regex(text.cast(pa.large_binary()), "[!-~]")
+        candidates = compute.and_(compute.equal(path, ""), compute.invert(visible))
         for number in np.flatnonzero(candidates.to_numpy()).tolist():
             try:
                 if is_empty(text[number].as_py()):
@@ -184,8 +186,7 @@ def _read_parquet(files: list[Path], max_rows: int | None) -> pa.Table:
             part = parquet.read(columns=columns)
             part = part.slice(0, remaining)
             fields = {
-                name: pa.compute.fill_null(part[name].cast(pa.large_string()), "")
-                for name in columns
+                name: compute.fill_null(part[name].cast(pa.large_string()), "") for name in columns
             }
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file}: cannot be read as text columns: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import bisect
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -186,13 +187,14 @@ class RecordSource(PairSource):
                 rows, digests = index["row"], index["digest"]
                 facts = {fact: index[fact] for fact in INDEX_FACTS if fact in index}
                 left_out = index["left_out"].tolist() if "left_out" in index else []
-            left_out = [row for row in left_out if row < (limits[subset] or row + 1)]
+            limit = limits[subset] or sys.maxsize
+            left_out = [row for row in left_out if row < limit]
             if left_out:
                 self.left_out[subset] = left_out
-            kept = int(np.searchsorted(rows, limits[subset])) if limits[subset] else len(rows)
+            kept = int(np.searchsorted(rows, limit))
             self._rows[subset], self._digests[subset] = rows[:kept], digests[:kept]
             self._facts[subset] = {fact: values[:kept] for fact, values in facts.items()}
-            self._records[subset] = builder.as_data_source(split=split)
+            self._records[subset] = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
             self._names[subset] = f"{folder}/{split}"
         self.subsets = _consecutive({name: len(rows) for name, rows in self._rows.items()})
 
@@ -375,7 +377,8 @@ def split_held_out(source: PairSource, share: float) -> tuple[PairSource, PairSo
         raise ValueError(f"held-out share is {share}; expected at least 0 and less than 1")
     digests = np.array([source.digest(i) for i in range(len(source))], np.uint64)
     held = digests < np.uint64(int(share * 2**64))
-    return tuple(SelectedSource(source, np.flatnonzero(part)) for part in (~held, held))
+    training, held_out = (SelectedSource(source, np.flatnonzero(part)) for part in (~held, held))
+    return training, held_out
 
 
 def _consecutive(sizes: Mapping[str, int]) -> dict[str, range]:

@@ -119,7 +119,7 @@ class StepIterator(grain.DatasetIterator):
         self._cuts = CutWarnings(items_repeat=True)
         self._step = self._next = 0
         self._carry: list[_Pair] = []
-        self._stream: Iterator[dict[str, Any]] | None = None
+        self._stream: grain.DatasetIterator[dict[str, Any]] | None = None
         # Of the step that is being made: contents, and by pair id what `TrainBatch.target_ids` says.
         self._taken: set[int] = set()
         self._target_ids: dict[str, np.ndarray] = {}
@@ -137,7 +137,8 @@ class StepIterator(grain.DatasetIterator):
 
     def _row_at(self, position: int) -> int:
         """The row of a pair that waits."""
-        return int(self._order[position])
+        row: Any = self._order[position]
+        return int(row)
 
     def __next__(self) -> TrainBatch:
         self._taken, self._target_ids = set(), {}
@@ -188,7 +189,7 @@ class StepIterator(grain.DatasetIterator):
             pair.element = self._load(pair.row)
         element = pair.element
         if "skipped" in element:  # a file that could be read before
-            self._skips.record(element["id"], element["skipped"])
+            self._skip(element["id"], element["skipped"])
             return _Outcome.DONE
         sequences = [None if s is None else to_sequence(s) for s in element["sequences"]]
         try:
@@ -196,13 +197,19 @@ class StepIterator(grain.DatasetIterator):
         except ValueError as error:
             if self._skips is None:
                 raise
-            self._skips.record(element["id"], str(error))
+            self._skip(element["id"], str(error))
             return _Outcome.DONE
         if not added:
             return _Outcome.NO_ROOM
         self._taken.add(content)
         self._target_ids[element["id"]] = element["target_ids"]
         return _Outcome.DONE
+
+    def _skip(self, pair_id: str, reason: str) -> SkipLog:
+        """Lists a row that cannot be used. Without a list, loading it has raised."""
+        assert self._skips is not None
+        self._skips.record(pair_id, reason)
+        return self._skips
 
     def _read(self, stop: float = math.inf) -> Iterator[_Pair]:
         """The usable pairs of the stream from the next position on, up to position `stop`."""
@@ -214,11 +221,11 @@ class StepIterator(grain.DatasetIterator):
                 return
             position, self._next = self._next, self._next + 1
             if "skipped" in element:
-                self._skips.record(element["id"], element["skipped"])
+                skips = self._skip(element["id"], element["skipped"])
                 self._unusable_in_a_row += 1
                 if self._unusable_in_a_row >= self._num_rows:
                     # An endless stream would be searched for ever.
-                    raise TooManySkips(self._skips.pair_ids, self._skips.limit, self._skips.path)
+                    raise TooManySkips(skips.pair_ids, skips.limit, skips.path)
             elif "hole" not in element:
                 self._unusable_in_a_row = 0
                 for sequence in element["sequences"]:

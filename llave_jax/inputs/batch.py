@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,4 +98,7 @@ def empty_batch(budget: Budget, num_shards: int, crop: CropGeometry) -> PackedBa
 
 def stack_batches(batches: Sequence[PackedBatch]) -> PackedBatch:
     """Micro-batches of equal shapes as one batch: every array gets a leading axis [M]."""
-    return PackedBatch(*(None if x[0] is None else np.stack(x) for x in zip(*batches, strict=True)))
+    arrays: list[Any] = [
+        None if parts[0] is None else np.stack(parts) for parts in zip(*batches, strict=True)
+    ]
+    return PackedBatch(*arrays)

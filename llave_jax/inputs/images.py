@@ -176,5 +176,6 @@ def _describe(encoded: bytes) -> str:
     return f"{len(encoded)} bytes starting with {head!r}"
 
 
-def _join(name: str, path: str) -> str:
+def _join(name: str, path: str | os.PathLike) -> str:
+    path = os.fspath(path)
     return f"{name} ({path})" if name and path not in name else name or path

@@ -113,7 +113,7 @@ class SequenceBuilder:
             taps=T.concatenate(taps) if taps else T.newlines(0),
             name=item.name,
             zero_crops=tuple(zero_crops),
-            num_cut=whole - min(length, config.max_length),
+            num_cut=int(whole) - min(length, config.max_length),
         )
         if length > config.max_length:
             sequence = _truncate(sequence, config.max_length, crop.num_patches)

@@ -1,6 +1,6 @@
 """Frames of a video file by their index, with PyAV (extra `video`).
 
-Owns opening and decoding; which frames are wanted is `video.py`. Frame i is the i-th frame the
+Owns opening and decoding; which frames are read is `video.py`. Frame i is the i-th frame the
 decoder shows, in presentation order, whatever its time stamp: a variable frame rate changes nothing.
 """
 
@@ -10,17 +10,20 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterator
 from fractions import Fraction
+from typing import Any
 
 import PIL.Image
 
 from llave_jax.inputs.images import ImageError
 
 try:
-    import av
+    import av as _av
 except ImportError:
-    av = None
+    _av = None
+# Any: the names that it exports are unknown to type checkers.
+av: Any = _av
 
-# (number of frames, average frames per second) -> indices of the frames wanted, ascending.
+# (number of frames, average frames per second) -> indices of the frames to read, ascending.
 IndicesFn = Callable[[int, float], Collection[int]]
 
 
@@ -93,19 +96,19 @@ def _count(path: str, where: str) -> tuple[int, float]:
     return count, float(rate)
 
 
-def _decode(path: str, where: str, wanted: set[int]) -> tuple[dict[int, PIL.Image.Image], int]:
-    """The wanted frames by index, and how many frames the file decodes to."""
+def _decode(path: str, where: str, indices: set[int]) -> tuple[dict[int, PIL.Image.Image], int]:
+    """The frames at `indices` by their index, and how many frames the file decodes to."""
     frames: dict[int, PIL.Image.Image] = {}
     decoded = 0
     with _open(path, where) as container:
         for frame in _shown_frames(container, where):
-            if decoded in wanted:
+            if decoded in indices:
                 frames[decoded] = frame.to_image()
             decoded += 1
     return frames, decoded
 
 
-def _shown_frames(container, where: str) -> Iterator[av.VideoFrame]:
+def _shown_frames(container, where: str) -> Iterator[Any]:
     """Frames in presentation order; what is damaged is left out and logged."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
