@@ -1,7 +1,8 @@
 """Any-resolution images: which canvas, which crops, which visual tokens (`anyres_max_9`).
 
-LLaVA-OneVision's scheme as LLaVE uses it: a base crop of the whole image, then the image letter-boxed
-on the best of several canvases and cut into tiles. Pixels by Pillow, layout by `taps.py`.
+This is LLaVA-OneVision's scheme as LLaVE uses it: a base crop of the whole image, and the image
+letter-boxed on the best of several canvases, which is cut into tiles. Pillow makes the pixels, `taps.py`
+the visual tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ from llave_jax.inputs.crops import CropGeometry, resize_to_crop
 
 
 def best_canvas(width: int, height: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The canvas (height, width) that keeps most of the image's resolution.
+    """The canvas that keeps most of an image's resolution.
 
-    Effective resolution is the area of the image fitted inside, at most its own; ties go to the
-    canvas that wastes least, then to the first.
+    That is the canvas in which the fitted image has the largest area, where an area beyond the image's
+    own does not count. Of several, the canvas that leaves least of itself empty is taken, then the first.
+
+    Args:
+      width: of the image, in pixels, as is `height`.
+      pinpoints: the canvases, as of `InputConfig`.
+
+    Returns:
+      (height, width) in pixels.
     """
 
     def merit(canvas: tuple[int, int]) -> tuple[int, int]:
@@ -33,7 +41,15 @@ def best_canvas(width: int, height: int, pinpoints: tuple[tuple[int, int], ...])
 
 
 def letterbox(image: PIL.Image.Image, canvas: tuple[int, int]) -> PIL.Image.Image:
-    """The image fitted inside the canvas (height, width), centred on black."""
+    """The image fitted inside a canvas, centred on black.
+
+    Args:
+      image: of mode "RGB".
+      canvas: (height, width) in pixels.
+
+    Returns:
+      An image of the canvas's size.
+    """
     height, width = canvas
     scale_x, scale_y = width / image.width, height / image.height
     if scale_x < scale_y:
@@ -127,9 +143,14 @@ def largest_image(config: InputConfig, crop: CropGeometry) -> tuple[int, int]:
 
 
 def unpad(tiles: T.Taps, width: int, height: int) -> T.Taps:
-    """Take the letter-box off a map: the padding follows from the image's width and height.
+    """Takes the letter-box's padding off the map of an image's tiles.
 
-    Truncating here (not rounding) decides the grid; a very thin image can keep no row at all.
+    The padding is computed as in the authors' code, which truncates: rounding would give another grid.
+    A very thin image can keep no row at all.
+
+    Args:
+      tiles: the map [rows, columns].
+      width: of the image, in pixels, as is `height`.
     """
     rows, columns = tiles.shape
     if width / height > columns / rows:
@@ -140,7 +161,13 @@ def unpad(tiles: T.Taps, width: int, height: int) -> T.Taps:
 
 
 def shrink(tiles: T.Taps, anyres_max: int | None, num_patches: int) -> T.Taps:
-    """Resize a map that holds clearly more tokens than `anyres_max` crops would."""
+    """Resizes a map that holds clearly more tokens than `anyres_max` crops would.
+
+    Args:
+      tiles: a map [rows, columns].
+      anyres_max: crops; None: no limit.
+      num_patches: tokens of a crop.
+    """
     rows, columns = tiles.shape
     if anyres_max is None:
         return tiles

@@ -1,6 +1,6 @@
-"""Chat text and its token ids: what is said around an item's images.
+"""Chat text and its token ids: the prompt around an item's text and images.
 
-Owns the prompt format and the image markers; where visual tokens go in detail is `sequence.py`.
+Owns the prompt format and the image markers. How visual tokens take a marker's place is `sequence.py`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ _AFTER = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 
 def count_markers(text: str) -> int:
-    """How many of `<image>`, `<|image_1|>`, ... a text holds."""
+    """How many image markers (`<image>`, `<|image_1|>`, ...) a text holds."""
     return text.count(IMAGE_MARKER) + len(_NUMBERED_MARKER.findall(text))
 
 
 def place_markers(text: str, num_images: int, name: str = "") -> str:
-    """User content with exactly one `<image>` for each image (a video counts as one image).
+    """User content with exactly one `<image>` for each image.
 
-    MMEB's `<|image_1|>` becomes `<image>`. A single marker that is not at the start is moved there
-    (`<image>` and a newline, then the stripped rest), as the authors' preprocessing does; several
-    markers stay where they are. Images of a text without markers go in front, one a line.
+    MMEB's `<|image_1|>` becomes `<image>`. As in the authors' preprocessing, a single marker that is not
+    at the start is moved there: `<image>`, a newline, and the stripped rest. Several markers stay where
+    they are. If the text has no markers, the images go in front, one a line.
+
+    Args:
+      text: user content, with or without markers.
+      num_images: of the item; a video counts as one.
+      name: of the item, for errors.
 
     Raises:
       ValueError: the text has markers, but not one for each image.
@@ -80,11 +85,14 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 
 
 def chat_ids(tokenizer: Any, content: str) -> np.ndarray:
-    """Token ids of the whole prompt: int32 [T], one IMAGE_TOKEN for each `<image>`.
+    """Token ids of the whole prompt.
 
     Args:
       tokenizer: a Hugging Face fast tokenizer of the model.
       content: user content from `place_markers`.
+
+    Returns:
+      int32 [T], with one IMAGE_TOKEN for each `<image>`.
     """
     ids: list[int] = []
     for i, piece in enumerate(chat_text(content).split(IMAGE_MARKER)):

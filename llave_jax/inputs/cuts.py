@@ -1,6 +1,7 @@
-"""Warnings of items that are longer than the model reads: each by name, but not thousands of them.
+"""Warnings about items that are longer than the model reads.
 
-Cutting is `sequence.py`; whoever collects sequences holds the warnings, in one thread.
+The first items are named, the others counted. Cutting itself is `sequence.py`. Whoever collects sequences
+holds one `CutWarnings`, in one thread.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ class CutWarnings:
     """Names the first items that are cut, and counts those that follow."""
 
     def __init__(self, *, items_repeat: bool = False):
-        """`items_repeat`: a name that comes again is the same item, as in training's next epoch."""
+        """Args:
+        items_repeat: a name that comes again is the same item, as in training's next epoch.
+        """
         self._items_repeat = items_repeat
         self._named: list[str] = []
         self._unnamed = self._reported = 0
 
     def note(self, sequence: TokenSequence) -> None:
-        """Warns, or counts, if the model's limits cut the sequence."""
+        """Warns about a sequence, or counts it, if the model's limits cut it."""
         if not sequence.num_cut or (self._items_repeat and sequence.name in self._named):
             return
         if len(self._named) == NAMED_ITEMS:
@@ -40,7 +43,7 @@ class CutWarnings:
         )
 
     def report(self) -> None:
-        """Says how many were cut beside those that were named, if there are more than last time."""
+        """Says how many sequences were cut beside the named ones, if there are more than last time."""
         if self._unnamed > self._reported:
             self._reported = self._unnamed
             logging.getLogger(__name__).warning(

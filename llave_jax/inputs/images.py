@@ -1,7 +1,8 @@
-"""Image files to RGB pixels, and what happens to files that are not what they should be.
+"""Image files become RGB pixels, or an error that names the file.
 
-Owns reading and decoding only. Pixels are what the authors' code sees: Pillow, first frame, no EXIF
-rotation, alpha dropped. Cutting into crops is `anyres.py`; who skips a bad row is `data/pipeline.py`.
+Owns reading and decoding only. Pixels are those that the authors' code sees: decoded by Pillow, first
+frame, no EXIF rotation, alpha dropped. Cutting into crops is `anyres.py`. What training does with a row
+whose image is broken is `data/loading.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ImageError(ValueError):
 
 
 def read_image_file(path: str | os.PathLike, name: str = "") -> bytes:
-    """Returns the encoded bytes of an image file.
+    """The encoded bytes of an image file.
 
     Args:
       path: a regular file of at most `MAX_FILE_BYTES`.

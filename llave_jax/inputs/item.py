@@ -1,6 +1,7 @@
-"""One side of a pair, as users and data sets give it: text, images or a video.
+"""Items and pairs of items, as users and data sets give them: text, images or a video.
 
-Owns the types and what is an item; reading image files is `images.py`, layout is `sequence.py`.
+Owns the types, and the rules of what is an item. Reading image files is `images.py`, layout is
+`sequence.py`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ VideoLike = Union[str, os.PathLike, Sequence[ImageLike]]
 class Item:
     """What one embedding is made of.
 
-    `text` is user content as in MMEB rows: it may hold one marker (`<image>` or `<|image_1|>`) for
-    each image, in order. A single image without a marker is put in front of the text.
-    An image that is None is the zero picture: one crop of zeros after normalisation, which the
-    authors' code puts in the place of a marker whose image is missing. Only a marker can hold it:
-    Nones of an item without markers, or with a video, are dropped.
-    A video takes the place of one marker; an item holds images or a video, not both.
-    `name` says where the item comes from (file, row) in errors and logs.
+    Attributes:
+      text: user content as in MMEB rows. It may hold one marker (`<image>` or `<|image_1|>`) for each
+        image, in order. Images of a text without markers are put in front of it.
+      images: None stands for the zero picture: one crop of zeros after normalisation, which the authors'
+        code puts in the place of a marker whose image is missing. Only a marker can hold it, so the Nones
+        of an item without markers, or with a video, are dropped.
+      video: takes the place of one marker. An item has images or a video, not both.
+      name: where the item comes from (file, row), for errors and logs.
     """
 
     text: str = ""
@@ -73,12 +75,12 @@ _KEYS = ("text", "image", "images", "video")
 def as_item(item: ItemLike, name: str) -> Item:
     """Any form of item that users give, as an Item.
 
-    A dict's None is the same as the key left out, but for `image` and the entries of `images`: there
-    it is a missing image, the zero picture in its marker's place.
+    In a dict, None is the same as no key. As `image`, or in `images`, it is a missing image: the zero
+    picture takes its marker's place.
 
     Args:
-      item: an Item passes as it is, also an empty one.
-      name: says where the item comes from (file, row) in errors.
+      item: an Item is returned as it is, even an empty one.
+      name: where the item comes from (file, row), for errors.
 
     Raises:
       ValueError: it is none of these forms, or has neither text nor image nor video.
@@ -123,8 +125,12 @@ def missing_image(text: str) -> tuple[None, ...]:
 def is_empty(text: str, *pictures: object) -> bool:
     """Whether one side of a pair says and shows nothing: blank text, and no image or video.
 
-    The one rule for what users and data sets give. Only an `Item` that a program makes itself may be
-    empty.
+    All that users and data sets give goes through this rule. Only an `Item` that a program makes itself
+    may be empty.
+
+    Args:
+      text: of the side.
+      pictures: its images or videos, or what stands for them; false values are none.
     """
     return not text.strip() and not any(pictures)
 

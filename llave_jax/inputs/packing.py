@@ -1,7 +1,7 @@
-"""Packing: many sequences into rows of fixed shape, so that no padding is computed.
+"""Packing: many sequences share a row of fixed length, so that little padding is computed.
 
-A batch has one shard for each device; every index in it is local to its shard, and all sides of a
-pair share a shard. What does not fit is left to the caller, to put into the next batch.
+A batch has one shard for each device. Every index in a batch is local to its shard, and all sides of a
+pair lie in the same shard. A group that does not fit is refused; the caller offers it to the next batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Group = TypeVar("Group")
 
 @dataclasses.dataclass
 class _Shard:
-    """What is taken in one shard."""
+    """How much of a shard is used: tokens and segments of each row, crops, group slots."""
 
     row_used: list[int]
     row_segments: list[int]
@@ -32,8 +32,14 @@ class _Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a group goes: its shard and slot, its first crop there, and for each of its sequences
-    (row, first token, segment id)."""
+    """Where a group lies in a batch.
+
+    Attributes:
+      shard: of all its sequences.
+      slot: in the shard's G groups.
+      first_crop: in the shard's C crops.
+      spans: (row, first token, segment id) of each sequence.
+    """
 
     shard: int
     slot: int
@@ -42,39 +48,57 @@ class Placement:
 
 
 def default_lookahead(budget: Budget, num_shards: int) -> int:
-    """Pairs that may wait for a later batch: more fill batches better, but wait longer. With half
-    as many as a batch has slots for hardly any waits twice."""
+    """How many pairs may wait for a later batch while smaller ones fill the current one.
+
+    A longer lookahead fills batches better but delays pairs. With half as many as a batch has slots,
+    almost no pair is delayed twice.
+
+    Args:
+      budget: of each shard.
+      num_shards: of the process, which packs by itself.
+    """
     return max(1, budget.groups * num_shards // 2)
 
 
 class Planner:
     """Decides where groups go, from their sizes alone.
 
-    A group goes to the shard where its longest sequence leaves least of a row unused, of several to
-    the least filled; its other sequences to the tightest rows there. Deterministic, in the order
-    of the calls.
+    A group goes to the shard where its longest sequence leaves the least of a row unused. Of several
+    such shards it goes to the one that is filled least. Its other sequences go to the rows there in which
+    they leave the least unused. The result depends on the order of the calls and on nothing else.
     """
 
     def __init__(self, budget: Budget, num_shards: int):
+        """Args:
+        budget: of each shard.
+        num_shards: S.
+        """
         self.budget = budget
         rows = budget.rows
         self.shards = [_Shard([0] * rows, [0] * rows) for _ in range(num_shards)]
 
     @property
     def full(self) -> bool:
-        """Every group slot is taken."""
+        """Whether every group slot is taken."""
         return all(shard.groups_used == self.budget.groups for shard in self.shards)
 
     @property
     def num_groups(self) -> int:
+        """Groups that have a place so far."""
         return sum(shard.groups_used for shard in self.shards)
 
     def place(
         self, lengths: Sequence[int], crops: int, shard: int | None = None
     ) -> Placement | None:
-        """A place for sequences of these lengths with `crops` crops in all; None if no room is left.
+        """Takes room for a group.
 
-        `shard`: look in this one only.
+        Args:
+          lengths: int [Z], tokens of its sequences; 0 for a side that it lacks.
+          crops: of all its sequences.
+          shard: the only shard to look in; None: all of them.
+
+        Returns:
+          Where the group goes, or None if no shard has room for it.
         """
         best: tuple[tuple[int, float, int], list[int]] | None = None
         for index in range(len(self.shards)) if shard is None else (shard,):
@@ -110,7 +134,7 @@ class Planner:
         return placement
 
     def _fill(self, index: int) -> float:
-        """Share of the scarcest resource used."""
+        """Used share of the resource that is scarcest in a shard."""
         shard, budget = self.shards[index], self.budget
         return max(
             sum(shard.row_used) / (budget.rows * budget.row_length),
@@ -119,7 +143,8 @@ class Planner:
         )
 
     def _choose_rows(self, row_used: Sequence[int], lengths: Sequence[int]) -> list[int] | None:
-        """A row for each sequence, the longest first into the row where it leaves least room."""
+        """A row for each sequence: the longest one first, into the row that it fills best; None if a
+        sequence fits into no row."""
         used = list(row_used)
         rows = [0] * len(lengths)
         for side in sorted(range(len(lengths)), key=lambda side: -lengths[side]):
@@ -132,7 +157,17 @@ class Planner:
         return rows
 
     def check(self, lengths: Sequence[int], crops: int, taps: int, name: str) -> None:
-        """Raises ValueError if a group would not fit in an empty batch either."""
+        """Refuses a group that would not fit into an empty batch either.
+
+        Args:
+          lengths: int [Z], as of `place`.
+          crops: of all its sequences.
+          taps: the most of any of its visual tokens.
+          name: of the group, for the error.
+
+        Raises:
+          ValueError: it would not fit; the message names what is too small.
+        """
         budget = self.budget
         if len(lengths) != budget.sides:
             raise ValueError(
@@ -159,21 +194,22 @@ def place_dealt(
     micro_batches: int,
     lookahead: int,
 ) -> list[Group]:
-    """Places the groups of one step that were dealt to (micro-batch, shard), and some that waited.
+    """Places the groups of one step: those that waited, and those that the order assigns to it.
 
-    Those that waited come first, so that none waits for ever. Then each goes where it was dealt to;
-    if that is full, to another shard of its micro-batch, whose pool is the same; else to another
-    micro-batch.
+    Groups that waited come first, so that none waits for ever. Every other group goes to the shard that
+    it is assigned to. If that shard is full, the group goes to another shard of the same micro-batch,
+    where its pool of negatives is the same, and only then to another micro-batch.
 
     Args:
-      waiting: groups without room in earlier steps, the oldest first.
-      dealt: the groups of this step.
-      home: (micro-batch, shard) of a group.
-      add: places a group in a micro-batch, in one shard or (None) in any; False if it has no room.
-      lookahead: when so many that waited have found no room again, the others are not tried.
+      waiting: groups that had no room in earlier steps, the oldest first.
+      dealt: the groups that the order assigns to this step.
+      home: group -> the (micro-batch, shard) that it is assigned to.
+      add: (group, micro-batch, shard or None for any) -> whether it was placed there.
+      micro_batches: of a step.
+      lookahead: once so many of `waiting` have found no room again, the others are not tried.
 
     Returns:
-      The groups that found no room.
+      The groups that have to wait: those of `waiting` first.
     """
 
     def anywhere(group: Group) -> bool:
@@ -190,9 +226,14 @@ def place_dealt(
 
 
 class Packer:
-    """Fills one batch after another: `add` groups until `full` or refused, then `emit`."""
+    """Fills one batch after another: `add` groups until one is refused or the batch is `full`, then `emit`."""
 
     def __init__(self, budget: Budget, num_shards: int, crop: CropGeometry):
+        """Args:
+        budget: of each shard.
+        num_shards: S.
+        crop: the geometry of the model's crops.
+        """
         self.budget = budget
         self.num_shards = num_shards
         self._crop = crop
@@ -205,7 +246,7 @@ class Packer:
 
     @property
     def full(self) -> bool:
-        """Every group slot is taken."""
+        """Whether every group slot is taken."""
         return self.planner.full
 
     @property
@@ -216,13 +257,18 @@ class Packer:
     def add(
         self, group: Sequence[TokenSequence | None], group_id: str = "", shard: int | None = None
     ) -> bool:
-        """Place a group of `budget.sides` sequences; False if it has no room in this batch.
+        """Writes a group into the batch, if it has room.
 
-        None stands for a side that the group lacks (a pair without a hard negative). With `shard`, only
-        this one is tried.
+        Args:
+          group: Z sequences; None for a side that the group lacks (a pair without a hard negative).
+          group_id: comes back from `emit`, and names the group in errors.
+          shard: the only shard that is tried; None: all of them.
+
+        Returns:
+          Whether there was room.
 
         Raises:
-          ValueError: the group would not fit in an empty batch either; it names the group.
+          ValueError: the group would not fit into an empty batch either; it names the group.
         """
         present = [sequence for sequence in group if sequence is not None]
         lengths = [0 if sequence is None else len(sequence) for sequence in group]
@@ -245,7 +291,11 @@ class Packer:
         return True
 
     def emit(self) -> tuple[PackedBatch, list[list[str]]]:
-        """The batch and its groups' ids, by shard and slot ("" where empty); starts the next one."""
+        """Hands out the batch and starts the next one.
+
+        Returns:
+          The batch, and its groups' ids [S][G], "" for empty slots.
+        """
         batch, ids = self._batch, self._ids
         self._start()
         return batch, ids

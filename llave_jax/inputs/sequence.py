@@ -27,7 +27,7 @@ class TokenSequence:
 
     Attributes:
       tokens: int32 [T], token ids, VISUAL_SLOT where a visual token goes.
-      crops: uint8 [C, S, S, 3].
+      crops: uint8 [C, size, size, 3].
       taps: of the V visual slots, in order: [V] tokens over the C crops' patches.
       name: where the item comes from, for messages.
       zero_crops: which crops are zero pictures. Normalisation gives them 0, which no uint8 pixel
@@ -47,9 +47,12 @@ class TokenSequence:
 
 
 class Visual(NamedTuple):
-    """What takes one marker's place: `crops` uint8 [C, S, S, 3] and the taps over them, [V].
+    """What takes the place of one marker.
 
-    `is_zero`: it is the zero picture, a single crop.
+    Attributes:
+      crops: uint8 [C, size, size, 3].
+      taps: of its V visual tokens, over the patches of `crops`.
+      is_zero: it is the zero picture, a single crop.
     """
 
     crops: np.ndarray
@@ -58,22 +61,29 @@ class Visual(NamedTuple):
 
 
 class SequenceBuilder:
-    """`builder(item) -> TokenSequence` for one model: its tokenizer, sizes and input settings.
+    """`builder(item) -> TokenSequence` for one model.
 
-    What is too long is cut without a warning: `cuts.CutWarnings` gives it. Picklable (data workers
-    hold one each) and without state that changes.
+    An item that is too long is cut without a warning: whoever collects sequences gives it
+    (`cuts.CutWarnings`). A builder never changes and can be pickled: every data worker has one.
     """
 
     def __init__(self, tokenizer: Any, spec: InputSpec):
+        """Args:
+        tokenizer: a Hugging Face fast tokenizer that belongs to the model.
+        spec: of the model.
+        """
         self.tokenizer = tokenizer
         self.spec = spec
-        # Kept, since the tokenizer takes long to say it.
+        # Looked up once: the tokenizer computes it anew each time, which is slow.
         self._pad_token_id = tokenizer.pad_token_id
         size = spec.crop.size
         self._no_crops = np.zeros((0, size, size, 3), np.uint8)
 
     def __call__(self, item: Item) -> TokenSequence:
-        """What is too long is cut at its end, and `num_cut` says so.
+        """Lays out an item. What is too long is cut at its end, and `num_cut` says how much.
+
+        Args:
+          item: its images and its video are read here.
 
         Raises:
           ValueError: an image cannot be read, a marker is misplaced, or the text has a token that the
@@ -83,8 +93,8 @@ class SequenceBuilder:
         visuals = self._visuals(item)
         content = chat.place_markers(item.text, len(visuals), item.name)
         ids = chat.chat_ids(self.tokenizer, content)
-        # A literal padding token in the text is dropped after the text is cut: the model takes padding
-        # out by its id, as the authors' image path does.
+        # A padding token that the text spells out is dropped, and only after the text is cut: the
+        # authors' code finds padding by its id when it inserts images.
         is_token = ids != self._pad_token_id
         whole = np.count_nonzero(is_token) + sum(visual.taps.shape[0] - 1 for visual in visuals)
         ids = ids[: config.max_text_length][is_token[: config.max_text_length]]
@@ -158,20 +168,22 @@ class SequenceBuilder:
 
 
 def _split_at_markers(ids: np.ndarray) -> list[tuple[np.ndarray, bool]]:
-    """Pieces of text between the image tokens, each with whether an image stands before it."""
-    places = np.flatnonzero(ids == chat.IMAGE_TOKEN)
-    pieces = [(ids[: places[0]] if len(places) else ids, False)]
-    ends = [*places[1:], len(ids)]
-    pieces += [(ids[p + 1 : end], True) for p, end in zip(places, ends, strict=False)]
-    return pieces
+    """The pieces of text between image tokens: their ids, and whether an image token comes before."""
+    markers = np.flatnonzero(ids == chat.IMAGE_TOKEN)
+    starts, ends = [0, *(markers + 1)], [*markers, len(ids)]
+    return [
+        (ids[start:end], number > 0)
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
 
 
 def _shift(taps: T.Taps, offset: int) -> T.Taps:
+    """The same taps, `offset` patches further on; newlines stay newlines."""
     return T.Taps(np.where(taps.index == T.NEWLINE, T.NEWLINE, taps.index + offset), taps.weight)
 
 
 def _truncate(sequence: TokenSequence, length: int, num_patches: int) -> TokenSequence:
-    """Cut the tail, and the crops that no remaining token looks at."""
+    """The first `length` tokens, without the crops that none of them looks at."""
     tokens = sequence.tokens[:length]
     taps = sequence.taps[: np.count_nonzero(tokens == VISUAL_SLOT)]
     num_crops = int(taps.index.max(initial=T.NEWLINE) // num_patches) + 1

@@ -1,8 +1,8 @@
 """Visual tokens as weighted patch features ("taps"): index arithmetic on maps of patches.
 
-A map is a grid of taps; tiling, cropping, resizing and newlines are operations on such grids.
-Owns no pixels and no model: `anyres.py` and `video.py` say which operations an image or a video
-goes through, the device computes `sum_k weight[k] * feature[index[k]]`.
+A visual token is `sum_k weight[k] * feature[index[k]]`, which the device computes; its taps are the
+indices and weights. A map is a grid of tokens. Tiling, cropping, resizing and newlines are operations on
+maps; which of them an image or a video goes through is `anyres.py` and `video.py`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ import dataclasses
 
 import numpy as np
 
-# Index of the learned newline vector, until packing gives it its place in the table of features.
+# Index of the learned newline vector. Packing replaces it by the last row of the shard's features.
 NEWLINE = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """`index` int32 [..., K] into patches (crop * patches_per_crop + patch) or NEWLINE;
-    `weight` float32 [..., K].
+    """The taps of a grid of visual tokens.
 
-    Weights sum to 1, but for one case: where all K > 1 of them are 1, the token is the maximum of
-    its taps (pool mode `max`).
+    A token's weights sum to 1, with one exception: if K > 1 and all weights are 1, the token is the
+    maximum of its taps (pool mode `max`).
+
+    Attributes:
+      index: int32 [..., K], crop * patches_per_crop + patch, or NEWLINE.
+      weight: float32 [..., K].
     """
 
     index: np.ndarray
     weight: np.ndarray
 
     def reshape(self, *shape: int) -> Taps:
+        """The same tokens in a grid of another shape."""
         k = self.index.shape[-1]
         return Taps(self.index.reshape(*shape, k), self.weight.reshape(*shape, k))
 
@@ -36,16 +40,27 @@ class Taps:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the grid of tokens."""
         return self.index.shape[:-1]
 
     @property
     def width(self) -> int:
-        """Number of taps of each token."""
+        """K, the number of taps of each token."""
         return self.index.shape[-1]
 
 
 def crop_map(first_crop: int, rows: int, columns: int, side: int) -> Taps:
-    """Map [rows * side, columns * side] over crops laid row by row from `first_crop` on."""
+    """The map of crops that lie side by side in a grid. This is the order of the tiles.
+
+    Args:
+      first_crop: index of the crop at the top left; the others follow row by row.
+      rows: of crops.
+      columns: of crops.
+      side: patches along a crop's side.
+
+    Returns:
+      Single taps [rows * side, columns * side].
+    """
     y, x = np.meshgrid(np.arange(rows * side), np.arange(columns * side), indexing="ij")
     crop = first_crop + (y // side) * columns + x // side
     index = crop * side**2 + (y % side) * side + x % side
@@ -53,16 +68,21 @@ def crop_map(first_crop: int, rows: int, columns: int, side: int) -> Taps:
 
 
 def plain(index: np.ndarray) -> Taps:
-    """One tap of weight 1 for each token."""
+    """Single taps: `index` int [...], the one patch of each token."""
     return Taps(np.asarray(index, np.int32)[..., None], np.ones((*np.shape(index), 1), np.float32))
 
 
 def newlines(*shape: int) -> Taps:
+    """A grid of newlines of this shape."""
     return plain(np.full(shape, NEWLINE))
 
 
 def widen(taps: Taps, width: int) -> Taps:
-    """The same tokens with `width` taps each: further taps have weight 0."""
+    """The same tokens with `width` taps each: the added taps have weight 0.
+
+    Raises:
+      ValueError: the tokens have more taps already.
+    """
     extra = width - taps.width
     if extra == 0:
         return taps
@@ -73,7 +93,7 @@ def widen(taps: Taps, width: int) -> Taps:
 
 
 def concatenate(parts: list[Taps], axis: int = 0) -> Taps:
-    """Join token maps; all get the widest one's number of taps (see `widen`)."""
+    """Joins maps along an axis; all get as many taps as the widest one has (see `widen`)."""
     width = max(part.width for part in parts)
     parts = [widen(part, width) for part in parts]
     return Taps(
@@ -83,9 +103,17 @@ def concatenate(parts: list[Taps], axis: int = 0) -> Taps:
 
 
 def resize_bilinear(taps: Taps, height: int, width: int) -> Taps:
-    """Resize a map [H, W] of single taps: bilinear, half-pixel centres, no antialiasing.
+    """Resizes a map of single taps: bilinear, half-pixel centres, no antialiasing.
 
     This is `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
+
+    Args:
+      taps: a map [rows, columns].
+      height: rows of the result.
+      width: columns of the result.
+
+    Returns:
+      Taps [height, width] with K = 4.
     """
     (y0, y1, fy), (x0, x1, fx) = (
         _interpolate(n, m) for n, m in zip(taps.shape, (height, width), strict=True)
@@ -102,13 +130,23 @@ def resize_bilinear(taps: Taps, height: int, width: int) -> Taps:
 
 
 def _interpolate(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each new position the old positions before and after it, and the second one's weight."""
     centre = np.maximum((np.arange(new_size) + 0.5) * (size / new_size) - 0.5, 0.0)
     low = np.minimum(centre.astype(np.int64), size - 1)
     return low, np.minimum(low + 1, size - 1), centre - low
 
 
 def pool_windows(taps: Taps, stride: int, take_max: bool) -> Taps:
-    """Average or maximum over stride x stride windows; rows and columns left over are dropped."""
+    """Average or maximum over windows of stride x stride; rows and columns left over are dropped.
+
+    Args:
+      taps: a map [rows, columns] of single taps.
+      stride: of the windows.
+      take_max: the maximum, in place of the average.
+
+    Returns:
+      Taps [rows // stride, columns // stride] with K = stride * stride.
+    """
     rows, columns = (n // stride for n in taps.shape)
     source = taps.index[: rows * stride, : columns * stride, 0]
     index = source.reshape(rows, stride, columns, stride).transpose(0, 2, 1, 3)

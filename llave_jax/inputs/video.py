@@ -21,10 +21,19 @@ from llave_jax.inputs.item import VideoLike
 def sample_frame_indices(
     num_frames: int, average_fps: float, *, frames_per_second: int = 3, max_frames: int = 32
 ) -> list[int]:
-    """Indices of the frames the model sees: `frames_per_second` of video, at most `max_frames`.
+    """Indices of the frames that the model sees.
 
-    A clip that would give more has `max_frames` taken evenly from its first to its last frame.
-    `max_frames = 0` sets no limit.
+    They are one in every so many. If these are more than `max_frames`, so many frames are taken, evenly
+    from the first to the last.
+
+    Args:
+      num_frames: of the video.
+      average_fps: frames of the video in a second.
+      frames_per_second: frames to take of each second.
+      max_frames: the most frames to take; 0: no limit.
+
+    Raises:
+      ValueError: the video has no frames.
     """
     if num_frames < 1:
         raise ValueError(f"the video has {num_frames} frames; expected at least one")
@@ -36,7 +45,20 @@ def sample_frame_indices(
 
 
 def load_frames(video: VideoLike, config: InputConfig, name: str = "") -> list[PIL.Image.Image]:
-    """RGB frames of a video: sampled from a file, or all of those that are given."""
+    """The frames of a video: sampled from a file, or all of those that are given.
+
+    Args:
+      video: a path, or frames.
+      config: says how a file is sampled.
+      name: where the video comes from (file, row), for errors.
+
+    Returns:
+      Images of mode "RGB".
+
+    Raises:
+      ImageError: the file or a frame cannot be read.
+      ValueError: there are no frames.
+    """
     if isinstance(video, str | os.PathLike):
         from llave_jax.inputs import video_decode
 
@@ -57,11 +79,19 @@ def load_frames(video: VideoLike, config: InputConfig, name: str = "") -> list[P
 
 
 def video_taps(num_frames: int, config: InputConfig, crop: CropGeometry) -> T.Taps:
-    """Visual tokens of a video over one crop for each frame: [V].
+    """Visual tokens of a video that has one crop for each frame.
 
-    Each frame's map of side x side patches is pooled by `pool_stride`; newlines go where
-    `newline_position` says: after every row (`grid`), after every frame (`frame`), at the very end
-    (`one_token`) or nowhere (`no_token`).
+    The map of each frame's patches is pooled by `pool_stride`. Newlines go where `newline_position` says:
+    after every row (`grid`), after every frame (`frame`), at the very end (`one_token`) or nowhere
+    (`no_token`).
+
+    Args:
+      num_frames: of the video.
+      config: the model's input settings.
+      crop: the geometry of its crops.
+
+    Returns:
+      Taps [V].
     """
     side = crop.patches_per_side
     frame = T.crop_map(0, 1, 1, side)
