@@ -44,7 +44,15 @@ pre { background: #fff; border: 1px solid #ddd; padding: 1em; overflow-x: auto; 
 def write_page(
     path: Path, report: str, source: PairSource, builder: SequenceBuilder, samples: int
 ) -> None:
-    """Writes the page: the printed report, then `samples` pairs of each subset, evenly spread."""
+    """Writes the page: the printed report, then sample pairs of each subset.
+
+    Args:
+      path: of the page.
+      report: what is printed.
+      source: of the pairs.
+      builder: of the model's sequences.
+      samples: pairs of each subset, evenly spread over it.
+    """
     sections = []
     for subset, indices in source.subsets.items():
         chosen = indices[:: max(1, len(indices) // max(samples, 1))][:samples]
@@ -83,7 +91,7 @@ def _side(title: str, item: Item, builder: SequenceBuilder) -> str:
 
 
 def _chat(sequence: TokenSequence, builder: SequenceBuilder) -> str:
-    """The token ids as text, with a mark where visual tokens stand."""
+    """The token ids as text. A mark stands for visual tokens."""
     special = set(builder.tokenizer.all_special_tokens)
     parts = []
     for visual, group in itertools.groupby(sequence.tokens.tolist(), lambda t: t == VISUAL_SLOT):
@@ -99,7 +107,7 @@ def _chat(sequence: TokenSequence, builder: SequenceBuilder) -> str:
 
 
 def _figures(item: Item, sequence: TokenSequence, builder: SequenceBuilder) -> str:
-    """For each image its tiles, put together with the cuts drawn in, and its base crop."""
+    """Two figures for each image: its tiles, put together, with the cuts drawn in; and its base crop."""
     config, crop = builder.spec.config, builder.spec.crop
     figures, first = [], 0
     for image in item.images:
@@ -112,7 +120,8 @@ def _figures(item: Item, sequence: TokenSequence, builder: SequenceBuilder) -> s
         width, height = image_size(image, item.name)
         rows, columns = tile_grid(width, height, config, crop)
         tiles = sequence.crops[first + 1 : first + 1 + rows * columns]
-        if len(tiles) == rows * columns:  # a cut sequence has lost its last crops
+        # A model without tiles has none to show; a cut sequence has lost its last crops.
+        if rows and len(tiles) == rows * columns:
             figures.append(
                 _figure(
                     _mosaic(tiles, rows, columns), f"{width}x{height} on {rows}x{columns} tiles"

@@ -1,6 +1,6 @@
-"""A row becomes token sequences: in worker processes, which send arrays back.
+"""A row becomes token sequences. This runs in worker processes, which send arrays back.
 
-Which rows are loaded when is `order.py`; packing their sequences is `step_iterators.py`.
+Which rows are loaded when is `order.py`. Packing their sequences is `step_iterators.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,20 @@ from llave_jax.inputs.taps import Taps
 
 
 class RowLoader:
-    """Row index -> the pair's sequences as plain arrays, or why there are none; runs in workers."""
+    """`loader(row) -> dict`: the pair's sequences as plain arrays, or why there are none.
+
+    A loaded row has the keys "id", "row", "target_ids" (int32 [Z - 1]) and "sequences" (Z of `to_arrays`,
+    None for a side that the pair lacks). A row that cannot be used has "id" and "skipped", the reason.
+    HOLE has "hole".
+    """
 
     def __init__(self, source: PairSource, builder: SequenceBuilder, sides: int, skip: bool):
+        """Args:
+        source: of the rows.
+        builder: of their sequences.
+        sides: Z: 2, or 3 with each row's hard negative.
+        skip: rows that cannot be used have a reason; otherwise they raise ValueError.
+        """
         self._source = source
         self._builder = builder
         self._sides = sides
@@ -48,7 +59,8 @@ class RowLoader:
 
 
 def to_arrays(sequence: TokenSequence) -> dict[str, Any]:
-    """grain moves arrays of dictionaries between processes in shared memory, objects it pickles."""
+    """A sequence as a dictionary: grain pickles objects, but moves a dictionary's arrays between processes
+    in shared memory."""
     return {
         "tokens": sequence.tokens,
         "crops": sequence.crops,
@@ -61,6 +73,7 @@ def to_arrays(sequence: TokenSequence) -> dict[str, Any]:
 
 
 def to_sequence(arrays: dict[str, Any]) -> TokenSequence:
+    """The sequence that `to_arrays` was given."""
     return TokenSequence(
         tokens=arrays["tokens"],
         crops=arrays["crops"],

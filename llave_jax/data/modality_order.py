@@ -30,14 +30,15 @@ class ModalityOrder:
     """The authors' order (`group_by_modality_length`): batches of one modality, dealt by length.
 
     In each epoch, rows with an image in the query and rows without are shuffled apart and cut into
-    batches; the batches of both are shuffled together. What is left of both makes one mixed batch at
-    the end, and what is left then is dropped until the next epoch. Within a batch, rows go to groups
-    (a group is what one device gets in one micro-batch) by their number of words, the longest first,
-    each to the group with the fewest words that is not full yet.
+    batches. The batches of both are shuffled together. The rows left over from both make one mixed batch
+    at the end; rows that are left over from that one are dropped until the next epoch. A batch is divided
+    into groups: a group is what one device gets in one micro-batch. Rows go to groups by their number of
+    words, the longest first, each to the group that has the fewest words and is not full.
 
-    Beyond the authors' code: the mixed batch is drawn at random and dealt like the others (theirs
-    comes in the order of the data). A modality of fewer rows than a batch is in the mixed batch whole
-    (theirs may never see it). Rows that do not fill a batch at all make one (theirs makes none).
+    Three things go beyond the authors' code. The mixed batch is drawn at random and divided like the
+    others (theirs has the order of the data). A modality with fewer rows than a batch is in the mixed batch
+    whole (theirs may never see it). Rows that do not fill one batch make one all the same (theirs make
+    none).
 
     Attributes:
       group_size: rows of a group.
@@ -54,7 +55,13 @@ class ModalityOrder:
         group_size: int,
         seed: int,
     ):
-        """`image_query` bool [n], `words` int [n] of the query, as of `PairSource.queries`."""
+        """Args:
+        image_query: bool [n], the query has an image: as of `PairSource.queries`.
+        words: int [n], of the query.
+        num_groups: of a batch.
+        group_size: rows of a group.
+        seed: of the shuffles.
+        """
         self._image_query = image_query
         self._words = words
         self._num_groups = num_groups
@@ -81,12 +88,12 @@ class ModalityOrder:
         return self._dealt(number)
 
     def modality(self, number: int) -> str:
-        """IMAGE, TEXT or MIXED."""
+        """What the queries of the `number`-th batch are: IMAGE, TEXT or MIXED."""
         epoch, index = divmod(number, self.batches_per_epoch)
         return self._epoch(epoch).modalities[index]
 
     def has_image(self, row: int) -> bool:
-        """The row's query has an image."""
+        """Whether the row's query has an image."""
         return bool(self._image_query[row])
 
     def _deal(self, number: int) -> np.ndarray:
@@ -130,11 +137,13 @@ class ModalityOrder:
 def deal_evenly(
     rows: np.ndarray, words: np.ndarray, num_groups: int, group_size: int
 ) -> np.ndarray:
-    """Deals a batch to groups of about equally many words.
+    """Divides a batch into groups of about equally many words.
 
     Args:
       rows: int64 [n], n at most num_groups * group_size.
-      words: int [n].
+      words: int [n], of each row's query.
+      num_groups: groups to make.
+      group_size: rows of a full group.
 
     Returns:
       int64 [num_groups, group_size], HOLE where a batch is not full.
@@ -160,10 +169,13 @@ def deal_evenly(
 
 
 class ModalityPart:
-    """Position -> row, of the groups that one process has of every batch of a `ModalityOrder`.
+    """Position -> row, over one process's groups of every batch of a `ModalityOrder`.
 
-    Batches follow one another; within a batch, micro-batches; within those, the process's shards.
-    A micro-batch is a run of groups, as the authors' accumulation steps are.
+    Positions run through the batches, within a batch through its micro-batches, and within a micro-batch
+    through the process's shards. A micro-batch is a run of groups, like the authors' accumulation steps.
+
+    Attributes:
+      size: positions of the process in a batch.
     """
 
     def __init__(
@@ -175,7 +187,13 @@ class ModalityPart:
         process_index: int,
         process_count: int,
     ):
-        """`num_shards`: of the process. The attribute `size`: positions of the process in a batch."""
+        """Args:
+        order: of all processes.
+        micro_batches: of a step.
+        num_shards: of the process.
+        process_index: this process, of `process_count`.
+        process_count: processes, with `num_shards` shards each.
+        """
         self.order = order
         self.process_index = process_index
         self.process_count = process_count

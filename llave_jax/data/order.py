@@ -1,7 +1,7 @@
-"""The order in which training reads rows: uniform, in sub-batches, weighted, or by modality.
+"""The order in which training reads rows: a uniform shuffle, sub-batches of one subset, or by weights.
 
-Owns row numbers alone. Every order is random access, so a position in it says everything about the
-past. Reading the rows and packing them into batches is `pipeline.py`.
+Owns row numbers alone; the order by modality is `modality_order.py`. Every order is random access, so that
+a position in it is all there is to resume from. Loading the rows is `loading.py`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _MIXTURE_WINDOW = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Composition:
-    """Which rows stand beside each other in a batch.
+    """Which rows share a batch.
 
     Attributes:
-      sub_batch: rows of one subset that follow one another in the uniform order; 1: any.
-      weights: subset -> share of the uniform order, every row of a subset coming once before any comes
-        again; subsets that are not named are left out. None: every row once an epoch.
-      order: "uniform", a shuffle of all rows (`UniformOrder`); "modality", batches of rows with an image in the query
-        and batches of rows without (`ModalityOrder`), as the authors trained.
+      sub_batch: in the uniform order, how many rows of one subset follow one another; 1: any rows do.
+      weights: subset -> share of the uniform order. Every row of a subset comes once before any comes
+        again, and subsets that are not named are left out. None: every row comes once an epoch.
+      order: "uniform", a shuffle of all rows (`UniformOrder`); or "modality", batches of rows with an image
+        in the query and batches of rows without (`ModalityOrder`), as the authors trained.
     """
 
     sub_batch: int = 1
@@ -65,13 +65,15 @@ class Composition:
 
     @property
     def is_shuffle(self) -> bool:
-        """The uniform order of all rows, as a `UniformOrder`."""
+        """Whether this is the uniform order of all rows, which `UniformOrder` gives."""
         return self.order == "uniform" and self.sub_batch == 1 and not self.weights
 
     def name(self, source: PairSource, batch_size: int | None) -> str:
-        """Says which rows the order is over, and how: positions of another order mean nothing.
+        """A name that differs for orders whose positions mean different rows.
 
-        `batch_size`: rows of its batches, where it has any.
+        Args:
+          source: of the rows.
+          batch_size: rows of the order's batches; None if it has no batches.
         """
         sizes = {subset: len(rows) for subset, rows in source.subsets.items()}
         weights = self.weights and dict(self.weights)
@@ -83,15 +85,15 @@ UNIFORM = Composition()
 
 
 class UniformOrder:
-    """Every row once an epoch, shuffled anew in each: batches in which no content is twice.
+    """Every row once an epoch, shuffled anew in each, in batches that have no content twice.
 
-    A batch has slots. Each slot has rows of its own, equal contents in the same slot, and gives one
-    of them to each batch, in another order in every epoch. So two copies of a row cannot be in one
-    batch, over the end of an epoch neither, and a slot's process keeps them apart where it lags behind
-    the others. Batches do not depend on the number of processes.
+    A batch has slots. Each slot has rows of its own, and rows of equal content have the same slot. A slot
+    gives one of its rows to each batch, in another order in every epoch. So two copies of a row are never
+    in one batch, not even across the end of an epoch. A process that lags behind the others keeps copies
+    apart by itself, since all of them are its own. Batches do not depend on the number of processes.
 
-    Slots have equally many rows, but for one; batches of small data are about equally full. Of a
-    content with more copies than an epoch has batches, only so many come.
+    All slots have the same number of rows, give or take one, so that batches are about equally full even
+    if the data is small. If a content has more copies than an epoch has batches, the others never come.
 
     Attributes:
       batch_size: slots.
@@ -99,7 +101,12 @@ class UniformOrder:
     """
 
     def __init__(self, contents: np.ndarray, starts: np.ndarray, *, num_slots: int, seed: int):
-        """`contents` uint64 [n], as of `PairSource.contents`; `starts` int [m], of the subsets."""
+        """Args:
+        contents: uint64 [n], as of `PairSource.contents`.
+        starts: int [m], the first row of each subset.
+        num_slots: of a batch.
+        seed: of the shuffles.
+        """
         self._seed = seed
         self.batch_size = num_slots
         slots = _slots_of_rows(contents, starts, num_slots, seed)
@@ -113,7 +120,7 @@ class UniformOrder:
         self._make_cache()
 
     def _make_cache(self) -> None:
-        # Threads read ahead, over the end of an epoch too.
+        # Three, since threads read ahead past the end of an epoch.
         self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,7 +131,14 @@ class UniformOrder:
         self._make_cache()
 
     def rows(self, number: int) -> np.ndarray:
-        """int64 [batch size], rows of the `number`-th batch of all epochs; HOLE for none."""
+        """The rows of a batch.
+
+        Args:
+          number: of the batch, counted over all epochs.
+
+        Returns:
+          int64 [batch_size], HOLE where a slot has no row.
+        """
         epoch, index = divmod(number, self.batches_per_epoch)
         return self._epoch(epoch)[index]
 
@@ -136,7 +150,7 @@ class UniformOrder:
 def _slots_of_rows(
     contents: np.ndarray, starts: np.ndarray, num_slots: int, seed: int
 ) -> np.ndarray:
-    """int64 [n], slot of each row; `num_slots` for copies of which there are too many."""
+    """int64 [n], the slot of each row; `num_slots` for copies that never come."""
     most = -(-len(contents) // num_slots)
     _, first, content, counts = np.unique(
         contents, return_index=True, return_inverse=True, return_counts=True
@@ -146,7 +160,8 @@ def _slots_of_rows(
     copy[by_content] = np.arange(len(contents)) - np.repeat(np.cumsum(counts) - counts, counts)
     counts = np.minimum(counts, most)
 
-    # Contents with copies go where least is, the most copies first; the others fill up.
+    # Contents with several copies come first, the most copies before all: each goes to the slot that has
+    # the fewest rows. Contents without copies then fill the slots up.
     slots = np.empty(len(first), np.int64)
     keys = random_keys(len(first), seed, 6)
     used = [(0, slot) for slot in range(num_slots)]
@@ -166,7 +181,7 @@ def _slots_of_rows(
 
 
 class UniformPart:
-    """Position -> row, of the slots that one process has of every batch of a `UniformOrder`.
+    """Position -> row, over one process's slots of every batch of a `UniformOrder`.
 
     Attributes:
       size: positions of the process in a batch.
@@ -175,7 +190,12 @@ class UniformPart:
     def __init__(
         self, order: UniformOrder, *, process_index: int, process_count: int, epochs: int | None
     ):
-        """`epochs`: passes over all rows; None: endless."""
+        """Args:
+        order: of all processes.
+        process_index: this process, of `process_count`.
+        process_count: processes, with the same number of slots each.
+        epochs: passes over all rows; None: endless.
+        """
         self.order = order
         self.size = order.batch_size // process_count
         self._process = (process_index, process_count)
@@ -195,10 +215,20 @@ class UniformPart:
 def rows_of_process(
     source: PairSource, contents: np.ndarray, *, seed: int, process_index: int, process_count: int
 ) -> dict[str, np.ndarray]:
-    """Subset -> the rows that one process reads in sub-batches or by weights, the same in every epoch.
+    """The rows that one process reads in sub-batches or by weights, the same in every epoch.
 
-    Processes read at their own pace. Equal contents belong to one process, which keeps them apart.
-    Every process has the same share of every subset, but for a row.
+    Processes read at their own pace. Rows of equal content belong to one process, which keeps them apart.
+    Every process has the same number of contents of every subset, give or take one.
+
+    Args:
+      source: of the rows.
+      contents: uint64 [n], as of `PairSource.contents`.
+      seed: of the division.
+      process_index: this process, of `process_count`.
+      process_count: processes that share the rows.
+
+    Returns:
+      Subset -> int64 rows, in order.
     """
     starts = np.array([rows.start for rows in source.subsets.values()])
     _, first, inverse = np.unique(contents, return_index=True, return_inverse=True)
@@ -216,11 +246,16 @@ def rows_of_process(
 def row_order(
     subsets: Mapping[str, np.ndarray], *, seed: int, epochs: int | None, composition: Composition
 ) -> grain.MapDataset[np.ndarray]:
-    """Position -> int64 [sub_batch] rows of one subset, shuffled anew each epoch; HOLE for none.
+    """An order of sub-batches: position -> int64 [sub_batch] rows of one subset, HOLE where rows run out.
 
     Args:
-      subsets: name -> rows to read.
-      epochs: passes, without weights; None: endless.
+      subsets: name -> int64 rows to read.
+      seed: of the shuffles, which differ in every epoch.
+      epochs: passes over the rows, if there are no weights; None: endless.
+      composition: its sub_batch and weights.
+
+    Raises:
+      ValueError: the weights name no subset with rows, or one that there is not.
     """
     size = composition.sub_batch
     if composition.weights is None:
@@ -249,7 +284,7 @@ def row_order(
 
 
 class _Locate:
-    """(position, group number) -> row indices of a group: rows of one subset, mixed each epoch."""
+    """(position, sub-batch number) -> the rows of a sub-batch, of one subset and shuffled in each epoch."""
 
     def __init__(self, subsets: Sequence[np.ndarray], size: int, seed: int):
         self._subsets = [rows for rows in subsets if len(rows)]
@@ -276,7 +311,12 @@ class _Locate:
 
 
 class Members(grain.MapDataset):
-    """The members of the groups of a dataset, one after another."""
+    """The elements of a dataset's arrays, one after another.
+
+    Args:
+      parent: a dataset of arrays [size].
+      size: of each array.
+    """
 
     def __init__(self, parent: grain.MapDataset, size: int):
         super().__init__(parent)

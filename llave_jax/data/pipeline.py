@@ -1,13 +1,12 @@
-"""The stream of training batches: shard by process, load in workers, pack, resume exactly.
+"""The stream of training batches: put together from a source, an order, loading and packing, on grain.
 
-Built on grain. Which rows there are is `sources.py`, in what order they are read `order.py`; the
-layout of a batch is `inputs/packing.py`.
+Which rows there are is `sources.py`. The order in which they are read is `order.py` and
+`modality_order.py`. Loading is `loading.py`, packing them into steps `step_iterators.py`.
 
-Processes do not talk to each other. At every step each takes its part of one batch of the order, or,
-where that does not fit, as much as fits: then the number of steps an epoch takes is not known
-beforehand and differs a little between processes. Training on several processes therefore counts
-steps over an endless stream (`epochs=None`): after every step all processes have made the same number
-of batches.
+Processes do not talk to each other. At every step each process takes its part of one batch of the order,
+or as much of it as fits. So the number of steps that an epoch takes is not known beforehand, and differs a
+little between processes. Training on several processes therefore counts steps over an endless stream
+(`epochs=None`): after every step all processes have made the same number of batches.
 
 Two copies of a row, or rows of equal content, never share a step: each would be a negative of the
 other. A copy waits for a later step.
@@ -69,8 +68,8 @@ def train_iterator(
 ) -> grain.DatasetIterator[TrainBatch]:
     """An iterator of `TrainBatch`es for one process.
 
-    `get_state()` is a small dictionary for JSON; `set_state()` of it continues with exactly the
-    batches that would have come, with any number of workers. orbax saves the iterator itself
+    `get_state()` gives a small dictionary for JSON. `set_state()` with it continues with exactly the batches
+    that would have come, whatever the number of workers. orbax saves the iterator itself
     (`grain.checkpoint.CheckpointSave`).
 
     Args:
@@ -178,5 +177,10 @@ def train_iterator(
 
 
 def skip_limit(source: PairSource, max_skip_share: float) -> int:
-    """Rows of a run that may be skipped."""
+    """How many rows a run may skip.
+
+    Args:
+      source: of the run.
+      max_skip_share: of its rows.
+    """
     return int(max_skip_share * len(source))

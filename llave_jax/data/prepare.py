@@ -5,9 +5,9 @@
     OUTPUT/SUBSET/rows-SPLIT.npz                       row numbers, content hashes, facts for ordering
     OUTPUT/SUBSET/{features,dataset_info}.json         tensorflow-datasets' own description
 
-A shard appears under its name when it is complete and has been read back; the description comes
-last. So a run that was killed is continued by running it again. Reading is `sources.RecordSource`,
-or `tensorflow_datasets.builder_from_directory` in any program; TensorFlow is not needed.
+A shard gets its name once it is complete and has been read back, and the description comes last. So a run
+that was killed is continued by running it again. Records are read by `sources.RecordSource`, or in any
+program by `tensorflow_datasets.builder_from_directory`; TensorFlow is not needed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llave_jax.inputs.images import load_image
 
 NAME = "mmeb_train"
 IMAGES = ("qry_image", "pos_image", "neg_image")
-# One record a chunk, so that any record can be read alone; pictures are compressed already.
+# A chunk holds one record, so that any record can be read alone. Pictures are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
@@ -72,11 +72,13 @@ def prepare(
     """Writes all rows of a source below `output`, continuing what is there.
 
     Args:
+      source: of the rows.
+      output: a folder, which is made.
       split: the name that the rows get.
       rows_per_shard: rows a file; with MMEB's images about 100 MB for 1024.
-      num_workers: processes that read, check and write, one shard at a time each.
-      check_images: decode every image; otherwise only read it.
-      skips: where rows that cannot be used are recorded and left out; None: they are errors.
+      num_workers: processes; each reads, checks and writes one shard at a time.
+      check_images: decode every image. Otherwise images are only read.
+      skips: lists rows that cannot be used, which are left out; None: such a row is an error.
 
     Raises:
       RowError, ImageError: a row cannot be used.
@@ -147,7 +149,22 @@ def plan_shards(folder: Path, indices: range, split: str, rows_per_shard: int) -
 
 
 def write_shard(source: MmebSource, shard: Shard, check_images: bool, skip: bool) -> dict[str, Any]:
-    """Writes a shard unless a complete one of the same rows is there; returns its record."""
+    """Writes a shard, unless a complete one of the same rows is there.
+
+    Args:
+      source: of the rows.
+      shard: the file, and which rows it gets.
+      check_images: as of `prepare`.
+      skip: leave out rows that cannot be used.
+
+    Returns:
+      The shard's record: counts, checksum and row digests.
+
+    Raises:
+      RowError, ImageError: a row cannot be used, and `skip` is false.
+      ValueError: the file holds other rows.
+      OSError: the file does not hold what was written to it.
+    """
     fingerprint = _fingerprint(source, shard)
     done = _read_record(shard)
     if done is not None:
@@ -235,7 +252,7 @@ def _write_index(
     left_out: Sequence[int],
     facts: dict[str, np.ndarray],
 ) -> None:
-    """`row_numbers` and `facts` (INDEX_FACTS) are of all rows of the source's subset."""
+    """Writes `rows-SPLIT.npz`. `row_numbers` and `facts` (INDEX_FACTS) are those of all rows of the subset."""
     records = [json.loads(shard.record_path.read_text()) for shard in shards]
     rows = np.array([row for record in records for row in record["rows"]], np.int64)
     digests = [int(value, 16) for record in records for value in record["digests"]]
@@ -272,7 +289,7 @@ def _write_description(folder: Path) -> None:
                     filename_template=template.replace(split=split),
                 )
             )
-            for path in paths:  # it takes the names of splits and files from the files it sees
+            for path in paths:  # the library finds splits and shards by the names of files
                 (Path(scratch) / path.stem).touch()
         tfds.folder_dataset.write_metadata(
             data_dir=scratch,
@@ -282,11 +299,11 @@ def _write_description(folder: Path) -> None:
             check_data=False,
             description="MMEB training rows with their encoded images.",
         )
-        for name in ("features.json", "dataset_info.json"):  # the last one makes it readable
+        for name in ("features.json", "dataset_info.json"):  # readers look for the last one
             (Path(scratch) / name).replace(folder / name)
 
 
-# What a worker process writes from; set once, when it starts.
+# The source and options of a worker process, which are set once, when it starts.
 _task: tuple[MmebSource, tuple[bool, bool]] | None = None
 
 

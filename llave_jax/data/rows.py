@@ -1,6 +1,6 @@
 """Rows of MMEB training data: their fields, and reading them from parquet, JSON and JSON lines.
 
-Owns text only. A row's images are read by `image_store.py`; rows become pairs in `sources.py`.
+Owns text only. The images of a row are read by `image_store.py`. Rows become pairs in `sources.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ compute: Any = pyarrow.compute
 # Rows that are turned into Python strings at a time.
 _CHUNK = 4096
 EMPTY_SIDE = "the query or the target has neither text nor image"
-# `problem` says why a row cannot be used, where that is seen while reading; null otherwise.
+# `problem` says why a row cannot be used, if that shows while the file is read; otherwise it is null.
 _SCHEMA = pa.schema([(field, pa.large_string()) for field in (*FIELDS, "problem")])
 
 
@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 def hash_texts(texts: Iterable[str]) -> int:
-    """64-bit hash, the same on every machine."""
+    """64-bit hash of several texts, the same on every machine."""
     return int.from_bytes(short_hash("\x1f".join(texts).encode()), "little")
 
 
@@ -66,9 +66,10 @@ class Table:
     """The rows of one subset, in memory as Arrow columns (their text plus 8 bytes a field).
 
     Attributes:
+      file: the rows' file or files, for messages.
       row_numbers: int64 [n], of each row in its file or files.
-      left_out: numbers of rows that are not here, as they have an empty side: MMEB-train's parquet
-        files have such rows, and VLM2Vec's reader skips them too.
+      left_out: numbers of the rows that are left out, since they have an empty side. MMEB-train's parquet
+        files have such rows, and VLM2Vec's reader skips them, too.
     """
 
     def __init__(
@@ -83,14 +84,19 @@ class Table:
         return len(self._columns[0])
 
     def texts(self, *fields: str) -> Iterator[tuple[str, ...]]:
-        """These fields of all rows in turn, "" where a row lacks one; unusable rows too. Fast."""
+        """These fields of all rows in turn: "" for a field that a row lacks. Fast, and it does not raise:
+        rows that cannot be used come, too."""
         columns = [self._columns[FIELDS.index(field)] for field in fields]
         for start in range(0, len(self), _CHUNK):
             parts = [column.slice(start, _CHUNK).fill_null("") for column in columns]
             yield from zip(*map(_strings, parts), strict=True)
 
     def __getitem__(self, index: int) -> Row:
-        """Raises RowError naming file and row for missing fields or a row without content."""
+        """One row.
+
+        Raises:
+          RowError: it lacks a field, or has a side without content; the message names file and row.
+        """
         name = self.name(index)
         *values, problem = (column[index].as_py() for column in self._columns)
         if problem is not None:
@@ -119,10 +125,10 @@ def _strings(column: pa.Array) -> list[str]:
 
 
 def read_table(files: list[Path], max_rows: int | None = None) -> Table:
-    """Reads one subset, the first `max_rows` rows of it.
+    """Reads one subset, or its first `max_rows` rows.
 
-    Parquet files are taken as the hub has them: a null is an empty string, and rows with an empty side
-    are left out. In JSON, which people write, both are errors when the row is read.
+    Parquet files are taken as the hub has them: null is an empty string, and rows with an empty side are
+    left out. In JSON, which people write, both are errors once the row is read.
 
     Args:
       files: the parquet files of a split, in order, or one `.json` or `.jsonl` file.
@@ -154,8 +160,8 @@ def _empty_rows(table: pa.Table) -> np.ndarray:
     """Numbers of the rows with an empty side."""
     empty = []
     for text_field, path_field in (("qry", "qry_image_path"), ("pos_text", "pos_image_path")):
-        # Few rows have no path and no visible ASCII in their text; Python's rule decides on those. Bytes
-        # are matched, as they need not be UTF-8.
+        # Few rows have neither a path nor visible ASCII in their text, and only for those Python decides,
+        # which is slow. Bytes are matched, since the texts need not be UTF-8.
         text, path = table[text_field], table[path_field]
         visible = compute.match_substring_regex(text.cast(pa.large_binary()), "[!-~]")
         candidates = compute.and_(compute.equal(path, ""), compute.invert(visible))
@@ -163,7 +169,7 @@ def _empty_rows(table: pa.Table) -> np.ndarray:
             try:
                 if is_empty(text[number].as_py()):
                     empty.append(number)
-            except UnicodeDecodeError:  # an error when the row is read
+            except UnicodeDecodeError:  # raised again once the row is read
                 continue
     return np.unique(np.array(empty, np.int64))
 
@@ -228,7 +234,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _clean(record: Any) -> dict[str, str | None]:
-    """A record that fits the schema; what does not fit is said in `problem`."""
+    """A record that fits the schema. If the given one does not fit, `problem` says why."""
     if not isinstance(record, dict):
         return {"problem": f"expected an object, found {type(record).__name__}"}
     clean: dict[str, str | None] = {}

@@ -1,6 +1,6 @@
 """The list of rows a run could not use, kept in a file, and the limit at which a run stops.
 
-Owns counting and writing; what makes a row unusable is said by whoever reads it.
+Owns counting and writing. Why a row cannot be used is said by whoever reads it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from llave_jax.data.rows import EMPTY_SIDE
 
 
 class TooManySkips(RuntimeError):
-    """More rows were skipped than the run allows; the message names subsets and the file that lists
-    them."""
+    """More rows were skipped than the run allows. The message names subsets and the file that lists the
+    rows."""
 
     def __init__(self, pair_ids: Iterable[str], limit: int, listed_in: str | os.PathLike):
         pair_ids = list(pair_ids)
@@ -30,7 +30,7 @@ class TooManySkips(RuntimeError):
 
 
 def by_subset(pair_ids: Iterable[str]) -> str:
-    """Numbers of rows, the most first: "WebQA 12, CIRR 3"."""
+    """How many pairs each subset has, the most first: "WebQA 12, CIRR 3"."""
     counts = collections.Counter(pair_id.rpartition(":")[0] for pair_id in pair_ids)
     return ", ".join(f"{subset} {count}" for subset, count in counts.most_common())
 
@@ -41,9 +41,9 @@ def listed(rows: Mapping[str, Sequence[int]]) -> list[str]:
 
 
 class SkipLog:
-    """Counts distinct skipped rows and writes each once: `{"subset", "row", "reason"}` a line.
+    """Counts skipped rows and writes each of them once: one `{"subset", "row", "reason"}` a line.
 
-    A file that exists is continued, so a resumed run neither repeats nor forgets a row.
+    A file that exists is continued, so that a resumed run neither repeats nor forgets a row.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class SkipLog:
         left_out: Mapping[str, Sequence[int]] | None = None,
     ):
         """Args:
-        path: of the file; it is made with its first line.
-        limit: skipped rows that are still accepted.
+        path: of the file, which is made with its first line.
+        limit: how many rows may be skipped.
         left_out: subset -> rows that a source leaves out by itself (`PairSource.left_out`). They are
           listed, but do not count.
         """
@@ -70,11 +70,19 @@ class SkipLog:
 
     @property
     def pair_ids(self) -> tuple[str, ...]:
-        """The skipped rows, without those that the source left out."""
+        """The skipped rows. Those that the source left out are not among them."""
         return tuple(self._skipped)
 
     def record(self, pair_id: str, reason: str) -> None:
-        """Raises TooManySkips when this row is one too many."""
+        """Counts and writes a row, unless it was skipped before.
+
+        Args:
+          pair_id: "SUBSET:ROW".
+          reason: why it cannot be used.
+
+        Raises:
+          TooManySkips: this row is one too many.
+        """
         if pair_id in self._skipped:
             return
         self._skipped[pair_id] = None

@@ -1,7 +1,7 @@
 """Training pairs by index: MMEB-train as cloned, JSON files of one's own, prepared array records.
 
-Every source gives the same `Pair`s, with images as their encoded bytes. In what order they are
-read is `pipeline.py`; writing array records is `prepare.py`.
+Every source gives the same `Pair`s, with images as their encoded bytes. The order in which pairs are read
+is `order.py`. Writing array records is `prepare.py`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ MMEB_TRAIN_SUBSETS = (
     "MSCOCO_i2t", "MSCOCO",
 )
 # fmt: on
-# What `rows-SPLIT.npz` of prepared data holds besides row numbers and digests: see `PairSource`.
+# Arrays of prepared data's `rows-SPLIT.npz`, besides row numbers and digests: as of `PairSource.contents`
+# and `PairSource.queries`.
 INDEX_FACTS = ("content", "image_query", "words")
 
 
 class PairSource(abc.ABC):
-    """Random access to pairs; subsets follow one another. Picklable, for worker processes.
+    """Pairs by index; those of a subset follow one another. Picklable, for worker processes.
 
     Attributes:
-      subsets: name -> range of indices, in order, covering `range(len(source))`.
-      left_out: name -> numbers of rows that the source leaves out, as one of their sides has neither
-        text nor image. They have no index.
+      subsets: name -> range of indices. Together the ranges cover `range(len(source))`, in order.
+      left_out: name -> numbers of the rows that the source leaves out, since one of their sides has
+        neither text nor image. Such rows have no index.
     """
 
     subsets: dict[str, range]
@@ -59,26 +60,29 @@ class PairSource(abc.ABC):
 
     @abc.abstractmethod
     def pair_id(self, index: int) -> str:
-        """ "SUBSET:ROW", also for rows that cannot be read."""
+        """The name of a pair, "SUBSET:ROW". Pairs that cannot be read have one, too."""
 
     @abc.abstractmethod
     def digest(self, index: int) -> int:
-        """64-bit hash of the row's content, equal in every source; cheap."""
+        """64-bit hash of the row's content, the same in every kind of source; cheap."""
 
     def contents(self) -> np.ndarray:
-        """uint64 [n], equal for rows of the same query and target (text and image path).
+        """Hashes that are equal for rows of the same query and target (text and image path).
 
-        Equal rows are kept out of each other's pools: they would be each other's negatives. Where a
-        source cannot tell, equal in hard negatives too.
+        Such rows are kept out of each other's pools, where they would be each other's negatives. A source
+        that cannot tell gives hashes that are equal only if the hard negatives are equal as well.
+
+        Returns:
+          uint64 [n].
         """
         return np.array([self.digest(index) for index in range(len(self))], np.uint64)
 
     def queries(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `data.order` "modality" goes by.
+        """What the order by modality is made from.
 
         Returns:
-          bool [n], the query has an image (a marker without an image path is none), and int32 [n],
-          words of the query, with its marker, as in the authors' code.
+          bool [n], the query has an image (a marker without an image path is none); and int32 [n], the
+          number of words of the query, its marker included, as in the authors' code.
 
         Raises:
           ValueError: the source does not know.
@@ -113,6 +117,7 @@ class MmebSource(PairSource):
         return self._tables[subset].row_numbers
 
     def row_number(self, index: int) -> int:
+        """Of a row in its file or files."""
         subset = self.subset(index)
         return int(self.row_numbers(subset)[index - self.subsets[subset].start])
 
@@ -123,7 +128,9 @@ class MmebSource(PairSource):
         try:
             return self.row(index).digest()
         except RowError:
-            return 2**64 - 1  # unusable rows stay with the training rows, where a policy meets them
+            return (
+                2**64 - 1
+            )  # unusable rows stay with the training rows, where data.on_error applies
 
     def contents(self) -> np.ndarray:
         hashes = np.empty(len(self), np.uint64)
@@ -133,7 +140,7 @@ class MmebSource(PairSource):
             for texts in table.texts("qry", "qry_image_path", "pos_text", "pos_image_path")
         )
         for index, texts in enumerate(rows):
-            # Rows without any content are not copies of each other: each is reported by itself.
+            # Rows without any content do not count as copies of each other: each of them is reported.
             hashes[index] = hash_texts(texts if any(texts) else (self.pair_id(index),))
         return hashes
 
@@ -149,13 +156,18 @@ class MmebSource(PairSource):
         return image, words
 
     def read(self, index: int) -> tuple[Row, tuple[bytes, ...]]:
-        """The row with the encoded images of query, target and negative, b"" where it has none."""
+        """The row, and the encoded images of its query, target and negative: b"" for those it lacks.
+
+        Raises:
+          RowError: the row cannot be used.
+          ImageError: an image cannot be read.
+        """
         row, name = self.row(index), self._name(index)
         paths = (row.qry_image_path, row.pos_image_path, row.neg_image_path)
         return row, tuple(self._images.read(path, name) if path else b"" for path in paths)
 
     def make(self, index: int, row: Row, images: Sequence[bytes]) -> Pair:
-        """The pair of what `read` gave."""
+        """The pair that is made of what `read` gave."""
         return make_pair(self.pair_id(index), self._name(index), row, images)
 
     def __getitem__(self, index: int) -> Pair:
@@ -170,8 +182,15 @@ class RecordSource(PairSource):
     """Prepared array records (`tools/prepare_data.py`), read through tensorflow-datasets."""
 
     def __init__(self, folders: Mapping[str, Path], split: str, limits: Mapping[str, int | None]):
-        """`limits`: rows of each subset from this number on are left out; None for none."""
-        # Imported here: it takes seconds, and the other sources do without it.
+        """Args:
+          folders: name -> the subset's folder.
+          split: of the records.
+          limits: name -> the row number from which on rows are left out; None for none.
+
+        Raises:
+          FileNotFoundError: a folder has no such split.
+        """
+        # The import takes seconds, and the other sources do without it.
         import tensorflow_datasets as tfds
 
         self._records, self._rows, self._digests, self._names = {}, {}, {}, {}
@@ -198,17 +217,18 @@ class RecordSource(PairSource):
             self._names[subset] = f"{folder}/{split}"
         self.subsets = _consecutive({name: len(rows) for name, rows in self._rows.items()})
 
-    def _place(self, index: int) -> tuple[str, int]:
+    def _locate(self, index: int) -> tuple[str, int]:
+        """The subset of an index, and its index there."""
         subset = self.subset(index)
         return subset, index - self.subsets[subset].start
 
     def pair_id(self, index: int) -> str:
-        subset, place = self._place(index)
-        return f"{subset}:{self._rows[subset][place]}"
+        subset, inside = self._locate(index)
+        return f"{subset}:{self._rows[subset][inside]}"
 
     def digest(self, index: int) -> int:
-        subset, place = self._place(index)
-        return int(self._digests[subset][place])
+        subset, inside = self._locate(index)
+        return int(self._digests[subset][inside])
 
     def contents(self) -> np.ndarray:
         if all("content" in facts for facts in self._facts.values()):
@@ -229,10 +249,10 @@ class RecordSource(PairSource):
         return np.concatenate([facts[fact] for facts in self._facts.values()])
 
     def __getitem__(self, index: int) -> Pair:
-        subset, place = self._place(index)
-        record = self._records[subset][place]
+        subset, inside = self._locate(index)
+        record = self._records[subset][inside]
         row = Row(*(record[field].decode() for field in Row._fields))
-        name = f"{self._names[subset]} row {self._rows[subset][place]}"
+        name = f"{self._names[subset]} row {self._rows[subset][inside]}"
         images = (record["qry_image"], record["pos_image"], record["neg_image"])
         return make_pair(self.pair_id(index), name, row, images)
 
@@ -241,15 +261,18 @@ class SelectedSource(PairSource):
     """Some rows of another source, in its order."""
 
     def __init__(self, parent: PairSource, indices: np.ndarray):
-        """`indices`: int64, increasing."""
+        """Args:
+        parent: the source that is selected from.
+        indices: int64, increasing.
+        """
         self._parent = parent
         self.left_out = parent.left_out
         self._indices = np.asarray(indices, np.int64)
         self.subsets = _consecutive(
             {
-                name: int(np.searchsorted(self._indices, place.stop))
-                - int(np.searchsorted(self._indices, place.start))
-                for name, place in parent.subsets.items()
+                name: int(np.searchsorted(self._indices, rows.stop))
+                - int(np.searchsorted(self._indices, rows.start))
+                for name, rows in parent.subsets.items()
             }
         )
 
@@ -271,9 +294,13 @@ class SelectedSource(PairSource):
 
 
 def make_pair(pair_id: str, name: str, row: Row, images: Sequence[bytes]) -> Pair:
-    """The pair of a row; `images` are the encoded images of query, target and negative or b"".
+    """The pair of a row. A marker without an image path, as in WebQA's queries, holds the zero picture.
 
-    A marker without an image path, as in WebQA's queries, holds the zero picture.
+    Args:
+      pair_id: "SUBSET:ROW".
+      name: file and row, for messages.
+      row: its texts and paths.
+      images: the encoded images of query, target and negative; b"" for those it lacks.
     """
 
     def item(side: str, text: str, path: str, image: bytes) -> Item:
@@ -345,7 +372,15 @@ def open_source(
 
 
 def find_subsets(path: Path, split: str) -> dict[str, list[Path]]:
-    """Subset name -> its files: parquet files in order, one JSON file, or a dataset_info.json."""
+    """The subsets that lie at a path.
+
+    Args:
+      path: a folder or a file.
+      split: of parquet files.
+
+    Returns:
+      Name -> its files: parquet files in order, one JSON file, or one `dataset_info.json`.
+    """
     if path.is_file():
         return {path.stem: [path]}
     prepared = {file.parent.name: [file] for file in path.glob("*/dataset_info.json")}
@@ -362,16 +397,26 @@ def find_subsets(path: Path, split: str) -> dict[str, list[Path]]:
 
 
 def _is_list(file: Path) -> bool:
-    """Other JSON files (metadata, results) may lie beside the rows, which are a list."""
+    """Whether a JSON file holds a list, as rows do. Metadata and results may lie beside them."""
     with file.open("rb") as start:
         return start.read(64).lstrip().startswith(b"[")
 
 
 def split_held_out(source: PairSource, share: float) -> tuple[PairSource, PairSource]:
-    """Training rows and held-out rows, by the hash of each row's content.
+    """Divides rows into training rows and held-out rows, by the hash of each row's content.
 
-    Which rows are held out does not depend on their order, their number or the kind of source, and
-    copies of a row are on the same side. About `share` of the rows are held out.
+    Which rows are held out does not depend on their order, their number or the kind of source. Copies of a
+    row are on the same side.
+
+    Args:
+      source: of all rows.
+      share: of the rows that are held out, on average.
+
+    Returns:
+      The training rows, and those held out.
+
+    Raises:
+      ValueError: `share` is not a share.
     """
     if not 0 <= share < 1:
         raise ValueError(f"held-out share is {share}; expected at least 0 and less than 1")

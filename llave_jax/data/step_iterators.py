@@ -1,7 +1,7 @@
-"""From loaded rows to the batches of one training step after another, and back to any of them.
+"""Loaded rows become the batches of one training step after another; an iterator resumes at any step.
 
-Packs what `loading.py` loads, in the order of `order.py`. A step takes as much of its rows as fits; what
-does not fit, and copies of a row that is in the step already, wait for a later step.
+Packs what `loading.py` loads, in the order of `order.py` or `modality_order.py`. A step takes as many of its
+rows as fit. Rows that do not fit wait for a later step, and so do copies of a row that the step has.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _MIN_SHARED_BYTES = 1 << 16
 
 
 class TrainBatch(NamedTuple):
-    """What one training step reads. M micro-batches, S local shards, G pair slots, Z sides.
+    """What one training step reads: M micro-batches of S local shards with G pair slots of Z sides.
 
     Attributes:
       packed: arrays with leading axes [M, S].
       target_ids: int32 [M, S, Z - 1, G], equal for equal contents (text and image), of the target
-        and the negatives of each pair; no meaning in empty slots.
+        and the negatives of each pair. The values of empty slots mean nothing.
       ids: [M][S][G] pair ids, "" for empty slots.
       epoch: rows read so far by this process as a multiple of its share of the source.
       skipped: pair ids of the rows that this process could not use so far.
@@ -53,7 +53,10 @@ class TrainBatch(NamedTuple):
 
 
 class StepDataset(grain.IterDataset):
-    """Rows in order to `TrainBatch`es; `options` are those of the `StepIterator`."""
+    """grain's dataset of `TrainBatch`es over rows in order.
+
+    Each iteration is `iterator(order, **options)`, a `StepIterator`.
+    """
 
     def __init__(self, iterator: Callable[..., StepIterator], order: grain.MapDataset, **options):
         super().__init__()
@@ -70,7 +73,13 @@ class StepDataset(grain.IterDataset):
 
 @dataclasses.dataclass(eq=False)
 class _Pair:
-    """A pair: its row, where it came in the order, and what was loaded; None: to be loaded again."""
+    """A pair on its way into a step.
+
+    Attributes:
+      position: in the order.
+      row: of the source.
+      element: as of `RowLoader`; None: it has to be loaded again.
+    """
 
     position: int
     row: int
@@ -78,7 +87,7 @@ class _Pair:
 
 
 class _Outcome(enum.Enum):
-    """What became of a pair that was to join a step; unusable ones are done with as well."""
+    """What became of a pair that was offered to a step. A pair that cannot be used is DONE, too."""
 
     DONE = enum.auto()
     NO_ROOM = enum.auto()
@@ -88,8 +97,8 @@ class _Outcome(enum.Enum):
 class StepIterator(grain.DatasetIterator):
     """Packs one step after another from rows in order. Subclasses say which rows a step takes.
 
-    Its state: steps made, the next position to read, and the positions of pairs that wait for a later step. Where
-    budgets or devices have changed, the same pairs are read on.
+    The state is small: how many steps were made, the next position to read, and the positions of the pairs
+    that wait. If budgets or devices change between runs, the same pairs are read on.
     """
 
     def __init__(
@@ -120,7 +129,7 @@ class StepIterator(grain.DatasetIterator):
         self._step = self._next = 0
         self._carry: list[_Pair] = []
         self._stream: grain.DatasetIterator[dict[str, Any]] | None = None
-        # Of the step that is being made: contents, and by pair id what `TrainBatch.target_ids` says.
+        # Of the step that is being made: its pairs' contents, and their target ids by pair id.
         self._taken: set[int] = set()
         self._target_ids: dict[str, np.ndarray] = {}
 
@@ -255,10 +264,15 @@ class StepIterator(grain.DatasetIterator):
 
 
 class UniformIterator(StepIterator):
-    """Fills one micro-batch after another: first pairs that waited, then the stream."""
+    """Fills one micro-batch after another: with pairs that waited, then with the next ones of the order."""
 
     def __init__(self, order: grain.MapDataset, *, epoch: int, batch: float = math.inf, **options):
-        """`epoch`: positions of an epoch; `batch`: those that each step may read on to."""
+        """Args:
+        order: of the process's rows.
+        epoch: positions of an epoch.
+        batch: positions of a batch of the order: step n reads no further than n of them.
+        options: of `StepIterator`.
+        """
         super().__init__(order, **options)
         self._epoch = epoch
         self._batch = batch
@@ -287,8 +301,8 @@ class UniformIterator(StepIterator):
         for pair in waiting:
             offer(pair)
         stream = self._read(stop=self._batch * (self._step + 1))
-        # Copies are read past, as far as a step has slots: without that, they would end it where an
-        # epoch ends.
+        # Copies do not count as pairs without room. At the end of an epoch there can be many of them, and
+        # the step would end half empty. The limit is the number of the step's slots.
         while (
             not self._packers[micro_batch].full
             and counts[_Outcome.NO_ROOM] < self._lookahead
@@ -303,12 +317,17 @@ class UniformIterator(StepIterator):
 class ModalityIterator(StepIterator):
     """Takes the process's part of one batch of a `ModalityOrder` at every step.
 
-    What finds no room waits for the next steps of its kind, so that no pool has both kinds but the
-    mixed batch. The position of a pair that waits is its step times all rows, plus its row: it does not
-    depend on the devices that the batch was dealt to.
+    A pair without room waits for a later step of its modality, so that only the mixed batch has pools of
+    both. The position of a pair that waits is (its step) * (number of rows) + (its row). That number does
+    not depend on the devices that the batch was divided among.
     """
 
     def __init__(self, order: grain.MapDataset, *, part: ModalityPart, **options):
+        """Args:
+        order: `part`, as a dataset.
+        part: of the process.
+        options: of `StepIterator`.
+        """
         super().__init__(order, **options)
         self._part = part
         self._batches = part.order
@@ -326,7 +345,7 @@ class ModalityIterator(StepIterator):
         number = self._step
         rows = self._batches.rows(number).reshape(-1)
         rows = rows[rows != HOLE]
-        # Every process knows the whole batch: of equal contents in it, the first alone takes part.
+        # Every process knows the whole batch. Of several rows of equal content in it, the first takes part.
         contents, first = np.unique(self._contents[rows], return_index=True)
         in_batch, leaders = set(contents.tolist()), set(rows[first].tolist())
         candidates, later = [], []
@@ -368,10 +387,11 @@ class ModalityIterator(StepIterator):
             )
 
     def _may_join(self, row: int, number: int) -> bool:
-        """Whether a pair that waits may be in the `number`-th step as far as others are concerned.
+        """Whether a pair that waits may join the `number`-th step.
 
-        Another process may still have the same row of another epoch, or a row of equal content, and
-        cannot be asked. Such a row is taken by one process at a time, in turns.
+        Its modality must be that of the step. And no other process may put an equal row into the same step:
+        another process may still hold this row from another epoch, or a row of equal content, and cannot be
+        asked. The processes therefore take turns with such rows.
         """
         modality = self._batches.modality(number)
         if modality != MIXED and (modality == IMAGE) != self._batches.has_image(row):

@@ -1,5 +1,6 @@
 """Measuring and showing training data: figures are those of the real sequences."""
 
+import dataclasses
 import json
 import re
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 
 from llave_jax import config as config_lib
+from llave_jax.data.inspection_page import write_page
 from llave_jax.data.measure import LayoutBuilder, measure_subset, mixed_sizes
 from llave_jax.data.sources import open_source
 from llave_jax.digits.tokenizer import build_tokenizer
+from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.inspect_data import inspect
 from tests.data.mmeb_tree import TEMPLATES, make_tree
 
@@ -87,6 +90,17 @@ def test_the_report_and_the_page_show_every_subset(tree, tokenizer, tmp_path):
     assert "hard negative" in page
     assert "|im_start|" in page
     assert "http" not in page  # self-contained
+
+
+def test_a_model_without_tiles_has_a_page(tree, builder, tmp_path):
+    config = dataclasses.replace(builder.spec.config, pinpoints=())
+    spec = dataclasses.replace(builder.spec, config=config)
+    source = open_source(tree)
+    write_page(tmp_path / "page.html", "", source, SequenceBuilder(builder.tokenizer, spec), 1)
+    page = (tmp_path / "page.html").read_text()
+    assert "base crop" in page
+    assert " tiles</figure>" not in page
+    assert "class='side error'" not in page
 
 
 def test_unusable_rows_are_shown_where_they_stand(tokenizer, tmp_path):
