@@ -13,9 +13,13 @@ DIGEST_BYTES = 32
 
 
 def digest(*parts: bytes) -> bytes:
-    """SHA-256 of the parts, one after another: DIGEST_BYTES bytes.
+    """SHA-256 of several parts, one after another.
 
-    Parts of varying length can run into each other: a caller that has such puts lengths between them.
+    Args:
+      parts: they can run into each other: a caller whose parts vary in length puts the lengths between them.
+
+    Returns:
+      DIGEST_BYTES bytes.
     """
     sha256 = hashlib.sha256()
     for part in parts:
@@ -26,6 +30,12 @@ def digest(*parts: bytes) -> bytes:
 def file_digest(path: str | os.PathLike) -> bytes:
     """`digest` of a file's content, which is read piece by piece.
 
+    Args:
+      path: of the file.
+
+    Returns:
+      DIGEST_BYTES bytes.
+
     Raises:
       OSError: the file cannot be read.
     """
@@ -34,9 +44,16 @@ def file_digest(path: str | os.PathLike) -> bytes:
 
 
 def short_hash(content: bytes, size: int = 8) -> bytes:
-    """BLAKE2b of `size` bytes. Among a million contents, two share one of 8 bytes with probability 3e-8.
+    """BLAKE2b. Among a million contents, two share 8 bytes with probability 3e-8.
 
-    It is not the beginning of `digest`: prepared data, held-out rows and the order in which a run reads
-    its rows depend on these values, so they must not change.
+    It is not the beginning of `digest`: prepared data, held-out rows and the order in which a run reads its
+    rows depend on these values, so they must not change.
+
+    Args:
+      content: what is hashed.
+      size: bytes of the hash.
+
+    Returns:
+      `size` bytes.
     """
     return hashlib.blake2b(content, digest_size=size).digest()

@@ -83,12 +83,23 @@ class BatchPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The plan as a dictionary for JSON.
+
+        Returns:
+          Field -> value; the budget is a dictionary, too.
+        """
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BatchPlan:
-        """What `to_dict` gave."""
+        """The plan that a dictionary holds.
+
+        Args:
+          values: what `to_dict` gave.
+
+        Returns:
+          The plan.
+        """
         return cls(**{**values, "budget": Budget(**values["budget"])})
 
 
@@ -120,6 +131,9 @@ def plan_batch(
       settings: numbers that are set by hand.
       for_any_item: make room for the longest sequence, and where the sample has images for the largest
         image, that the model's inputs allow, whether the sample has one or not.
+
+    Returns:
+      The plan.
 
     Raises:
       ValueError: the pairs do not divide, or by the numbers set by hand a pair of `sizes` does not fit.

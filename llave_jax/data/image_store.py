@@ -97,6 +97,9 @@ class ImageStore:
           path: relative to the root, with forward slashes.
           name: where the path was found, for errors.
 
+        Returns:
+          The file's content.
+
         Raises:
           ImageError: the path leaves the root, nothing is there, or it cannot be read.
         """

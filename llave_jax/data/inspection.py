@@ -34,6 +34,9 @@ def subset_report(measured: Mapping[str, MeasuredSubset]) -> str:
 
     Args:
       measured: by the subset's name.
+
+    Returns:
+      Lines of text.
     """
     rows = [[subset, *_cells(part)] for subset, part in measured.items()]
     reasons = [
@@ -96,6 +99,9 @@ def packing_report(
       shards: devices that the batch is split over.
       micro_batches: of a step.
       group_size: as of `simulate`.
+
+    Returns:
+      Lines of text.
     """
     lines = [
         f"a pair takes {sizes.lengths.sum(1).mean():.0f} tokens and {sizes.crops.sum(1).mean():.2f} crops "

@@ -59,8 +59,16 @@ class RowLoader:
 
 
 def to_arrays(sequence: TokenSequence) -> dict[str, Any]:
-    """A sequence as a dictionary: grain pickles objects, but moves a dictionary's arrays between processes
-    in shared memory."""
+    """A sequence as a dictionary of arrays.
+
+    grain pickles objects, but moves the arrays of a dictionary between processes in shared memory.
+
+    Args:
+      sequence: to take apart.
+
+    Returns:
+      What `to_sequence` reads.
+    """
     return {
         "tokens": sequence.tokens,
         "crops": sequence.crops,
@@ -73,7 +81,14 @@ def to_arrays(sequence: TokenSequence) -> dict[str, Any]:
 
 
 def to_sequence(arrays: dict[str, Any]) -> TokenSequence:
-    """The sequence that `to_arrays` was given."""
+    """The sequence of a dictionary.
+
+    Args:
+      arrays: what `to_arrays` gave.
+
+    Returns:
+      The sequence.
+    """
     return TokenSequence(
         tokens=arrays["tokens"],
         crops=arrays["crops"],

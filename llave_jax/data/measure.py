@@ -125,6 +125,9 @@ def measure_subset(
       builder: of the model's sequences.
       count: the most rows that are measured.
       sides: Z: 2, or 3 with each row's hard negative.
+
+    Returns:
+      What the rows take, and which of them cannot be used.
     """
     layout = LayoutBuilder(builder.tokenizer, builder.spec)
     indices = source.subsets[subset]
@@ -164,7 +167,17 @@ def measure_subset(
 def measure_subsets(
     source: PairSource, builder: SequenceBuilder, rows_per_subset: int, sides: int = 2
 ) -> dict[str, MeasuredSubset]:
-    """`measure_subset` of every subset that has rows, by its name."""
+    """Measures rows of every subset that has rows.
+
+    Args:
+      source: of the pairs.
+      builder: of the model's sequences.
+      rows_per_subset: the most rows of each subset that are measured.
+      sides: Z: 2, or 3 with each row's hard negative.
+
+    Returns:
+      Subset -> what its rows take.
+    """
     measured = {}
     with Progress(len(source.subsets), "measuring", unit="subsets") as progress:
         for subset, indices in source.subsets.items():
@@ -193,6 +206,9 @@ def measure_source(
       sides: Z: 2, or 3 with each row's hard negative.
       weights: as of `Composition`.
 
+    Returns:
+      Sizes of 8192 pairs, drawn from the measured ones.
+
     Raises:
       ValueError: no measured row can be used.
     """
@@ -213,6 +229,9 @@ def mixed_sizes(
       count: n, pairs to draw.
       seed: of the draw.
       weights: subset -> share of the pairs; None: as many as it has rows.
+
+    Returns:
+      Sizes of `count` pairs.
 
     Raises:
       ValueError: no measured row can be used.

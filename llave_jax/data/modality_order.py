@@ -84,16 +84,37 @@ class ModalityOrder:
         self._make_caches()
 
     def rows(self, number: int) -> np.ndarray:
-        """int64 [groups, group size], rows of the `number`-th batch of all epochs; HOLE for none."""
+        """The rows of a batch, by group.
+
+        Args:
+          number: of the batch, counted over all epochs.
+
+        Returns:
+          int64 [groups, group_size], HOLE for none.
+        """
         return self._dealt(number)
 
     def modality(self, number: int) -> str:
-        """What the queries of the `number`-th batch are: IMAGE, TEXT or MIXED."""
+        """What the queries of a batch are.
+
+        Args:
+          number: of the batch, counted over all epochs.
+
+        Returns:
+          IMAGE, TEXT or MIXED.
+        """
         epoch, index = divmod(number, self.batches_per_epoch)
         return self._epoch(epoch).modalities[index]
 
     def has_image(self, row: int) -> bool:
-        """Whether the row's query has an image."""
+        """Whether a row's query has an image.
+
+        Args:
+          row: of the source.
+
+        Returns:
+          True if it has one.
+        """
         return bool(self._image_query[row])
 
     def _deal(self, number: int) -> np.ndarray:
@@ -209,6 +230,13 @@ class ModalityPart:
         return self.order.rows(number).reshape(self._batch)[:, self.process_index].flat[offset]
 
     def home(self, position: int) -> tuple[int, int]:
-        """(micro-batch, shard) of the group that a position belongs to."""
+        """The group that a position belongs to.
+
+        Args:
+          position: of the process.
+
+        Returns:
+          (micro-batch, shard) of the group.
+        """
         micro_batch, shard, _ = np.unravel_index(position % self.size, self._part)
         return int(micro_batch), int(shard)

@@ -74,6 +74,9 @@ class Composition:
         Args:
           source: of the rows.
           batch_size: rows of the order's batches; None if it has no batches.
+
+        Returns:
+          A short text.
         """
         sizes = {subset: len(rows) for subset, rows in source.subsets.items()}
         weights = self.weights and dict(self.weights)
@@ -254,6 +257,9 @@ def row_order(
       epochs: passes over the rows, if there are no weights; None: endless.
       composition: its sub_batch and weights.
 
+    Returns:
+      A dataset of sub-batches.
+
     Raises:
       ValueError: the weights name no subset with rows, or one that there is not.
     """
@@ -335,7 +341,16 @@ class Members(grain.MapDataset):
 
 
 def random_keys(count: int, seed: int, *path: int) -> np.ndarray:
-    """uint64 [count]. Raw numbers of a bit generator are the same in every version of NumPy."""
+    """Random numbers that are the same in every version of NumPy, as a bit generator's raw numbers are.
+
+    Args:
+      count: n.
+      seed: at least 0.
+      path: says which of the seed's streams of numbers to take.
+
+    Returns:
+      uint64 [n].
+    """
     return np.random.Philox(np.random.SeedSequence([seed, *path])).random_raw(count)
 
 

@@ -38,7 +38,14 @@ class PairSizes:
         return len(self.lengths)
 
     def take(self, indices: np.ndarray) -> PairSizes:
-        """The pairs at int [m] indices, in their order."""
+        """Some of the pairs.
+
+        Args:
+          indices: int [m].
+
+        Returns:
+          The pairs at these indices, in their order.
+        """
         return PairSizes(
             self.lengths[indices],
             self.crops[indices],
@@ -108,6 +115,9 @@ def simulate(
       lookahead: as of `data.pipeline.train_iterator`.
       skip_batches: the first batches of the uniform order do not count, since nothing has waited for
         them. The last one does not count either: it is not full.
+
+    Returns:
+      How full the batches are.
 
     Raises:
       ValueError: a pair does not fit in an empty batch either, or there are too few pairs.

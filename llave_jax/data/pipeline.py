@@ -96,6 +96,9 @@ def train_iterator(
         `packing.default_lookahead`. By modality, so many that wait are kept in memory.
       prefetch: batches made ahead in a background thread.
 
+    Returns:
+      An iterator of the process's batches.
+
     Raises:
       ValueError: arguments that do not go together. While iterating: `RowError`, `ImageError` or
         another ValueError for a row that cannot be used, `TooManySkips`.
@@ -182,5 +185,8 @@ def skip_limit(source: PairSource, max_skip_share: float) -> int:
     Args:
       source: of the run.
       max_skip_share: of its rows.
+
+    Returns:
+      A number of rows.
     """
     return int(max_skip_share * len(source))

@@ -53,7 +53,11 @@ class Shard:
 
 
 def features() -> tfds.features.FeaturesDict:
-    """What a record holds; images are the bytes of their files, b"" where a side has none."""
+    """What a record holds; images are the bytes of their files, b"" where a side has none.
+
+    Returns:
+      The features of a record, by name.
+    """
     texts = {field: tfds.features.Text() for field in Row._fields}
     images = {image: tfds.features.Tensor(shape=(), dtype=np.object_) for image in IMAGES}
     return tfds.features.FeaturesDict({"row": np.int64, **texts, **images})
@@ -128,6 +132,15 @@ def prepare(
 
 def plan_shards(folder: Path, indices: range, split: str, rows_per_shard: int) -> list[Shard]:
     """The shards of one subset.
+
+    Args:
+      folder: of the subset.
+      indices: its rows, in the source.
+      split: the name that the rows get.
+      rows_per_shard: of each shard but the last.
+
+    Returns:
+      The shards, in the order of their rows.
 
     Raises:
       ValueError: the folder holds this split in another number of shards.

@@ -53,12 +53,23 @@ class Row(NamedTuple):
     neg_image_path: str
 
     def digest(self) -> int:
-        """64-bit hash of the content, the same wherever the row is stored."""
+        """64-bit hash of the content, the same wherever the row is stored.
+
+        Returns:
+          At least 0, less than 2**64.
+        """
         return hash_texts(self)
 
 
 def hash_texts(texts: Iterable[str]) -> int:
-    """64-bit hash of several texts, the same on every machine."""
+    """64-bit hash of several texts, the same on every machine.
+
+    Args:
+      texts: in order.
+
+    Returns:
+      At least 0, less than 2**64.
+    """
     return int.from_bytes(short_hash("\x1f".join(texts).encode()), "little")
 
 
@@ -85,7 +96,14 @@ class Table:
 
     def texts(self, *fields: str) -> Iterator[tuple[str, ...]]:
         """These fields of all rows in turn: "" for a field that a row lacks. Fast, and it does not raise:
-        rows that cannot be used come, too."""
+        rows that cannot be used come, too.
+
+        Args:
+          fields: names among FIELDS.
+
+        Returns:
+          An iterator of tuples, one for each row.
+        """
         columns = [self._columns[FIELDS.index(field)] for field in fields]
         for start in range(0, len(self), _CHUNK):
             parts = [column.slice(start, _CHUNK).fill_null("") for column in columns]
@@ -112,7 +130,14 @@ class Table:
         return row
 
     def name(self, index: int) -> str:
-        """File and row, for messages."""
+        """File and row, for messages.
+
+        Args:
+          index: of the row, in the table.
+
+        Returns:
+          Such as "rows.json row 7".
+        """
         return f"{self.file} row {self.row_numbers[index]}"
 
 
@@ -133,6 +158,9 @@ def read_table(files: list[Path], max_rows: int | None = None) -> Table:
     Args:
       files: the parquet files of a split, in order, or one `.json` or `.jsonl` file.
       max_rows: rows to keep; None for all.
+
+    Returns:
+      The rows.
 
     Raises:
       ValueError: a file is not what its name says, or lacks the columns of MMEB-train.

@@ -30,13 +30,27 @@ class TooManySkips(RuntimeError):
 
 
 def by_subset(pair_ids: Iterable[str]) -> str:
-    """How many pairs each subset has, the most first: "WebQA 12, CIRR 3"."""
+    """How many pairs each subset has.
+
+    Args:
+      pair_ids: "SUBSET:ROW" each.
+
+    Returns:
+      Such as "WebQA 12, CIRR 3", the largest number first.
+    """
     counts = collections.Counter(pair_id.rpartition(":")[0] for pair_id in pair_ids)
     return ", ".join(f"{subset} {count}" for subset, count in counts.most_common())
 
 
 def listed(rows: Mapping[str, Sequence[int]]) -> list[str]:
-    """Pair ids of rows by subset."""
+    """Pair ids of rows.
+
+    Args:
+      rows: subset -> row numbers.
+
+    Returns:
+      "SUBSET:ROW" each.
+    """
     return [f"{subset}:{row}" for subset, numbers in rows.items() for row in numbers]
 
 

@@ -60,11 +60,25 @@ class PairSource(abc.ABC):
 
     @abc.abstractmethod
     def pair_id(self, index: int) -> str:
-        """The name of a pair, "SUBSET:ROW". Pairs that cannot be read have one, too."""
+        """The name of a pair. Pairs that cannot be read have one, too.
+
+        Args:
+          index: of the pair.
+
+        Returns:
+          "SUBSET:ROW".
+        """
 
     @abc.abstractmethod
     def digest(self, index: int) -> int:
-        """64-bit hash of the row's content, the same in every kind of source; cheap."""
+        """A hash of the row's content, the same in every kind of source; cheap.
+
+        Args:
+          index: of the pair.
+
+        Returns:
+          At least 0, less than 2**64.
+        """
 
     def contents(self) -> np.ndarray:
         """Hashes that are equal for rows of the same query and target (text and image path).
@@ -93,7 +107,14 @@ class PairSource(abc.ABC):
         )
 
     def subset(self, index: int) -> str:
-        """The subset an index belongs to."""
+        """The subset of a pair.
+
+        Args:
+          index: of the pair.
+
+        Returns:
+          Its name.
+        """
         starts = [indices.start for indices in self.subsets.values()]
         return list(self.subsets)[bisect.bisect_right(starts, index) - 1]
 
@@ -108,16 +129,40 @@ class MmebSource(PairSource):
         self.left_out = {name: t.left_out for name, t in tables.items() if t.left_out}
 
     def row(self, index: int) -> Row:
-        """The row's text and paths. Raises RowError."""
+        """The text and paths of a row.
+
+        Args:
+          index: of the pair.
+
+        Returns:
+          The row as it is stored.
+
+        Raises:
+          RowError: it cannot be used.
+        """
         subset = self.subset(index)
         return self._tables[subset][index - self.subsets[subset].start]
 
     def row_numbers(self, subset: str) -> np.ndarray:
-        """int64 [n], of each row of a subset in its file or files."""
+        """The numbers of a subset's rows.
+
+        Args:
+          subset: its name.
+
+        Returns:
+          int64 [n], of each row in its file or files.
+        """
         return self._tables[subset].row_numbers
 
     def row_number(self, index: int) -> int:
-        """Of a row in its file or files."""
+        """The number of a row.
+
+        Args:
+          index: of the pair.
+
+        Returns:
+          Its number in its file or files.
+        """
         subset = self.subset(index)
         return int(self.row_numbers(subset)[index - self.subsets[subset].start])
 
@@ -156,7 +201,13 @@ class MmebSource(PairSource):
         return image, words
 
     def read(self, index: int) -> tuple[Row, tuple[bytes, ...]]:
-        """The row, and the encoded images of its query, target and negative: b"" for those it lacks.
+        """Reads a row and its images.
+
+        Args:
+          index: of the pair.
+
+        Returns:
+          The row, and the encoded images of its query, target and negative: b"" for those it lacks.
 
         Raises:
           RowError: the row cannot be used.
@@ -167,7 +218,16 @@ class MmebSource(PairSource):
         return row, tuple(self._images.read(path, name) if path else b"" for path in paths)
 
     def make(self, index: int, row: Row, images: Sequence[bytes]) -> Pair:
-        """The pair that is made of what `read` gave."""
+        """Makes the pair of what `read` gave.
+
+        Args:
+          index: of the pair.
+          row: its text and paths.
+          images: its encoded images.
+
+        Returns:
+          The pair.
+        """
         return make_pair(self.pair_id(index), self._name(index), row, images)
 
     def __getitem__(self, index: int) -> Pair:
@@ -301,6 +361,9 @@ def make_pair(pair_id: str, name: str, row: Row, images: Sequence[bytes]) -> Pai
       name: file and row, for messages.
       row: its texts and paths.
       images: the encoded images of query, target and negative; b"" for those it lacks.
+
+    Returns:
+      The pair.
     """
 
     def item(side: str, text: str, path: str, image: bytes) -> Item:
@@ -339,6 +402,9 @@ def open_source(
       split: of the parquet files and of the array records; JSON files have no splits.
       max_rows: the first rows to keep of each subset (the paper: 50000), or of those named.
       image_root: what image paths are relative to; by default the folder itself.
+
+    Returns:
+      The pairs.
 
     Raises:
       FileNotFoundError: nothing to read there, or a subset or split is missing.

@@ -169,11 +169,23 @@ class StepIterator(grain.DatasetIterator):
         )
 
     def get_state(self) -> dict[str, Any]:
+        """Where the iterator is, for `set_state`.
+
+        Returns:
+          A dictionary for JSON.
+        """
         carry = [pair.position for pair in self._carry]
         return {"step": self._step, "next": self._next, "carry": carry, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the state belongs to other data, another seed or process count."""
+        """Goes on from where another iterator was.
+
+        Args:
+          state: what its `get_state` gave.
+
+        Raises:
+          ValueError: the state belongs to other data, another seed or another number of processes.
+        """
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise ValueError(
@@ -186,6 +198,7 @@ class StepIterator(grain.DatasetIterator):
         self._carry = [_Pair(p, self._row_at(p), None) for p in state["carry"]]
 
     def close(self) -> None:
+        """Stops the worker processes."""
         self._stop_stream()
         super().close()
 

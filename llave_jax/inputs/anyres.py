@@ -65,14 +65,18 @@ def letterbox(image: PIL.Image.Image, canvas: tuple[int, int]) -> PIL.Image.Imag
 
 
 def tile_grid(width: int, height: int, config: InputConfig, crop: CropGeometry) -> tuple[int, int]:
-    """(rows, columns) of an image's tiles; (0, 0) for a model without tiles.
+    """The tiles that an image has: the one rule behind all numbers of crops and visual tokens.
 
-    With the base crop, the image has 1 + rows * columns crops. This is the only place that says so.
+    With the base crop, the image has 1 + rows * columns crops.
 
     Args:
-      width: of the image, in pixels, as is `height`.
+      width: of the image, in pixels.
+      height: of the image, in pixels.
       config: the model's input settings.
       crop: the geometry of its crops.
+
+    Returns:
+      (rows, columns) of the tiles; (0, 0) for a model without tiles.
     """
     if not config.pinpoints:
         return 0, 0
@@ -81,7 +85,17 @@ def tile_grid(width: int, height: int, config: InputConfig, crop: CropGeometry) 
 
 
 def num_crops(width: int, height: int, config: InputConfig, crop: CropGeometry) -> int:
-    """How many crops an image has. Arguments are those of `tile_grid`."""
+    """How many crops an image has.
+
+    Args:
+      width: of the image, in pixels.
+      height: of the image, in pixels.
+      config: the model's input settings.
+      crop: the geometry of its crops.
+
+    Returns:
+      The base crop and the tiles.
+    """
     return 1 + math.prod(tile_grid(width, height, config, crop))
 
 
@@ -106,11 +120,17 @@ def image_crops(image: PIL.Image.Image, config: InputConfig, crop: CropGeometry)
 
 
 def image_taps(width: int, height: int, config: InputConfig, crop: CropGeometry) -> T.Taps:
-    """Visual tokens of an image over the crops of `image_crops`. Arguments are those of `tile_grid`.
+    """The visual tokens of an image, over the crops of `image_crops`.
 
-    Base tokens come first, row by row. Then comes the tiles' map without its padding, resized to the
-    limit of `anyres_max`, with a newline at the end of every row. Without tiles there are the base
-    tokens and one newline.
+    Base tokens come first, row by row. Then comes the tiles' map without its padding, resized to the limit of
+    `anyres_max`, with a newline at the end of every row. Without tiles there are the base tokens and one
+    newline.
+
+    Args:
+      width: of the image, in pixels.
+      height: of the image, in pixels.
+      config: the model's input settings.
+      crop: the geometry of its crops.
 
     Returns:
       Taps [V].
@@ -126,14 +146,26 @@ def image_taps(width: int, height: int, config: InputConfig, crop: CropGeometry)
 
 
 def single_crop_taps(crop: CropGeometry) -> T.Taps:
-    """Visual tokens of an image of one crop: its patches row by row, and one newline. Taps [P + 1]."""
+    """The visual tokens of an image of one crop: its patches row by row, and one newline.
+
+    Args:
+      crop: the geometry of the model's crops.
+
+    Returns:
+      Taps [P + 1].
+    """
     return T.concatenate([T.crop_map(0, 1, 1, crop.patches_per_side).reshape(-1), T.newlines(1)])
 
 
 def largest_image(config: InputConfig, crop: CropGeometry) -> tuple[int, int]:
-    """The most crops of any image, and the most taps of any image's visual token.
+    """What the largest image takes. An image that fills a canvas keeps all of its map, so it has the most.
 
-    An image that fills a canvas keeps all of its map, so that it has the most of both.
+    Args:
+      config: the model's input settings.
+      crop: the geometry of its crops.
+
+    Returns:
+      The most crops of any image, and the most taps of any image's visual token.
     """
     sizes = [(width, height) for height, width in config.pinpoints] or [(crop.size, crop.size)]
     return (
@@ -151,6 +183,9 @@ def unpad(tiles: T.Taps, width: int, height: int) -> T.Taps:
     Args:
       tiles: the map [rows, columns].
       width: of the image, in pixels, as is `height`.
+
+    Returns:
+      The part of the map that shows the image.
     """
     rows, columns = tiles.shape
     if width / height > columns / rows:
@@ -167,6 +202,9 @@ def shrink(tiles: T.Taps, anyres_max: int | None, num_patches: int) -> T.Taps:
       tiles: a map [rows, columns].
       anyres_max: crops; None: no limit.
       num_patches: tokens of a crop.
+
+    Returns:
+      A map [rows, columns] of fewer tokens, or `tiles` itself.
     """
     rows, columns = tiles.shape
     if anyres_max is None:

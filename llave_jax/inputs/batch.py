@@ -80,6 +80,9 @@ def empty_batch(budget: Budget, num_shards: int, crop: CropGeometry) -> PackedBa
       budget: of each shard.
       num_shards: S.
       crop: the geometry of the crops.
+
+    Returns:
+      Arrays of the shapes that `PackedBatch` gives.
     """
     tokens = (num_shards, budget.rows, budget.row_length)
     newline = budget.crops * crop.num_patches
@@ -97,7 +100,14 @@ def empty_batch(budget: Budget, num_shards: int, crop: CropGeometry) -> PackedBa
 
 
 def stack_batches(batches: Sequence[PackedBatch]) -> PackedBatch:
-    """Micro-batches of equal shapes as one batch: every array gets a leading axis [M]."""
+    """Micro-batches as one batch.
+
+    Args:
+      batches: M of them, of equal shapes.
+
+    Returns:
+      Arrays with a leading axis [M].
+    """
     arrays: list[Any] = [
         None if parts[0] is None else np.stack(parts) for parts in zip(*batches, strict=True)
     ]

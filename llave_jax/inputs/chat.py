@@ -22,7 +22,14 @@ _AFTER = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 
 def count_markers(text: str) -> int:
-    """How many image markers (`<image>`, `<|image_1|>`, ...) a text holds."""
+    """How many image markers (`<image>`, `<|image_1|>`, ...) a text holds.
+
+    Args:
+      text: user content.
+
+    Returns:
+      Their number.
+    """
     return text.count(IMAGE_MARKER) + len(_NUMBERED_MARKER.findall(text))
 
 
@@ -37,6 +44,9 @@ def place_markers(text: str, num_images: int, name: str = "") -> str:
       text: user content, with or without markers.
       num_images: of the item; a video counts as one.
       name: of the item, for errors.
+
+    Returns:
+      The text that goes into the prompt.
 
     Raises:
       ValueError: the text has markers, but not one for each image.
@@ -58,7 +68,14 @@ def place_markers(text: str, num_images: int, name: str = "") -> str:
 
 
 def chat_text(content: str) -> str:
-    """The whole prompt for user content, as the model was trained on it."""
+    """The whole prompt, as the model was trained on it.
+
+    Args:
+      content: user content.
+
+    Returns:
+      The text that is tokenised.
+    """
     return _BEFORE + content + _AFTER
 
 

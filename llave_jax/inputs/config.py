@@ -75,5 +75,8 @@ def grid_pinpoints(tile: int, rows: int, columns: int) -> tuple[tuple[int, int],
       tile: pixels of a tile's side.
       rows: most tiles from top to bottom.
       columns: most tiles from left to right.
+
+    Returns:
+      `InputConfig.pinpoints`.
     """
     return tuple((r * tile, c * tile) for c in range(1, columns + 1) for r in range(1, rows + 1))

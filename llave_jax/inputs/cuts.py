@@ -25,7 +25,11 @@ class CutWarnings:
         self._unnamed = self._reported = 0
 
     def note(self, sequence: TokenSequence) -> None:
-        """Warns about a sequence, or counts it, if the model's limits cut it."""
+        """Warns about a sequence, or counts it, if the model's limits cut it.
+
+        Args:
+          sequence: any sequence, cut or not.
+        """
         if not sequence.num_cut or (self._items_repeat and sequence.name in self._named):
             return
         if len(self._named) == NAMED_ITEMS:

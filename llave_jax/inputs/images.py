@@ -42,11 +42,14 @@ class ImageError(ValueError):
 
 
 def read_image_file(path: str | os.PathLike, name: str = "") -> bytes:
-    """The encoded bytes of an image file.
+    """Reads an image file without decoding it.
 
     Args:
       path: a regular file of at most `MAX_FILE_BYTES`.
       name: where the image comes from, for errors; the path is added.
+
+    Returns:
+      The encoded bytes.
 
     Raises:
       ImageError: missing, unreadable, empty, too large, or not a regular file.
@@ -96,7 +99,14 @@ def load_image(image: ImageLike, name: str = "") -> PIL.Image.Image:
 
 
 def image_size(image: ImageLike, name: str = "") -> tuple[int, int]:
-    """Width and height of an image, from its header alone.
+    """The size of an image, from its header alone.
+
+    Args:
+      image: a path, the bytes of an image file, or a Pillow image.
+      name: where the image comes from (file, row), for errors.
+
+    Returns:
+      Width and height in pixels.
 
     Raises:
       ImageError: as `load_image`, but for damage behind the header.

@@ -62,7 +62,14 @@ class Pair:
     subset: str = ""
 
     def sides(self, count: int) -> list[Item | None]:
-        """Query, target, and `count - 2` negatives; None for each negative that the pair lacks."""
+        """The items of a pair as a fixed number of sides.
+
+        Args:
+          count: Z, at least 2.
+
+        Returns:
+          Query, target, and Z - 2 negatives; None for each negative that the pair lacks.
+        """
         negatives = list(self.negatives[: count - 2])
         return [self.query, self.target, *negatives] + [None] * (count - 2 - len(negatives))
 
@@ -81,6 +88,9 @@ def as_item(item: ItemLike, name: str) -> Item:
     Args:
       item: an Item is returned as it is, even an empty one.
       name: where the item comes from (file, row), for errors.
+
+    Returns:
+      The item.
 
     Raises:
       ValueError: it is none of these forms, or has neither text nor image nor video.
@@ -118,7 +128,14 @@ def as_item(item: ItemLike, name: str) -> Item:
 
 
 def missing_image(text: str) -> tuple[None, ...]:
-    """The images of a text whose one image is missing: the zero picture if it has a marker for it."""
+    """The images of a text whose one image is missing.
+
+    Args:
+      text: user content.
+
+    Returns:
+      The zero picture if the text has a marker for it, otherwise nothing.
+    """
     return (None,) if chat.count_markers(text) == 1 else ()
 
 
@@ -131,6 +148,9 @@ def is_empty(text: str, *pictures: object) -> bool:
     Args:
       text: of the side.
       pictures: its images or videos, or what stands for them; false values are none.
+
+    Returns:
+      True if there is nothing.
     """
     return not text.strip() and not any(pictures)
 

@@ -56,6 +56,9 @@ def default_lookahead(budget: Budget, num_shards: int) -> int:
     Args:
       budget: of each shard.
       num_shards: of the process, which packs by itself.
+
+    Returns:
+      A number of pairs, at least 1.
     """
     return max(1, budget.groups * num_shards // 2)
 

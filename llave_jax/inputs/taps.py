@@ -31,7 +31,14 @@ class Taps:
     weight: np.ndarray
 
     def reshape(self, *shape: int) -> Taps:
-        """The same tokens in a grid of another shape."""
+        """The same tokens in a grid of another shape.
+
+        Args:
+          shape: of the grid.
+
+        Returns:
+          Taps of that shape.
+        """
         k = self.index.shape[-1]
         return Taps(self.index.reshape(*shape, k), self.weight.reshape(*shape, k))
 
@@ -68,17 +75,38 @@ def crop_map(first_crop: int, rows: int, columns: int, side: int) -> Taps:
 
 
 def plain(index: np.ndarray) -> Taps:
-    """Single taps: `index` int [...], the one patch of each token."""
+    """Tokens of a single patch each.
+
+    Args:
+      index: int [...], the patches.
+
+    Returns:
+      Taps [...] with K = 1 and weight 1.
+    """
     return Taps(np.asarray(index, np.int32)[..., None], np.ones((*np.shape(index), 1), np.float32))
 
 
 def newlines(*shape: int) -> Taps:
-    """A grid of newlines of this shape."""
+    """A grid of newlines.
+
+    Args:
+      shape: of the grid.
+
+    Returns:
+      Taps of that shape with K = 1.
+    """
     return plain(np.full(shape, NEWLINE))
 
 
 def widen(taps: Taps, width: int) -> Taps:
-    """The same tokens with `width` taps each: the added taps have weight 0.
+    """The same tokens with more taps each: the added taps have weight 0.
+
+    Args:
+      taps: [...].
+      width: K of the result.
+
+    Returns:
+      Taps [...].
 
     Raises:
       ValueError: the tokens have more taps already.
@@ -93,7 +121,15 @@ def widen(taps: Taps, width: int) -> Taps:
 
 
 def concatenate(parts: list[Taps], axis: int = 0) -> Taps:
-    """Joins maps along an axis; all get as many taps as the widest one has (see `widen`)."""
+    """Joins maps; all get as many taps as the widest one has (see `widen`).
+
+    Args:
+      parts: maps, of equal shapes but for `axis`.
+      axis: along which they are joined.
+
+    Returns:
+      One map.
+    """
     width = max(part.width for part in parts)
     parts = [widen(part, width) for part in parts]
     return Taps(

@@ -32,6 +32,9 @@ def sample_frame_indices(
       frames_per_second: frames to take of each second.
       max_frames: the most frames to take; 0: no limit.
 
+    Returns:
+      Indices in increasing order, at least one.
+
     Raises:
       ValueError: the video has no frames.
     """

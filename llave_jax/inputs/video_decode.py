@@ -40,6 +40,9 @@ def decode_frames(
       indices_fn: called with the number of frames and the stream's average rate.
       name: where the video comes from (file, row), for errors.
 
+    Returns:
+      Images of mode "RGB", one for each index.
+
     Raises:
       ImageError: missing or unreadable file, no video stream, no frame that decodes.
       ImportError: PyAV is not installed.
