@@ -120,14 +120,18 @@ class ImageStore:
           ImageError: the path leaves the root, nothing is there, or the archive cannot be read.
         """
         where = f"{name} ({path})" if name else path
-        check_relative(path, where)
-        file = self.root / path
-        if os.path.exists(file):
+        check_relative(path, name)
+        file, reason = self.root / path, f"the file does not exist below {self.root}"
+        try:
+            os.stat(file)
             return str(file)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            reason = f"cannot be read below {self.root}: {error.strerror}"
         member = self._find_member(path)
         if member is not None:
             return self._read_member(member, where)
-        reason = f"the file does not exist below {self.root}"
         if self._archives == [self.root]:
             reason = f"the file does not exist in the archive {self.root}"
         elif self._archives:
