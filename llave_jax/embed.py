@@ -24,7 +24,7 @@ import jax
 from llave_jax.common import command_line
 from llave_jax.embedding.bulk import embed_file
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.embedding.run_info import add_dtype_argument, record_run, settings_of
+from llave_jax.embedding.run_info import record_run, settings_of
 from llave_jax.parallel import processes
 from llave_jax.weights.fingerprint import model_fingerprint
 
@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="raise",
         help="an item that cannot be read ends the job, or is left out and listed",
     )
-    add_dtype_argument(parser)
+    command_line.add_dtype_argument(parser)
     processes.add_arguments(parser)
     return parser.parse_args(argv)
 

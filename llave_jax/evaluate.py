@@ -21,7 +21,7 @@ from llave_jax.common import command_line
 from llave_jax.common.files import write_text
 from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.embedding.run_info import add_dtype_argument, settings_of
+from llave_jax.embedding.run_info import settings_of
 from llave_jax.evaluation import report, video_data, video_retrieval
 from llave_jax.evaluation.cache import EmbeddingCache, Encode
 from llave_jax.evaluation.mmeb import evaluate_mmeb
@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"tokens of an item; default: the model's, {video_retrieval.MAX_LENGTH} for "
         f"{', '.join(video_data.READERS)}",
     )
-    add_dtype_argument(parser)
+    command_line.add_dtype_argument(parser)
     processes.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.data is None and args.benchmark != "digits":

@@ -155,6 +155,15 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
     return values["config"].value
 
 
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype` to a command line."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of parameters and activations; default: bfloat16 on accelerators, float32 on CPUs",
+    )
+
+
 def set_up_logging(args: argparse.Namespace, *, first: bool = True, times: bool = False) -> None:
     """Sends messages to stderr, and quiets libraries.
 

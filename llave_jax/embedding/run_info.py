@@ -5,7 +5,6 @@ The score files that a leaderboard takes have a fixed form with no room for it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Mapping
@@ -16,15 +15,6 @@ from llave_jax.common.files import write_text
 from llave_jax.embedding.embedder import Embedder
 
 FILE = "run.json"
-
-
-def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--dtype` to a command line."""
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of parameters and activations; default: bfloat16 on accelerators, float32 on CPUs",
-    )
 
 
 def settings_of(model: str | os.PathLike, embedder: Embedder, fingerprint: str) -> dict[str, Any]:
