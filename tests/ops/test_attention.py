@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from llave_jax.models.remat import REMATS
 from llave_jax.models.siglip import SiglipTower
 from llave_jax.ops import attention as attention_lib
 from llave_jax.ops import gpu_attention, tpu_attention
-from llave_jax.ops.attention import attention, xla_attention
+from llave_jax.ops.attention import attention, masked_attention, xla_attention
 from llave_jax.ops.gpu_attention import triton_attention
 from llave_jax.ops.tpu_attention import LANES, Blocks, splash_attention
 from llave_jax.parallel import sharding
@@ -468,3 +469,10 @@ def test_what_does_not_fit_is_refused():
         attention(query, query, query, segment_ids=jnp.zeros((1, 7), int), causal=True)
     with pytest.raises(ValueError, match=r"must agree"):
         attention(query, key, key[:, :4], causal=True)
+
+
+def test_annotations_of_shapes_are_checked_while_tests_run():
+    """The import hook of conftest.py is at work: otherwise annotations could say anything."""
+    query, key = jnp.zeros((1, 8, 2, 4)), jnp.zeros((1, 9, 2, 4))
+    with pytest.raises(jaxtyping.TypeCheckError, match="visible"):
+        masked_attention(query, key, key, jnp.ones((1, 9, 8), bool))
