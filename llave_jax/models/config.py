@@ -1,13 +1,12 @@
-"""What a LLaVE model is: sizes of the two towers and how its inputs are laid out.
+"""The configuration of a LLaVE model: sizes of its two towers, and how its inputs are laid out.
 
-Everything here comes from a checkpoint's `config.json` (see `llave_jax.weights`) or from a preset;
-nothing is derived from a model's name.
+The values come from a checkpoint's config.json (`llave_jax.weights`) or from a preset here, never from
+a model's name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 from llave_jax.inputs.config import InputConfig, InputSpec, grid_pinpoints
@@ -16,7 +15,17 @@ from llave_jax.inputs.crops import CropGeometry
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP tower. `num_layers` counts the layers that run: LLaVE drops the last one."""
+    """The SigLIP tower.
+
+    Attributes:
+      hidden_size: width.
+      num_layers: layers that run. LLaVE drops the last one of the original tower.
+      num_heads: attention heads.
+      intermediate_size: width of the MLP.
+      image_size: pixels of a crop's side.
+      patch_size: pixels of a patch's side.
+      layer_norm_eps: added to the variance.
+    """
 
     hidden_size: int
     num_layers: int
@@ -28,7 +37,7 @@ class VisionConfig:
 
     @property
     def crop(self) -> CropGeometry:
-        """What inputs must know of the tower."""
+        """What `llave_jax.inputs` must know of the tower."""
         return CropGeometry(self.image_size, self.patch_size)
 
     @property
@@ -39,7 +48,19 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Qwen2 language model."""
+    """The Qwen2 language model.
+
+    Attributes:
+      hidden_size: width, and so the size of an embedding.
+      num_layers: transformer layers.
+      num_heads: query heads.
+      num_kv_heads: key and value heads; divides `num_heads`.
+      intermediate_size: width of the MLP.
+      vocab_size: rows of the token embedding.
+      rope_theta: base of the rotary wavelengths.
+      rms_norm_eps: added to the mean square.
+      tie_word_embeddings: whether the checkpoint's LM head is the token embedding.
+    """
 
     hidden_size: int
     num_layers: int
@@ -53,11 +74,14 @@ class TextConfig:
 
     @property
     def head_dim(self) -> int:
+        """Size of a head."""
         return self.hidden_size // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True)
 class LlaveConfig:
+    """A model: its vision tower, its language model, and how its inputs are laid out."""
+
     vision: VisionConfig
     text: TextConfig
     inputs: InputConfig
@@ -68,10 +92,16 @@ class LlaveConfig:
         return InputSpec(self.inputs, self.vision.crop, self.text.vocab_size)
 
     def to_dict(self) -> dict[str, Any]:
+        """Nested dict of all values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LlaveConfig:
+        """The inverse of `to_dict`, also after JSON.
+
+        Raises:
+          KeyError, TypeError, ValueError: a value is missing, unknown or not allowed.
+        """
         inputs = dict(values["inputs"])
         inputs["pinpoints"] = tuple(tuple(p) for p in inputs["pinpoints"])
         return cls(
@@ -79,9 +109,6 @@ class LlaveConfig:
             text=TextConfig(**values["text"]),
             inputs=InputConfig(**inputs),
         )
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
 SIGLIP_SO400M = VisionConfig(

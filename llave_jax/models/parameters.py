@@ -1,9 +1,9 @@
-"""The table of weights: all that is known of each parameter, in one row.
+"""The table of weights: one row says all that is known of a parameter.
 
-A row says what a weight is called here and in checkpoints, its shape, how it is split over the mesh
-and whether weight decay applies. Shapes, shardings, the decay mask and the conversion of checkpoints
-(`llave_jax.weights`) come from it; a test checks what the Linen modules make against it. A new weight
-is a new row.
+A row has the parameter's path here and its name in checkpoints, its shape, the mesh axes that it is
+split over, and whether weight decay applies. Shapes, shardings, the decay mask and the conversion of
+checkpoints (`llave_jax.weights`) come from this table. A test compares it with what the Linen modules
+make. A new parameter is a new row.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class Weight:
 
     @property
     def stacked(self) -> bool:
-        """Whether there is one in each layer; here they are stacked on a first axis."""
+        """Whether each layer has one. Ours are stacked: the first axis counts the layers."""
         return "{n}" in self.hf_name
 
     @property
     def tower(self) -> str:
-        """Whose layers they are: "vision" or "text"."""
+        """The tower it belongs to if it is stacked: "vision" or "text"."""
         return "vision" if "{vision}" in self.hf_name else "text"
 
 
 def _vector(path: str, hf_name: str, shape: str) -> Weight:
-    """A vector of a model's width: small, whole on every device, without weight decay."""
+    """A vector of a tower's width. It is small, so every device has it whole; it does not decay."""
     return Weight(path, hf_name, shape, (None,))
 
 
@@ -94,8 +94,8 @@ def _linear(
     )
     if not bias:
         return [kernel]
-    # Each device adds the part of the bias that belongs to the outputs it computes. Over fsdp a
-    # bias is not worth a gather.
+    # A device needs the biases of the outputs that it computes. Splitting over fsdp besides would save
+    # little memory and cost a gather.
     axes = tuple(axis if axis == "tensor" else None for axis in outputs)
     return [
         kernel,
@@ -166,7 +166,7 @@ def _siglip_layer(path: str, hf_name: str) -> list[Weight]:
 
 
 def _carried(hf_name: str) -> list[Weight]:
-    """The end of a SigLIP tower, which LLaVE does not run."""
+    """What follows the layers of a SigLIP tower. LLaVE does not run it."""
     head = f"{hf_name}.head"
     return [
         *_layer_norm("", f"{hf_name}.post_layernorm"),
@@ -268,7 +268,7 @@ def sizes(config: LlaveConfig) -> dict[str, int]:
 
 
 def axis_sizes(weight: Weight, config: LlaveConfig) -> list[tuple[int, ...]]:
-    """The sizes of `Weight.shape`: of each axis of the checkpoint, its factors."""
+    """`Weight.shape` in numbers: a tuple for each axis of the checkpoint, `a*b` as (a, b)."""
     known = sizes(config)
     return [tuple(known[word] for word in axis.split("*")) for axis in weight.shape.split()]
 
@@ -282,7 +282,7 @@ def layer_shape(weight: Weight, config: LlaveConfig) -> tuple[int, ...]:
 
 
 def num_layers(weight: Weight, config: LlaveConfig) -> int | None:
-    """Length of a weight's layer axis, None if it has none."""
+    """Length of a weight's layer axis; None if it has none."""
     if not weight.stacked:
         return None
     return config.vision.num_layers if weight.tower == "vision" else config.text.num_layers
@@ -299,10 +299,15 @@ def parameter_shapes(config: LlaveConfig) -> dict[str, tuple[int, ...]]:
 
 
 def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
-    """Which parameters weight decay applies to: matrices and embeddings, no biases, norms, newline.
+    """Which parameters weight decay applies to: matrices and embeddings.
+
+    Biases, norms and the newline do not decay.
 
     Args:
-      params: flat, path -> anything.
+      params: flat dict by path; its values do not matter.
+
+    Returns:
+      path -> whether weight decay applies.
 
     Raises:
       ValueError: a parameter has no row in the table.

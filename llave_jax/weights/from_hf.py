@@ -61,6 +61,7 @@ class HfWeights:
     owner: dict[str, SafetensorsFile]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
         return {name: file.tensors[name].shape for name, file in self.owner.items()}
 
 
@@ -69,7 +70,7 @@ class Plan:
     """Which tensor goes where.
 
     Attributes:
-      parameters: path of ours -> Hugging Face names, one a layer (one in all if not stacked).
+      parameters: path of our parameter -> names of its tensors: one of each layer if it is stacked.
       tensors: Hugging Face name -> the tensor.
       carried: names of tensors to keep as they are.
       tied: names of tensors with the same bytes as the token embedding.
@@ -94,8 +95,9 @@ def convert_from_hf(
     Args:
       source: directory with config.json, tokenizer and safetensors weights.
       output: the model directory to make; appears when it is complete.
-      vision_config: the vision tower's config.json where the checkpoint does not tell it.
+      vision_config: the vision tower's config.json, if the checkpoint does not have its sizes.
       overwrite: replace a model directory that exists.
+      show_progress: show a progress bar.
 
     Returns:
       The model's configuration.
@@ -128,10 +130,10 @@ def convert_from_hf(
 
 
 def open_weights(directory: Path) -> HfWeights:
-    """The headers of all weight files of a Hugging Face directory.
+    """Read the headers of all weight files of a Hugging Face directory.
 
     Raises:
-      CheckpointError: none or only pickled ones, or an index that does not fit the files.
+      CheckpointError: there are none, or only pickled ones, or the index does not fit the files.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")

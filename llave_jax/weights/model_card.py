@@ -1,7 +1,7 @@
 """The model card of an exported directory: README.md, with the metadata that the hub reads.
 
-Says what the files are, under which licence, where they come from and whom to cite. What a card on
-the hub should tell beyond that (training data, scores) only the model's authors know.
+It says what the files are, under which licence, where they come from and whom to cite. Only the
+model's authors know what else a card should tell, such as training data and scores.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from huggingface_hub.repocard import metadata_load
 from llave_jax.models.config import LlaveConfig
 
 README = "README.md"
-# Where the card goes if README.md is the source's own.
+# The card's name if the source has a README.md of its own.
 BESIDE_README = "MODEL_CARD.md"
 
-# That of the authors' code and of all models they publish.
+# The licence of the authors' code and of all models that they publish.
 LICENSE = "apache-2.0"
 
-# Who publishes models of this family on the hub: `_name_or_path` in a config.json can as well be a
-# folder, and only these are surely a name on the hub.
+# Who publishes models of this family on the hub. `_name_or_path` in a config.json may also be a folder:
+# only with one of these in front it is surely a name on the hub.
 _PUBLISHERS = ("BAAI", "Qwen", "llava-hf", "lmms-lab", "zhibinlan")
 
 _LOADING = {
@@ -98,16 +98,18 @@ def write_card(
     source_config: dict[str, Any] | None = None,
     base_model: str | None = None,
 ) -> Path:
-    """Write the model card of an exported directory; a README.md that is there already stays.
+    """Write the model card of an exported directory. A README.md that exists stays.
 
     Args:
       target: the directory.
       title: the model's name.
+      config: the model.
       layout: "llave" or "onevision".
-      source_card: README.md of the checkpoint that the model comes from: its licence and its base
-        model go on.
-      source_config: config.json of that checkpoint.
-      base_model: id on the hub of the model this one was trained from, if known better.
+      source_card: README.md of the checkpoint that the model comes from. The new card takes over its
+        licence and its base model.
+      source_config: content of that checkpoint's config.json.
+      base_model: the hub's id of the model that this one was trained from; None: what `source_card`
+        or `source_config` says.
 
     Returns:
       The file written: README.md, or MODEL_CARD.md beside one.
@@ -117,7 +119,7 @@ def write_card(
     licence = known.get("license") or LICENSE
     data = ModelCardData(
         license=licence,
-        # Those that are not on the hub's list have a name and a link of their own.
+        # A licence that is not on the hub's list has a name and a link of its own.
         license_name=known.get("license_name"),
         license_link=known.get("license_link"),
         base_model=base_model,
@@ -148,7 +150,7 @@ def write_card(
 
 
 def _metadata(card: Path | None) -> dict[str, Any]:
-    """The front matter of a card; nothing if there is none that can be read."""
+    """The front matter of a card; empty if there is none or it cannot be read."""
     if card is None or not card.is_file():
         return {}
     try:
@@ -158,7 +160,7 @@ def _metadata(card: Path | None) -> dict[str, Any]:
 
 
 def _published_name(config: dict[str, Any]) -> str | None:
-    """The hub's name of the model that a checkpoint was made from."""
+    """The hub's id of the model that a checkpoint was made from; None if its config.json has none."""
     name = str(config.get("_name_or_path") or "")
     publishers = "|".join(map(re.escape, _PUBLISHERS))
     return name if re.fullmatch(rf"({publishers})/[\w.-]+", name) else None

@@ -1,4 +1,4 @@
-"""Model directories: the self-contained form of a model that everything else here reads.
+"""Model directories: the self-contained form of a model that all commands read.
 
     config.json           LlaveConfig, with the key "llave_jax_format"
     model.safetensors     the parameter tree; names joined by "/", layers stacked on the first axis
@@ -6,8 +6,8 @@
     source/               the other files of the Hugging Face checkpoint, and layout.json
     tokenizer/            for transformers.AutoTokenizer
 
-A training run is a model too: RUN/model is a model directory without model.safetensors, the weights
-are the latest of RUN/checkpoints. The functions that load take either.
+A training run is a model too: RUN/model is a model directory without model.safetensors, and the weights
+are the latest of RUN/checkpoints. The functions that load accept both.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def is_as_converted(weights: SafetensorsFile) -> bool:
 
 
 def locate(path: str | os.PathLike) -> Path:
-    """The model directory of a model: `path` itself, or the part of a training run.
+    """The model directory at a path: the path itself, or the one inside a training run.
 
     Raises:
       CheckpointError: `path` is neither.
@@ -222,15 +222,15 @@ def write_model_dir(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a model directory; it appears when it is complete.
+    """Write a model directory, whole or not at all.
 
     Args:
       path: the directory to make.
       config: the model's configuration.
-      params: parameter tree of arrays, nested or flat; None for a directory without weights.
-      source: the model this one descends from, if any: its tokenizer, its carried tensors and the
-        files of its Hugging Face checkpoint are taken over.
-      tokenizer: without `source`: a transformers tokenizer, or a directory with its files.
+      params: parameter tree of arrays, nested or flat; None: a directory without weights.
+      source: the model that this one comes from, if any. Its tokenizer, its carried tensors and the
+        files of its Hugging Face checkpoint are copied.
+      tokenizer: needed without `source`: a transformers tokenizer, or a directory with its files.
       overwrite: replace a model directory that exists.
 
     Raises:
@@ -298,12 +298,12 @@ def check_output(path: Path, *, overwrite: bool = False, keep: Path | None = Non
 
     Args:
       path: the directory.
-      overwrite: an existing `path` may be replaced, if it holds a model (a config.json).
-      keep: a directory that must neither be replaced nor contain `path`, the source.
+      overwrite: whether a directory that holds a model (a config.json) may be replaced.
+      keep: the source, a directory that must neither be replaced nor contain `path`.
 
     Raises:
       FileExistsError: `path` exists, is not empty, and may not be replaced.
-      ValueError: `path` and `keep` are one within the other.
+      ValueError: one of `path` and `keep` contains the other.
     """
     path = path.absolute()
     if keep is not None:

@@ -1,8 +1,8 @@
 """Reading and writing safetensors files one tensor at a time.
 
-The format: 8 bytes of header length (little-endian), a JSON header with the dtype, shape and place
-of every tensor, then the data without holes. The safetensors package writes a file only from
-tensors that are all in memory and does not give back a header's exact bytes; conversion needs both.
+The format: 8 bytes with the header's length (little-endian), a JSON header with the dtype, shape and
+offsets of every tensor, then the data without holes. Conversion must write files that are larger than
+memory, and must keep a header's exact bytes. The safetensors package can do neither.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: what it is and which bytes of the data part it takes."""
+    """One tensor of a file.
+
+    Attributes:
+      dtype: of its elements.
+      shape: of the tensor.
+      start: its first byte, counted from the beginning of the data.
+    """
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -44,18 +50,23 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def encode_header(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> str:
-    """Header text for tensors laid out by falling item size, then by name (so that all are
-    aligned), padded with spaces to a multiple of 8 bytes.
+    """The header of a file.
+
+    Tensors are laid out by falling item size, then by name, so that all are aligned.
 
     Args:
       tensors: name -> (dtype, shape).
-      metadata: free text entries, the header's `__metadata__`.
+      metadata: entries of free text, the header's `__metadata__`.
+
+    Returns:
+      JSON text, padded with spaces to a multiple of 8 bytes.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
@@ -73,7 +84,14 @@ def encode_header(
 
 
 def parse_header(text: str, where: str) -> dict[str, TensorInfo]:
-    """Tensors of a header in the order of their data.
+    """Read a header.
+
+    Args:
+      text: the header.
+      where: the file, for messages.
+
+    Returns:
+      name -> tensor, in the order of the data.
 
     Raises:
       CheckpointError: not a header, an unknown dtype, or data with holes or overlaps.
@@ -121,7 +139,7 @@ def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
 
 
 class SafetensorsFile:
-    """A file to read from; holds the header only.
+    """A file that is open for reading. Only its header is in memory.
 
     Attributes:
       header: the header's exact text, padding included.
@@ -154,7 +172,12 @@ class SafetensorsFile:
             )
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """The tensor `name`, or its slice `[layer]`, in memory of its own."""
+        """Read a tensor, or one layer of it, into memory.
+
+        Args:
+          name: the tensor.
+          layer: index on its first axis; None: the whole tensor.
+        """
         info = self.tensors[name]
         shape = info.shape if layer is None else info.shape[1:]
         data = np.empty(math.prod(shape) * info.dtype.itemsize, np.uint8)
@@ -165,7 +188,7 @@ class SafetensorsFile:
         return data.view(info.dtype).reshape(shape)
 
     def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
-        """The bytes of the tensor `name`, at most `size` at a time."""
+        """The bytes of a tensor, at most `size` at a time."""
         info = self.tensors[name]
         with open(self.path, "rb") as file:
             file.seek(self._data_start + info.start)
@@ -173,7 +196,7 @@ class SafetensorsFile:
                 yield file.read(min(size, info.nbytes - start))
 
     def view(self, name: str) -> np.ndarray:
-        """The tensor `name` mapped from the file: read where and when it is indexed, read-only."""
+        """A tensor mapped from the file, read-only: what is indexed is read then."""
         info = self.tensors[name]
         if info.nbytes == 0:
             return np.empty(info.shape, info.dtype)
@@ -183,10 +206,10 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """Writes a file of a known header, tensor by tensor or layer by layer, in any order.
+    """A file that is written tensor by tensor or layer by layer, in any order.
 
-    The file has its full size from the beginning. Use as a context manager: leaving it without an
-    exception checks that every byte was written.
+    A context manager: at the end of the block it checks that every byte was written. The file has its
+    full size from the beginning.
     """
 
     def __init__(self, path: str | os.PathLike, header: str):
@@ -200,7 +223,7 @@ class SafetensorsWriter:
         try:
             self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
             if hasattr(os, "posix_fallocate"):
-                # A full disk shows now, not after an hour of copying.
+                # A full disk is an error now, not after an hour of copying.
                 os.posix_fallocate(self._file.fileno(), 0, size)
             else:
                 self._file.truncate(size)
@@ -209,7 +232,16 @@ class SafetensorsWriter:
             raise
 
     def write(self, name: str, array: np.ndarray, layer: int | None = None) -> None:
-        """Put `array` in the place of `name`, or of its slice `[layer]` on the first axis."""
+        """Write a tensor, or one layer of it.
+
+        Args:
+          name: the tensor.
+          array: of its dtype and shape; for a layer without the first axis.
+          layer: index on its first axis; None: the whole tensor.
+
+        Raises:
+          CheckpointError: another dtype or shape.
+        """
         info = self.tensors[name]
         shape = info.shape if layer is None else info.shape[1:]
         if array.shape != shape or array.dtype != info.dtype:
