@@ -33,8 +33,8 @@ from llave_jax.loss.tiled import Negatives, PoolMask, pool_sums
 Targets = dict[str, Any]
 KINDS = ("hardness", "focal")
 
-# A device holds its matrix of similarities if it has at most this many entries: 16 MiB, of which value and
-# gradient hold seven copies. A larger matrix is computed in tiles, which is also faster:
+# A device holds its matrix of similarities if it has at most this many entries, 16 MiB. Value and gradient
+# hold seven arrays of that size. A larger matrix is computed in tiles, which is also faster:
 # benchmarks/loss_memory.py.
 MAX_MATRIX_SIZE = 2**22
 # Larger tiles are not faster, and a TPU's compiler takes minutes for them.

@@ -78,7 +78,7 @@ def _pool_sums_without_rule(
     Args:
       rows: float32 [n, D] embeddings; empty slots may hold anything.
       columns: float32 [A, D].
-      mask: which rows and columns are valid, and what they are to each other.
+      mask: which rows and columns are valid, and which entries are positives and negatives.
       formula: its numbers are float32 arrays; inside `shard_map` they vary over the axes that `rows` do.
       tile_size: side of the square tiles; it need not divide n or A.
 

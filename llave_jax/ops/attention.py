@@ -2,7 +2,7 @@
 
 Owns the choice of implementation and the XLA form, which is the reference and runs everywhere. The
 kernels for one kind of device each are `tpu_attention.py` and `gpu_attention.py`. An implementation
-that cannot do what is asked raises; none falls back silently.
+that cannot compute a call raises an error; none falls back to another.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Subset:
     """One subset of the training data.
 
     Attributes:
-      rows: pairs of which a run trains on each once.
+      rows: number of its pairs; an epoch trains on each once.
       query, target: the sides of a pair.
     """
 
