@@ -39,7 +39,6 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
 
 
 def partial_path(path: str | os.PathLike) -> Path:
@@ -120,15 +119,6 @@ def staged_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file's content, or a directory's names, to the disk."""
-    if path.is_dir():
-        # Windows and some network file systems cannot sync a directory. Its files are synced.
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        return
+    """Flush a file's content to the disk, so that its rename cannot get there first."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -189,7 +189,7 @@ def test_a_picture_changed_while_work_was_stopped(case, monkeypatch):
     case.write(*({"text": f"{i}", "image": f"{i}.bmp"} for i in range(6)))
     for i in range(6):
         case.picture(f"{i}.bmp", i)
-    with kill_at(monkeypatch, 7), pytest.raises(Killed):
+    with kill_at(monkeypatch, 6), pytest.raises(Killed):
         case.run()
     done = len((case.output / "progress.jsonl").read_text().splitlines()) - 1
     assert done == 2
