@@ -1,7 +1,7 @@
 """Encoded image files by the paths that rows give: in a folder, in zip archives below it, or in one archive.
 
 Owns finding and reading bytes, for training and evaluation; decoding is `inputs/images.py`. Archives are
-read in place. A compact index of 36 bytes a member is built once, and worker processes get it with the
+read in place. A compact index of 32 bytes a member is built once, and worker processes get it with the
 store.
 """
 

@@ -199,7 +199,7 @@ def _simulate_modality(
     micro_batches: int,
     lookahead: int,
 ) -> tuple[_Batches, np.ndarray]:
-    """As `_simulate_uniform`."""
+    """The batches of these steps, and how often each pair had to wait."""
     waiting: list[int] = []
     homes: dict[int, tuple[int, int]] = {}
     times_carried = np.zeros(len(pairs), int)

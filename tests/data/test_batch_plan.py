@@ -78,6 +78,15 @@ def test_every_pair_fits_and_no_more_come_than_asked_for(arguments, seed, images
     assert BatchPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+@pytest.mark.parametrize("for_any_item", [False, True])
+def test_the_one_large_pair_of_a_sample_fits(for_any_item):
+    """It is in the sample, but hardly among the pairs that the simulation draws from it."""
+    sizes = draw_sizes(0, 0.5, count=20_000)
+    sizes.lengths[7], sizes.crops[7] = (250, 240), (5, 9)
+    plan = plan_batch(sizes, SPEC, pairs=8, shards=8, micro_batches=1, for_any_item=for_any_item)
+    Planner(plan.budget, 1).check([250, 240], 14, 1, "the pair")
+
+
 @settings(max_examples=4, deadline=None, phases=NO_SHRINKING)
 @given(st.integers(0, 99), st.sampled_from([2, 6, 12]))
 def test_batches_of_other_pairs_are_as_full_as_planned(seed, pairs):
