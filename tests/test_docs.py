@@ -231,6 +231,18 @@ def test_commands_parse(page):
                 assert exists(name) or exists(f"configs/{name}.py"), value
 
 
+def test_comments_name_files_that_exist():
+    for path in (
+        p for top in TREE for p in (ROOT / top).rglob("*.py") if "__pycache__" not in p.parts
+    ):
+        named = re.findall(r"`([\w/]+\.py)`", text_of(path))
+        named += re.findall(
+            rf"(?<![\w/.])(?:{'|'.join(TREE[:-1])})/[\w/]+\.(?:py|md)\b", text_of(path)
+        )
+        missing = {name for name in named if not re.search(r"[A-Z]{4}", name) and not exists(name)}
+        assert not missing or path.is_relative_to(ROOT / "tests"), path
+
+
 def test_letters_of_shapes_are_those_of_the_glossary():
     page = text_of(ROOT / "docs/architecture.md")
     letters = re.findall(r"^\| ([A-Z]) \|", page, flags=re.M)
