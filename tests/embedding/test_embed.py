@@ -35,7 +35,7 @@ from llave_jax import embed
 from llave_jax.embedding import item_lines
 
 item_lines.CHUNK_WEIGHT = 16
-embed.main()
+raise SystemExit(embed.main())
 """
 
 
