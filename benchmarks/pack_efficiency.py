@@ -27,7 +27,7 @@ from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import PRESETS
 from llave_jax.ops import gpu_attention, tpu_attention
 from llave_jax.planning import workload
-from llave_jax.training import batch_shape
+from llave_jax.training import batch_shape, setup
 
 # (name, config, devices it is for)
 CONFIGS = [
@@ -59,7 +59,8 @@ def main() -> None:
     if not args.row_lengths:
         for name, config, devices in CONFIGS:
             dealing = batch_shape.dealing(config, devices)
-            show(name, sizes, batch_shape.batch_budget(config, devices), args.shards, **dealing)
+            plan = batch_shape.make_plan(config, setup.model_config(config), devices, lambda: sizes)
+            show(name, sizes, plan.budget, args.shards, **dealing)
         return
     groups = 8
     for length in (4096, 6144, 8192, 12288, 16384, 24576):

@@ -23,12 +23,6 @@ def get_config() -> Config:
     config.loss.alpha = 9.0
     config.optim.learning_rate = 1e-5
 
-    # One row for the four pairs of a device. They are few to choose from, so there is more room than
-    # larger batches need: docs/scaling.md, "Packing".
-    config.batch.row_length = 15_360
-    config.batch.tokens_per_pair = 3840.0
-    config.batch.crops_per_pair = 6.0
-
     # Parameters, moments and gradients divided over all devices; nothing is replicated that need
     # not be.
     config.mesh.data = 1

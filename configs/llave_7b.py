@@ -26,12 +26,6 @@ def get_config() -> Config:
     config.loss.alpha = 9.0
     config.optim.learning_rate = 5e-6
 
-    # One row for the two pairs of a device. They are few to choose from, so there must be room for both
-    # whatever they are: larger pools are cheaper (docs/scaling.md, "Packing").
-    config.batch.row_length = 8192
-    config.batch.tokens_per_pair = 4096.0
-    config.batch.crops_per_pair = 6.5
-
     # Parameters, moments and gradients divided over all devices; nothing is replicated that need
     # not be.
     config.mesh.data = 1

@@ -4,8 +4,8 @@
         --config.model.path=models/llave-0.5b --config.data.path=data/pairs.json
 
 Inputs are laid out as the model has it; a base model with larger canvases or longer sequences than LLaVE's
-needs larger batches or `model.inputs`, and training says which. `llave_jax.inspect_data` says how well the
-batch's numbers suit your data.
+needs larger batches, or smaller `model.inputs`. The room of a batch is planned from your data;
+`llave_jax.inspect_data` shows it before a run.
 """
 
 from llave_jax.config import Config, default_config
@@ -20,11 +20,6 @@ def get_config() -> Config:
     config.batch.pairs = 256
     config.batch.micro_batches = 8
     config.loss.pool = "global"
-    # Room for pairs as large as MMEB's.
-    config.batch.row_length = 15_360
-    config.batch.tokens_per_pair = 3840.0
-    config.batch.crops_per_pair = 6.0
-    config.batch.fill = 0.985
 
     # Parameters, moments and gradients divided over all devices.
     config.mesh.data = 1

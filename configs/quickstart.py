@@ -20,6 +20,8 @@ def get_config() -> Config:
     config.batch.row_length = 224
     config.batch.tokens_per_pair = 112.0
     config.batch.crops_per_pair = 7.0
+    config.batch.taps = 1
+    config.batch.fill = 1.0
 
     config.loss.alpha = 9.0
     # Ten class names and a few answers: most batches hold the same target several times.

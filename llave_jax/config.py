@@ -26,8 +26,7 @@ def default_config() -> Config:
     """
     config: Config = ConfigDict()
     config.seed = 0
-    # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take if batches
-    # are as full as `batch.fill` says.
+    # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take.
     config.steps = placeholder(int)
 
     # A converted model directory; without one, the name of a preset to be trained from scratch with
@@ -78,18 +77,22 @@ def default_config() -> Config:
     # Share of the rows kept from training, by the hash of their content.
     config.data.held_out = 0.0
 
-    # A step's pairs, over all devices, go through the model in `micro_batches` parts. Rows and
-    # crops of each part follow from what a pair takes on average, with room to spare
-    # (`llave_jax.inspect_data` measures it); pairs that do not fit wait for the next step. `fill`:
-    # the share of its pairs that a step then has, as expected (`inspect` predicts it).
+    # Pairs of a step, over all devices. They go through the model in `micro_batches` parts: more parts
+    # take less memory.
     config.batch = ConfigDict()
     config.batch.pairs = 256
-    config.batch.fill = 1.0
     config.batch.micro_batches = 1
-    config.batch.row_length = 4096
-    config.batch.tokens_per_pair = 3000.0
-    config.batch.crops_per_pair = 4.0
-    config.batch.taps = 1
+    # The room of a batch. None: planned from a sample of the data (`llave_jax.data.batch_plan`). What was
+    # planned is in WORKDIR/batch_plan.json; `llave_jax.inspect_data` shows it before a run. Tokens of a
+    # row; room for tokens and for crops, divided by `pairs`; patches that are averaged to one visual
+    # token, at most. Pairs that find no room wait for the next step.
+    config.batch.row_length = placeholder(int)
+    config.batch.tokens_per_pair = placeholder(float)
+    config.batch.crops_per_pair = placeholder(float)
+    config.batch.taps = placeholder(int)
+    # The share of `pairs` that a step has on average. With room for fewer tokens than `pairs` take, it is
+    # less than 1. None: as planned.
+    config.batch.fill = placeholder(float)
 
     # kind "hardness": the paper's, with hardness `alpha` (0: InfoNCE). "focal": Focal-InfoNCE, with
     # `margin`.

@@ -15,12 +15,15 @@ from pathlib import Path
 
 from llave_jax.common import command_line
 from llave_jax.config import Config
+from llave_jax.data.batch_plan import BatchPlan
 from llave_jax.data.inspection import packing_report, subset_report
 from llave_jax.data.inspection_page import write_page
 from llave_jax.data.measure import measure_subsets, mixed_sizes
+from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.data.rows import EMPTY_SIDE
 from llave_jax.data.skips import by_subset, listed
 from llave_jax.inputs.sequence import SequenceBuilder
+from llave_jax.models.config import LlaveConfig
 from llave_jax.training import batch_shape, setup
 
 _SIMULATED_STEPS = 20
@@ -31,7 +34,8 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
     workdir.mkdir(parents=True, exist_ok=True)
     data_path, tokenizer_path = setup.locate_data(config, workdir)
     tokenizer = setup.load_tokenizer(config, tokenizer_path)
-    builder = SequenceBuilder(tokenizer, setup.model_config(config).input_spec)
+    llave_config = setup.model_config(config)
+    builder = SequenceBuilder(tokenizer, llave_config.input_spec)
     source = setup.open_training_source(config, data_path)
     sides = 3 if config.loss.hard_negatives else 2
     measured = measure_subsets(source, builder, rows, sides)
@@ -39,19 +43,35 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
         measured, _SIMULATED_STEPS * config.batch.pairs, weights=dict(config.data.weights) or None
     )
     left_out = f"left out, as {EMPTY_SIDE}: {by_subset(listed(source.left_out))}"
+    plan = find_plan(config, llave_config, shards, sizes)
     packing = packing_report(
         sizes,
-        batch_shape.batch_budget(config, shards),
+        plan.budget,
         rows=len(source),
-        steps=batch_shape.total_steps(config, len(source)),
+        steps=batch_shape.total_steps(config, len(source), plan.fill),
         shards=shards,
         micro_batches=config.batch.micro_batches,
         group_size=batch_shape.dealing(config, shards).get("group_size"),
     )
-    parts = [subset_report(measured), *([left_out] if source.left_out else []), "", packing]
+    shape = f"a device and micro-batch has {plan}"
+    parts = [subset_report(measured), *([left_out] if source.left_out else []), "", shape, packing]
     report = "\n".join(parts)
     write_page(workdir / "data.html", report, source, builder, samples)
     return report
+
+
+def find_plan(
+    config: Config, llave_config: LlaveConfig, shards: int, sizes: PairSizes
+) -> BatchPlan:
+    """The batches that training would make; also those, set by hand, that it would refuse."""
+    try:
+        return batch_shape.make_plan(config, llave_config, shards, lambda: sizes)
+    except ValueError:
+        batch = config.batch
+        if None in (batch.row_length, batch.tokens_per_pair, batch.crops_per_pair):
+            raise
+        fill = 1.0 if batch.fill is None else batch.fill
+        return BatchPlan(batch_shape.batch_budget(config, shards), fill)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

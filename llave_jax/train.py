@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -53,15 +54,20 @@ def train(config: Config, workdir: Path) -> None:
     llave_config = setup.model_config(config)
     tokenizer = setup.load_tokenizer(config, tokenizer_path)
     check_vocabulary(tokenizer, llave_config.text.vocab_size)
-    batch_shape.check_budget(config, llave_config, sharding.num_shards(mesh))
     if first_process:
         run_files.record_model(config, llave_config, tokenizer_path, workdir)
     source = setup.open_training_source(config, data_path)
-    total_steps = batch_shape.total_steps(config, len(source))
-    log.info("%d pairs, %d steps of at most %d", len(source), total_steps, config.batch.pairs)
-
     builder = SequenceBuilder(tokenizer, llave_config.input_spec)
-    iterator = setup.make_iterator(config, source, builder, mesh, workdir)
+    measure = functools.partial(setup.measure_data, config, source, builder)
+    shards = sharding.num_shards(mesh)
+    plan = run_files.record_batch_plan(config, llave_config, shards, measure, workdir)
+    total_steps = batch_shape.total_steps(config, len(source), plan.fill)
+    log.info(
+        "%d pairs, %d steps of about %d", len(source), total_steps, config.batch.pairs * plan.fill
+    )
+    log.info("a device and micro-batch has %s", plan)
+
+    iterator = setup.make_iterator(config, source, builder, plan.budget, mesh, workdir)
     training = setup.build_training(config, llave_config, mesh, total_steps)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     state = setup.make_state(config, training, mesh, checkpoints, iterator)

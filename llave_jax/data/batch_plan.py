@@ -62,24 +62,28 @@ class BatchPlan:
     Attributes:
       budget: of one shard of one micro-batch.
       fill: pairs that a step has on average, as a share of those asked for.
-      tokens: filled share of the rows' tokens.
-      crops: filled share of the room for crops.
-      carried: share of the pairs that wait for a later batch.
+      tokens: filled share of the rows' tokens, by simulation; None: all numbers were set by hand.
+      crops: filled share of the room for crops, likewise.
+      carried: share of the pairs that wait for a later batch, likewise.
     """
 
     budget: Budget
     fill: float
-    tokens: float
-    crops: float
-    carried: float
+    tokens: float | None = None
+    crops: float | None = None
+    carried: float | None = None
 
     def __str__(self) -> str:
         budget = self.budget
-        return (
+        room = (
             f"{budget.rows} row(s) of {budget.row_length} tokens, {budget.crops} crops, "
-            f"{budget.groups} pair slots and {budget.taps} tap(s) a device and micro-batch; expected: "
-            f"{self.fill:.1%} of the pairs, {self.tokens:.1%} of the tokens and {self.crops:.1%} of the "
-            f"crops filled, {self.carried:.1%} of the pairs carried over"
+            f"{budget.groups} pair slots and {budget.taps} tap(s)"
+        )
+        if self.tokens is None:
+            return f"{room}; set by hand"
+        return (
+            f"{room}; expected: {self.fill:.1%} of the pairs, {self.tokens:.1%} of the tokens and "
+            f"{self.crops:.1%} of the crops filled, {self.carried:.1%} of the pairs carried over"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,12 +12,19 @@ import re
 import jax
 
 from llave_jax.config import Config
+from llave_jax.data.batch_plan import BatchPlan
+from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.embedding.embedding_step import build_embedding_step
 from llave_jax.inputs.batch import Budget
+from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params, param_shardings
 from llave_jax.parallel import sharding
+from llave_jax.planning import workload
 from llave_jax.planning.chips import CHIPS, Gpu, Tpu, topology_devices
 from llave_jax.training import batch_shape, setup, train_step
+
+# Pairs whose sizes stand for the data.
+SAMPLE = 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +95,9 @@ def lower_train_step(
       ValueError: the batch has no room for an item of the model.
     """
     llave_config = setup.model_config(config)
-    batch_shape.check_budget(config, llave_config, sharding.num_shards(mesh))
     # The number of steps is one constant of the schedule. It does not matter which.
     training = setup.build_training(config, llave_config, mesh, config.steps or 1000)
-    budget = batch_shape.batch_budget(config, sharding.num_shards(mesh))
+    budget = _plan(config, llave_config, mesh).budget
     leading = (config.batch.micro_batches,)
     batch = train_step.abstract_batch(training.model, mesh, budget, leading)
     return training.step.run.lower(training.step.state, *batch), training, budget
@@ -107,13 +113,22 @@ def compile_embedding_step(config: Config, topology: str) -> Compiled:
     model = setup.build_training(config, setup.model_config(config), mesh, 1000).model
     model = model.clone(param_dtype=model.dtype)
     params = abstract_params(model)
-    budget = batch_shape.batch_budget(config, sharding.num_shards(mesh))
+    budget = _plan(config, model.config, mesh).budget
     batch, _ = train_step.abstract_batch(model, mesh, budget, ())
     shardings = param_shardings(params, mesh)
     lowered = build_embedding_step(model, mesh).lower(
         sharding.with_shardings(params, shardings), batch
     )
     return Compiled(_compile(lowered), mesh, kind, budget, model, config)
+
+
+def _plan(config: Config, llave_config: LlaveConfig, mesh: jax.sharding.Mesh) -> BatchPlan:
+    """The shape of batches; what the config leaves open is planned for the assumed workload."""
+
+    def assumed() -> PairSizes:
+        return workload.sample_pairs(llave_config.input_spec, SAMPLE)
+
+    return batch_shape.make_plan(config, llave_config, sharding.num_shards(mesh), assumed)
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -1,15 +1,18 @@
 """The shape of a run's batches, and how many there are, from its config.
 
-Owns what `config.batch` and `data.order` mean together. How pairs are packed into a batch is
-`inputs/packing.py`.
+Owns what `config.batch` and `data.order` mean together. Numbers that the config leaves open are planned
+by `data/batch_plan.py`; how pairs are packed into a batch is `inputs/packing.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 from llave_jax.config import Config
+from llave_jax.data.batch_plan import BatchPlan, BatchSettings, plan_batch
+from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.inputs.anyres import largest_image
 from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import LlaveConfig
@@ -17,42 +20,125 @@ from llave_jax.models.config import LlaveConfig
 log = logging.getLogger(__name__)
 
 
-def total_steps(config: Config, rows: int) -> int:
-    """Optimiser steps of a run over `rows` pairs.
+def settings_of(config: Config) -> BatchSettings:
+    """The numbers of a batch that the config sets by hand; None: to be planned."""
+    batch = config.batch
+    return BatchSettings(
+        row_length=batch.row_length,
+        tokens_per_pair=batch.tokens_per_pair,
+        crops_per_pair=batch.crops_per_pair,
+        taps=batch.taps,
+        fill=batch.fill,
+    )
 
-    By modality an epoch has as many steps as full batches, or one; of a shuffle as many as batches, and
-    more if they are not expected to be full. A step holds each row at most once.
+
+def set_by_hand(config: Config) -> bool:
+    """Whether the config leaves nothing to plan."""
+    settings = settings_of(config)
+    return None not in (
+        settings.row_length,
+        settings.tokens_per_pair,
+        settings.crops_per_pair,
+        settings.taps,
+        settings.fill,
+    )
+
+
+def make_plan(
+    config: Config, llave_config: LlaveConfig, shards: int, measure: Callable[[], PairSizes]
+) -> BatchPlan:
+    """The shape of the run's batches: what the config sets by hand, and a plan of the rest.
+
+    Args:
+      llave_config: the model that is trained.
+      shards: devices that the batch is split over.
+      measure: gives the sizes of a sample of the data; it is not called if there is nothing to plan.
 
     Raises:
-      ValueError: `batch.fill` is not a share, or `data.order` and `batch` do not go together.
+      ValueError: the config's numbers do not go together, or leave no room for an item that the model's
+        inputs allow.
+    """
+    pairs_per_group(config, shards)
+    by_modality = config.data.order == "modality"
+    if by_modality:
+        check_modality(config)
+    if set_by_hand(config):
+        plan = BatchPlan(batch_budget(config, shards), config.batch.fill)
+    else:
+        plan = plan_batch(
+            measure(),
+            llave_config.input_spec,
+            pairs=config.batch.pairs,
+            shards=shards,
+            micro_batches=config.batch.micro_batches,
+            by_modality=by_modality,
+            settings=settings_of(config),
+            # Where too large an item is skipped, the sample decides what a batch has room for.
+            for_any_item=config.data.on_error == "raise",
+        )
+    check_room(config, llave_config, plan.budget, shards)
+    return plan
+
+
+def total_steps(config: Config, rows: int, fill: float | None = None) -> int:
+    """Optimiser steps of a run over `rows` pairs.
+
+    By modality an epoch has as many steps as full batches, or one. In the uniform order it has as many
+    as batches, and more if batches are not expected to be full. A step holds each row at most once.
+
+    Args:
+      rows: pairs of the data.
+      fill: share of `batch.pairs` that a step has on average, as planned; None: what the config says,
+        or 1.
+
+    Raises:
+      ValueError: the fill is not a share, or `data.order` and `batch` do not go together.
     """
     batch, epochs = config.batch, config.data.epochs
-    if not 0 < batch.fill <= 1:
-        raise ValueError(f"batch.fill is {batch.fill}; expected more than 0 and at most 1")
+    if fill is None:
+        fill = 1.0 if batch.fill is None else float(batch.fill)
+    if not 0 < fill <= 1:
+        raise ValueError(f"batch.fill is {fill}; expected more than 0 and at most 1")
     if config.data.order == "modality":
         check_modality(config)
         return config.steps or epochs * max(1, rows // batch.pairs)
-    steps = math.ceil(rows * epochs / min(batch.pairs * batch.fill, rows))
+    steps = math.ceil(rows * epochs / min(batch.pairs * fill, rows))
     if config.data.sub_batch == 1 and not config.data.weights:
         steps = max(steps, epochs * math.ceil(rows / batch.pairs))
     return config.steps or steps
 
 
 def check_modality(config: Config) -> None:
-    """Raises ValueError unless the budget is for batches that are full."""
+    """Sees that a step by modality is meant to have all its pairs.
+
+    Raises:
+      ValueError: `batch.fill` says otherwise.
+    """
     batch = config.batch
-    if batch.fill != 1:
-        parts, fill = batch.micro_batches, batch.fill
-        raise ValueError(
-            f'batch.fill is {fill}: with data.order "modality" a step takes all of batch.pairs. For the '
-            f"same room, set batch.pairs to about {round(batch.pairs * fill / parts) * parts}, "
-            f"batch.tokens_per_pair to {batch.tokens_per_pair / fill:.0f}, batch.crops_per_pair to "
-            f"{batch.crops_per_pair / fill:.2f} and batch.fill to 1"
+    if batch.fill in (None, 1):
+        return
+    parts, fill = batch.micro_batches, batch.fill
+    room = [
+        f"batch.{name} to {value / fill:.{digits}f}"
+        for name, value, digits in (
+            ("tokens_per_pair", batch.tokens_per_pair, 0),
+            ("crops_per_pair", batch.crops_per_pair, 2),
         )
+        if value is not None
+    ]
+    raise ValueError(
+        f'batch.fill is {fill}: with data.order "modality" a step takes all of batch.pairs. For the same '
+        f"room, set batch.pairs to about {round(batch.pairs * fill / parts) * parts}, "
+        f"{', '.join(room)}{' ' if room else ''}and batch.fill to 1"
+    )
 
 
 def batch_budget(config: Config, shards: int) -> Budget:
-    """Room of one shard in one micro-batch.
+    """The room of one shard of one micro-batch by the numbers that a config sets by hand.
+
+    Args:
+      config: with `batch.row_length`, `tokens_per_pair` and `crops_per_pair`.
+      shards: devices that the batch is split over.
 
     Raises:
       ValueError: the step's pairs do not divide over shards and micro-batches, or `data.order` and
@@ -71,12 +157,15 @@ def batch_budget(config: Config, shards: int) -> Budget:
         crops=math.ceil(pairs * batch.crops_per_pair),
         groups=slots,
         sides=3 if config.loss.hard_negatives else 2,
-        taps=batch.taps,
+        taps=batch.taps or 1,
     )
 
 
 def pairs_per_group(config: Config, shards: int) -> int:
     """Pairs of a step for each shard of each micro-batch.
+
+    Args:
+      shards: devices that the batch is split over.
 
     Raises:
       ValueError: the step's pairs do not divide over shards and micro-batches, or into pools of more
@@ -101,7 +190,7 @@ def pairs_per_group(config: Config, shards: int) -> int:
 
 
 def dealing(config: Config, shards: int) -> dict[str, int]:
-    """What `data.packing_simulation.simulate` is told of `data.order`."""
+    """What `packing_simulation.simulate` is told of `data.order`."""
     if config.data.order != "modality":
         return {}
     return {
@@ -111,17 +200,26 @@ def dealing(config: Config, shards: int) -> dict[str, int]:
 
 
 def check_budget(config: Config, llave_config: LlaveConfig, shards: int) -> None:
-    """See before the first step that a batch has room for any item the model's inputs allow.
+    """`check_room` of the budget that a config sets by hand."""
+    check_room(config, llave_config, batch_budget(config, shards), shards)
 
-    With `data.on_error` "skip", rows that are too large are left out and counted, and a budget too small
-    for the largest possible one is only warned about; so is one too small for a pair of such items.
+
+def check_room(config: Config, llave_config: LlaveConfig, budget: Budget, shards: int) -> None:
+    """Sees before the first step that a batch has room for any item that the model's inputs allow.
+
+    With `data.on_error` "skip", rows that are too large are left out and counted. A budget too small for
+    the largest possible item is then only warned about; so is one set by hand that is too small for a pair
+    of such items.
+
+    Args:
+      budget: of one shard of one micro-batch.
+      shards: devices that the batch is split over.
 
     Raises:
       ValueError: with `data.on_error` "raise", no room for the longest sequence, for the image of most
         crops or for its taps; it says which number to change, and to what.
     """
     inputs = llave_config.inputs
-    budget = batch_budget(config, shards)
     crops, taps = largest_image(inputs, llave_config.vision.crop)
     short = []
     if inputs.max_length > budget.row_length:
@@ -153,7 +251,8 @@ def check_budget(config: Config, llave_config: LlaveConfig, shards: int) -> None
         log.warning("%s. Rows that are too large will be left out", problem)
     sides = budget.sides
     together = budget.rows * (budget.row_length // inputs.max_length)
-    if not short and (together < sides or sides * crops > budget.crops):
+    by_hand = config.batch.tokens_per_pair is not None or config.batch.crops_per_pair is not None
+    if by_hand and not short and (together < sides or sides * crops > budget.crops):
         log.warning(
             "a device and micro-batch has %d row(s) of %d tokens and %d crops: too small for a pair whose "
             "items all have %d tokens and %d crops (batch.tokens_per_pair, batch.crops_per_pair)",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llave_jax.config import Config
+
 # What the keys decide -> the keys. These may change.
 MAY_CHANGE: dict[str, tuple[str, ...]] = {
     "speed, memory, what is kept and shown": (
@@ -94,8 +96,23 @@ FIXED: dict[str, tuple[str, ...]] = {
         "optim.rates",
     ),
 }
+# Fields of `batch` that are planned where they are left open.
+PLANNED = ("row_length", "tokens_per_pair", "crops_per_pair", "taps", "fill")
 # Pools of one device have as many pairs as the number of devices leaves them.
 FIXED_WITH_DEVICE_POOLS = ("mesh.data", "mesh.fsdp")
+
+
+def keep_batch(config: Config, before: Mapping[str, Any]) -> None:
+    """Sets the numbers of a batch that a config leaves open as the run began with them.
+
+    Args:
+      config: is changed.
+      before: the config that the run began with, as read from JSON.
+    """
+    for key in PLANNED:
+        began_with = before.get("batch", {}).get(key)
+        if config.batch[key] is None and began_with is not None:
+            config.batch[key] = began_with
 
 
 def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run keeps of itself in WORKDIR, besides checkpoints, metrics and scores.
 
 config.json             the config, which decides whether the run may be continued (`resume.py`)
+batch_plan.json         the shape of batches: what was set by hand, and what was planned
 model/                  model config and tokenizer, which make the run's checkpoints a model
 best/model/             the same for the best parameters
 skipped_PROCESS.jsonl   the rows that each process skipped
@@ -8,19 +9,29 @@ skipped_PROCESS.jsonl   the rows that each process skipped
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from llave_jax.common.files import write_text
 from llave_jax.config import Config
+from llave_jax.data.batch_plan import BatchPlan
+from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.models.config import LlaveConfig
-from llave_jax.training import resume
+from llave_jax.parallel import processes
+from llave_jax.training import batch_shape, resume
 from llave_jax.training.checkpoint import BEST
 from llave_jax.weights import model_dir
 from llave_jax.weights.run_params import has_checkpoint
 from llave_jax.weights.tokenizer_files import same_tokenizer_files
 
 CONFIG = "config.json"
+BATCH_PLAN = "batch_plan.json"
+# Room for a plan in JSON, in bytes.
+_MOST_BYTES = 1024
 MODEL = "model"
 
 
@@ -33,7 +44,8 @@ def record_config(config: Config, workdir: Path) -> None:
     """Keeps the config with the run; makes WORKDIR.
 
     A run that ended before its first checkpoint, as with a mistyped path, has nothing to continue, and
-    any config may follow.
+    any config may follow. Where a run is continued, numbers of a batch that `config` leaves open are set
+    as the run began with them.
 
     Raises:
       ValueError: the run in `workdir` cannot go on with this config; it names the keys.
@@ -41,7 +53,10 @@ def record_config(config: Config, workdir: Path) -> None:
     path = workdir / CONFIG
     text = config.to_json(indent=2, sort_keys=True) + "\n"
     if path.exists() and has_checkpoint(workdir):
-        refused = resume.refused_changes(json.loads(path.read_text()), json.loads(text))
+        before = json.loads(path.read_text())
+        resume.keep_batch(config, before)
+        text = config.to_json(indent=2, sort_keys=True) + "\n"
+        refused = resume.refused_changes(before, json.loads(text))
         if refused:
             raise ValueError(
                 f"{workdir} holds a run with another config ({'; '.join(refused)}); "
@@ -49,6 +64,50 @@ def record_config(config: Config, workdir: Path) -> None:
                 "docs/launch.md"
             )
     write_text(path, text)
+
+
+def record_batch_plan(
+    config: Config,
+    llave_config: LlaveConfig,
+    shards: int,
+    measure: Callable[[], PairSizes],
+    workdir: Path,
+) -> BatchPlan:
+    """The shape of the run's batches, kept with the run. All processes of a job call this.
+
+    The first process plans, or reads what it planned when the run began; the others get its numbers. On
+    another number of devices, or with other numbers set by hand, the room of a batch is planned anew. The
+    expected fill stays, since it decides how many steps the run has.
+
+    Args:
+      llave_config, shards, measure: as of `batch_shape.make_plan`.
+
+    Raises:
+      ValueError: as of `batch_shape.make_plan`.
+    """
+    plan: BatchPlan | None = None
+
+    def find() -> None:
+        nonlocal plan
+        path = workdir / BATCH_PLAN
+        settings = dataclasses.asdict(batch_shape.settings_of(config))
+        asked = {"shards": shards, "set_by_hand": settings}
+        begun = json.loads(path.read_text()) if path.exists() and has_checkpoint(workdir) else None
+        if begun is not None and begun["asked"] == asked:
+            plan = BatchPlan.from_dict(begun["plan"])
+            return
+        plan = batch_shape.make_plan(config, llave_config, shards, measure)
+        if begun is not None:
+            plan = dataclasses.replace(plan, fill=begun["plan"]["fill"])
+        write_text(path, json.dumps({"asked": asked, "plan": plan.to_dict()}, indent=2) + "\n")
+
+    processes.on_first_process(find)
+    sent = np.zeros(_MOST_BYTES, np.uint8)
+    if plan is not None:
+        text = json.dumps(plan.to_dict()).encode()
+        sent[: len(text)] = np.frombuffer(text, np.uint8)
+    received = processes.from_first_process(sent).tobytes().rstrip(b"\0")
+    return BatchPlan.from_dict(json.loads(received))
 
 
 def record_model(

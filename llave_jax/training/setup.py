@@ -20,7 +20,9 @@ import transformers
 from jax.experimental import multihost_utils
 
 from llave_jax.config import Config
+from llave_jax.data.measure import measure_source
 from llave_jax.data.order import Composition
+from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.data.pipeline import train_iterator
 from llave_jax.data.rows import EMPTY_SIDE
 from llave_jax.data.skips import by_subset, listed
@@ -32,6 +34,7 @@ from llave_jax.data.sources import (
 )
 from llave_jax.digits import dataset as digits
 from llave_jax.digits import tokenizer as digits_tokenizer
+from llave_jax.inputs.batch import Budget
 from llave_jax.inputs.config import grid_pinpoints
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.config import PRESETS, LlaveConfig
@@ -136,19 +139,31 @@ def open_training_source(config: Config, data_path: Path) -> PairSource:
     return split_held_out(source, data.held_out)[0] if data.held_out else source
 
 
+def measure_data(config: Config, source: PairSource, builder: SequenceBuilder) -> PairSizes:
+    """Sizes of a sample of the data's pairs, by which batches are planned."""
+    sides = 3 if config.loss.hard_negatives else 2
+    weights = dict(config.data.weights) or None
+    return measure_source(source, builder, sides=sides, weights=weights)
+
+
 def make_iterator(
     config: Config,
     source: PairSource,
     builder: SequenceBuilder,
+    budget: Budget,
     mesh: jax.sharding.Mesh,
     workdir: Path,
 ) -> grain.DatasetIterator:
-    """An endless iterator of the `TrainBatch`es of this process's shards."""
+    """An endless iterator of the `TrainBatch`es of this process's shards.
+
+    Args:
+      budget: of one shard of one micro-batch.
+    """
     data, process = config.data, jax.process_index()
     return train_iterator(
         source,
         builder,
-        batch_shape.batch_budget(config, sharding.num_shards(mesh)),
+        budget,
         seed=config.seed,
         num_shards=len(sharding.local_shards(mesh)),
         micro_batches=config.batch.micro_batches,

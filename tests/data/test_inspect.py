@@ -69,6 +69,7 @@ def run_config(tree, tokenizer):
     config.batch.row_length = 512
     config.batch.tokens_per_pair = 400.0
     config.batch.crops_per_pair = 10.0
+    config.batch.fill = 1.0
     return config
 
 

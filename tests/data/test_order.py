@@ -523,6 +523,7 @@ class TestCopies:
         config.data.epochs = 1
         assert total_steps(config, 662_178) == 2586
         config.batch.fill = 0.86
+        config.batch.tokens_per_pair, config.batch.crops_per_pair = 3000.0, 4.0
         with pytest.raises(
             ValueError, match=r"set batch.pairs to about 220, .* to 3488, .* to 4.65"
         ):

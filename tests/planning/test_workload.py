@@ -10,7 +10,7 @@ from llave_jax.data.sources import MMEB_TRAIN_SUBSETS
 from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import PRESETS
 from llave_jax.planning import workload
-from llave_jax.training import batch_shape
+from llave_jax.training import batch_shape, setup
 
 CONFIG = PRESETS["llave-0.5b"]
 
@@ -41,6 +41,10 @@ def test_sizes_are_those_of_the_models_inputs(sizes):
     )
 
 
+def planned(config, sizes, devices):
+    return batch_shape.make_plan(config, setup.model_config(config), devices, lambda: sizes)
+
+
 @pytest.mark.parametrize(("size", "chips"), [("0.5b", 16), ("2b", 16), ("7b", 64)])
 def test_budgets_of_the_configs_are_well_filled(sizes, size, chips):
     config = importlib.import_module("configs.tpu_v4").get_config(size)
@@ -64,12 +68,13 @@ def test_budgets_of_the_configs_are_well_filled(sizes, size, chips):
 )
 def test_steps_of_the_configs_make_one_epoch(sizes, name, arguments, devices):
     config = importlib.import_module(f"configs.{name}").get_config(*arguments)
-    budget = batch_shape.batch_budget(config, devices)
+    plan = planned(config, sizes, devices)
+    budget = plan.budget
     packing = packing_simulation.simulate(
         sizes, budget, shards=4, **batch_shape.dealing(config, devices)
     )
     slots = budget.groups * devices * config.batch.micro_batches
-    read = batch_shape.total_steps(config, 662_000) * slots * packing.pairs
+    read = batch_shape.total_steps(config, 662_000, plan.fill) * slots * packing.pairs
     assert read / 662_000 == pytest.approx(1, abs=0.01)
 
 
@@ -78,9 +83,8 @@ def test_the_papers_pools_are_kept_but_for_a_few_pairs(sizes, name, devices):
     config = importlib.import_module(f"configs.llave_{name}").get_config()
     dealing = batch_shape.dealing(config, devices)
     assert dealing == {"group_size": 256 // 8 // devices, "micro_batches": 8}
-    packing = packing_simulation.simulate(
-        sizes, batch_shape.batch_budget(config, devices), shards=8, **dealing
-    )
+    budget = planned(config, sizes, devices).budget
+    packing = packing_simulation.simulate(sizes, budget, shards=8, **dealing)
     assert packing.carried < 0.05
     assert packing.carried_twice == 0
 

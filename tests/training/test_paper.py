@@ -84,7 +84,7 @@ def test_training_commands_make_a_run(arguments):
     config, workdir = parse_training(arguments)
     assert Path(workdir).parent.name == "runs"
     assert batch_shape.total_steps(config, 662_178) > 0
-    batch_shape.batch_budget(config, shards=8)
+    assert batch_shape.pairs_per_group(config, shards=8) > 0
     preset = config.model.preset
     assert config.model.path.startswith("models/")
     config.model.path = None
@@ -179,7 +179,7 @@ def test_pools_of_the_ablations_on_eight_devices():
     assert batch_shape.pairs_per_group(config, shards=2) == 4
     config.batch.micro_batches = 32
     with pytest.raises(ValueError, match=r"loss\.pool is 'device'.*pools of 1 pair.*nothing to"):
-        batch_shape.batch_budget(config, shards=8)
+        batch_shape.pairs_per_group(config, shards=8)
 
 
 def small(arguments):
