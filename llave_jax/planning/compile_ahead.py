@@ -23,7 +23,7 @@ from llave_jax.planning import workload
 from llave_jax.planning.chips import CHIPS, Gpu, Tpu, topology_devices
 from llave_jax.training import batch_shape, setup, train_step
 
-# Pairs whose sizes stand for the data.
+# Pairs drawn from the assumed data. Their sizes stand for all, and their packing is simulated.
 SAMPLE = 4000
 
 

@@ -25,11 +25,9 @@ from llave_jax.parallel import sharding
 from llave_jax.planning import flops, hlo, workload
 from llave_jax.planning.chips import GIB, KERNEL_RATES, LINKS_SHARE, Gpu
 from llave_jax.planning.collectives import layer_shapes, purpose
-from llave_jax.planning.compile_ahead import Compiled
+from llave_jax.planning.compile_ahead import SAMPLE, Compiled
 from llave_jax.training import batch_shape
 
-# Pairs drawn from the assumed data. Their sizes stand for all, and their packing is simulated.
-SAMPLE = 4000
 # Shards for which one process packs: the chips of a TPU host, or half the GPUs of one.
 SHARDS_PER_PROCESS = 4
 

@@ -74,7 +74,7 @@ def assert_room(config, shards):
     budget = make_plan(config, llave, shards, lambda: small).budget
     crops, taps = largest_image(llave.inputs, llave.vision.crop)
     planner = Planner(budget, 1)
-    planner.check([llave.inputs.max_length], crops, 0, "the largest item")
+    planner.check([llave.inputs.max_length, 0], crops, 0, "the largest item")
     assert budget.taps >= taps
 
 
