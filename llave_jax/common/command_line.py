@@ -22,6 +22,7 @@ CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 # Exit status of a mistake of the user's, argparse's own.
 USER_ERROR = 2
+BUCKETS = ("gs://", "s3://", "az://", "abfs://")
 # An error fits on a screen.
 MAX_LINES, MAX_CHARACTERS = 16, 1600
 # Libraries that tell what they do at every step.
@@ -66,6 +67,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse's, with flags in either spelling and the config loaded."""
         given = [_with_dashes(argument) for argument in (sys.argv[1:] if args is None else args)]
+        for argument in given:
+            self._refuse_bucket(argument.partition("=")[2] or argument)
         values, rest = self.parse_known_args(given, namespace)
         if self._takes_config:
             try:
@@ -75,6 +78,14 @@ class Parser(argparse.ArgumentParser):
         elif rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return values
+
+    def _refuse_bucket(self, value: str) -> None:
+        # As a path of the file system it would be a folder of that name.
+        if value.startswith(BUCKETS):
+            self.error(
+                f"{value}: expected a path of the file system; mount the bucket and name the folder "
+                '(docs/launch.md, "Buckets")'
+            )
 
     def error(self, message: str) -> NoReturn:
         """One line, as errors of the command itself."""

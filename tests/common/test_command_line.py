@@ -47,6 +47,25 @@ def test_every_flag_is_spelled_with_dashes(name, capsys):
     assert not [flag for flag in flags if "_" in flag.partition("=")[0] and "." not in flag]
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--output", "gs://bucket/run"], ["--output=s3://bucket"], ["gs://bucket"]]
+)
+def test_buckets_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert arguments[-1].removeprefix("--output=") in line
+    assert "mount the bucket" in line
+
+
+def test_buckets_are_refused_in_a_config(capsys):
+    arguments = ["--config", "quickstart", "--config.data.path=gs://bucket/pairs"]
+    with pytest.raises(SystemExit):
+        parser(takes_config=True).parse_args(arguments)
+    assert "gs://bucket/pairs" in capsys.readouterr().err
+
+
 def test_an_unknown_flag_is_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         parser().parse_args(["--batchsize", "8"])
