@@ -16,7 +16,7 @@ from llave_jax.config import Config, paper_config
 # Preset, learning rate of the paper, slots and micro-batches of one host, share of slots that is filled, and
 # what the backward pass recomputes. Block inputs of the whole batch are kept, and of 0.5B, where there
 # is room, attention's results too: 41 GiB a device (0.5B), 42 (2B), 67 (7B) of 79. jax takes
-# three quarters of the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more, as it has to for 7B.
+# three quarters of the memory unless XLA_CLIENT_MEM_FRACTION says more, as it has to for 7B.
 SIZES = {
     "0.5b": ("llave-0.5b", 1e-5, 1152, 8, 0.865, "attention"),
     "2b": ("llave-2b", 1e-5, 1152, 16, 0.857, "block"),

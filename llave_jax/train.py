@@ -34,11 +34,14 @@ from llave_jax.training.watch import Watch
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir: Path) -> None:
+def train(config: Config, workdir: Path) -> bool:
     """Runs, or continues, the training that `config` describes.
 
     Args:
       workdir: where the run is kept; made if it is not there.
+
+    Returns:
+      Whether the run is complete. If not, it was told to stop and has saved.
 
     Raises:
       ValueError, OSError: the config does not describe a run, data or model are not what they should
@@ -80,7 +83,11 @@ def train(config: Config, workdir: Path) -> None:
     watch = Watch(config, writer, training.schedule, total_steps, start)
     skipped: tuple[str, ...] = ()
     # However the loop ends, a checkpoint that is being written is completed.
-    with contextlib.closing(checkpoints), watch.progress:
+    with (
+        contextlib.closing(checkpoints),
+        watch.progress,
+        processes.sigterm_asks_to_stop() as asked_to_stop,
+    ):
         for step in range(start + 1, total_steps + 1):
             batch = next(iterator)
             skipped = batch.skipped
@@ -92,7 +99,7 @@ def train(config: Config, workdir: Path) -> None:
             if step % config.log_every == 0 and jax.process_count() > 1:
                 limit = skip_limit(source, config.data.max_skip_share)
                 check_skipped_rows(skipped, list(source.subsets), limit, workdir)
-            stop = checkpoints.must_stop(step)
+            stop = checkpoints.must_stop(step) or asked_to_stop()
             if stop or step == total_steps or step % config.checkpoint.every == 0:
                 # Nothing is saved before its loss is known to be finite.
                 watch.drain()
@@ -109,8 +116,10 @@ def train(config: Config, workdir: Path) -> None:
     if waiting := len(iterator.get_state()["carry"]):
         log.info("%d pairs that this process has read had no room before the last step", waiting)
     report_skipped_rows(skipped, workdir)
-    if int(state.step) == total_steps:
+    complete = int(state.step) == total_steps
+    if complete:
         evaluation.report(total_steps)
+    return complete
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -122,10 +131,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def command(args: argparse.Namespace) -> None:
+def command(args: argparse.Namespace) -> int:
     processes.initialize(args)
     command_line.set_up_logging(args, first=jax.process_index() == 0, times=True)
-    train(args.config, args.workdir)
+    return 0 if train(args.config, args.workdir) else processes.STOPPED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

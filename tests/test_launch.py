@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from llave_jax.common import command_line
 from llave_jax.config import default_config
+from llave_jax.parallel import processes
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -119,6 +121,15 @@ def test_training_commands_of_the_scripts_have_files_and_fields():
         for field in re.findall(r"--config\.([\w.]+)=", rest):
             section, _, key = field.partition(".")
             assert key in config[section]
+
+
+def test_scripts_know_the_exit_statuses():
+    slurm, loop = (
+        (ROOT / "launch" / f"{name}.sh").read_text() for name in ("slurm", "keep_running")
+    )
+    assert f"status == {processes.STOPPED}" in slurm
+    assert f"$status == [0{command_line.USER_ERROR}]" in loop
+    assert f"| SIGTERM | the step that was under way | {processes.STOPPED} |" in PAGE
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

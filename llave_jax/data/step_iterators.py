@@ -12,6 +12,7 @@ import enum
 import logging
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -266,7 +267,8 @@ class StepIterator(grain.DatasetIterator):
             settings = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
             stream = grain.experimental.WithOptionsIterDataset(stream, settings)
             stream = stream.mp_prefetch(
-                grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2)
+                grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2),
+                worker_init_fn=_leave_sigterm_to_training,
             )
         return iter(stream)
 
@@ -274,6 +276,18 @@ class StepIterator(grain.DatasetIterator):
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+def _leave_sigterm_to_training(worker: int, workers: int) -> None:
+    """Lets a worker process live on after SIGTERM, which SLURM sends to every process of a job.
+
+    Training then makes a few more steps and saves. It ends its workers itself.
+
+    Args:
+      worker: number of the worker process.
+      workers: how many there are.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class UniformIterator(StepIterator):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -11,6 +14,38 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
+
+
+# Exit status of a run that was told to stop before its last step and has saved. Shells say the same of a
+# process that SIGTERM has ended; schedulers and the scripts of launch/ start such a job again.
+STOPPED = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def sigterm_asks_to_stop() -> Iterator[Callable[[], bool]]:
+    """Lets SIGTERM ask this process to stop, while the block runs, instead of ending it.
+
+    A second SIGTERM ends it. Of several processes jax asks all, so that they stop at the same step
+    (`Checkpoints.must_stop`); then this changes nothing.
+
+    Yields:
+      A function that says whether SIGTERM has come.
+    """
+    asked = threading.Event()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if jax.distributed.is_initialized() or not in_main_thread:
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

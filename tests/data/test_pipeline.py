@@ -5,6 +5,9 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
+import os
+import signal
 
 import hypothesis
 import hypothesis.strategies as st
@@ -346,6 +349,21 @@ class TestResume:
         source = Pairs({"a": 60, "b": 11})
         expected, _ = read(functools.partial(make, source, builder), [], 60)
         found, _ = read(functools.partial(make, source, builder), [(2, 2), (1, 3)], 60)
+        for batch, other in zip(found, expected, strict=True):
+            assert_same(batch, other)
+
+    def test_workers_outlive_sigterm(self, builder):
+        """SLURM sends it to every process of a job that is to save and end."""
+        source = Pairs({"a": 60, "b": 11})
+        expected, _ = read(functools.partial(make, source, builder), [], 60)
+        iterator = make(source, builder, num_workers=1)
+        found = [next(iterator)]
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGTERM)
+        found += itertools.islice(iterator, len(expected) - 1)
+        assert worker.is_alive()
+        iterator.close()
+        assert not worker.is_alive()
         for batch, other in zip(found, expected, strict=True):
             assert_same(batch, other)
 

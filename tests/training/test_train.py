@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
 import runpy
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -125,6 +127,31 @@ def test_continues_to_the_same_result(finished, make_workdir, monkeypatch):
     expected = params(finished)
     for path, value in params(workdir).items():
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+def test_sigterm_saves_the_step_under_way(make_workdir, monkeypatch):
+    """SIGTERM comes while step 2 is under way: it is saved, and the run is told from a complete one."""
+    workdir = make_workdir("told")
+    finish, before = Watch._finish, signal.getsignal(signal.SIGTERM)
+
+    def tell(self, step, metrics, batch):
+        finish(self, step, metrics, batch)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Watch, "_finish", tell)
+    assert not train.train(quickstart(checkpoint__every=100), workdir)
+    assert len(losses(workdir)) == 2
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("complete", "status"), [(True, 0), (False, 143)])
+def test_exit_status_says_whether_a_run_is_complete(tmp_path, monkeypatch, complete, status):
+    monkeypatch.setattr(train, "train", lambda config, workdir: complete)
+    monkeypatch.setattr(train.command_line, "set_up_logging", lambda *args, **options: None)
+    arguments = ["--config", "quickstart", "--workdir", str(tmp_path)]
+    assert train.main(arguments) == status
 
 
 class Stopped(Exception):
