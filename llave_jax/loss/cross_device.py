@@ -21,6 +21,7 @@ from llave_jax.loss.hardness import (
     Hardness,
     Number,
     RowStatistics,
+    infonce,
     masked_mean,
     metrics_from_rows,
     row_losses,
@@ -34,7 +35,7 @@ Targets = dict[str, Any]
 KINDS = ("hardness", "focal")
 
 # A device holds its matrix of similarities if it has at most this many entries, 16 MiB. Value and gradient
-# hold seven arrays of that size. A larger matrix is computed in tiles, which is also faster:
+# hold eight arrays of that size. A larger matrix is computed in tiles, which is also faster:
 # benchmarks/loss_memory.py.
 MAX_MATRIX_SIZE = 2**22
 # Larger tiles are not faster, and a TPU's compiler takes minutes for them.
@@ -95,7 +96,8 @@ def contrastive_loss(
 
     Returns:
       (loss, metrics): a float32 scalar, 0 if no pair is valid; the scalars of
-      `loss.similarity_metrics` for the global batch.
+      `loss.similarity_metrics` for the global batch, and `infonce_loss`, the plain InfoNCE of the same
+      pools, which does not depend on kind, alpha and margin. Metrics have no gradient.
 
     Raises:
       ValueError: a shape, an axis or a combination of arguments does not fit, or a number is out of
@@ -182,6 +184,11 @@ def _loss_from_matrix(
     statistics = row_statistics(query_to_target, positive, **to_target)
     target_is_correct = row_statistics(target_to_query, positive, **to_query).is_correct
     metrics = metrics_from_rows(statistics, target_is_correct, valid, axes)
+    plain = infonce(formula)
+    similarities = jax.lax.stop_gradient((query_to_target, target_to_query))
+    plain_losses = row_losses(similarities[0], positive, plain, **to_target)
+    plain_losses += row_losses(similarities[1], positive, plain, **to_query)
+    metrics["infonce_loss"] = 0.5 * masked_mean(plain_losses, valid, axes)
     return 0.5 * masked_mean(losses, valid, axes), metrics
 
 
@@ -217,6 +224,9 @@ def _loss_from_tiles(
     losses = jax.nn.softplus(sums.rows.logsumexp - logit)
     losses += jax.nn.softplus(columns.logsumexp - logit)
     sums, columns = jax.lax.stop_gradient((sums, columns))
+    plain_logit = sums.positive / infonce(formula).temperature
+    plain_losses = jax.nn.softplus(sums.rows.plain_logsumexp - plain_logit)
+    plain_losses += jax.nn.softplus(columns.plain_logsumexp - plain_logit)
     has_negative = jnp.isfinite(sums.rows.hardest)
     index = first + jnp.arange(n)
     statistics = RowStatistics(
@@ -228,6 +238,7 @@ def _loss_from_tiles(
     )
     target_is_correct = valid & _is_first_maximum(sums.positive, index, columns)
     metrics = metrics_from_rows(statistics, target_is_correct, valid, axes)
+    metrics["infonce_loss"] = 0.5 * masked_mean(plain_losses, valid, axes)
     return 0.5 * masked_mean(losses, valid, axes), metrics
 
 
@@ -267,14 +278,18 @@ def _merge_columns(columns: Negatives, n: int, axes: tuple[str, ...]) -> Negativ
 
     columns = jax.tree.map(lambda x: x[:size], columns)
     found = jax.lax.stop_gradient(columns)
-    maximum = jax.lax.pmax(found.logsumexp, axes)
-    partial = jnp.exp(columns.logsumexp - maximum)
-    total = jax.lax.psum_scatter(partial, axes, tiled=True)
+
+    def total(logsumexp):
+        maximum = jax.lax.pmax(jax.lax.stop_gradient(logsumexp), axes)
+        partial = jnp.exp(logsumexp - maximum)
+        return own(maximum) + jnp.log(jax.lax.psum_scatter(partial, axes, tiled=True))
+
     hardest = jax.lax.pmax(found.hardest, axes)
     nowhere = jnp.iinfo(jnp.int32).max
     index = jax.lax.pmin(jnp.where(found.hardest == hardest, found.hardest_index, nowhere), axes)
     return Negatives(
-        logsumexp=own(maximum) + jnp.log(total),
+        logsumexp=total(columns.logsumexp),
+        plain_logsumexp=total(found.plain_logsumexp),
         hardest=own(hardest),
         hardest_index=own(index),
         easiest=own(jax.lax.pmin(found.easiest, axes)),

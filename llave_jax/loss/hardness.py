@@ -116,6 +116,14 @@ class Hardness(NamedTuple):
         check_temperature(self.temperature)
 
 
+def infonce(formula: Formula) -> Hardness:
+    """Plain InfoNCE at a formula's temperature, a measure that does not depend on its other numbers.
+
+    Runs that weigh negatives differently are compared by it. It has no gradient.
+    """
+    return Hardness(0.0, jax.lax.stop_gradient(formula.temperature))
+
+
 def symmetric_loss(
     similarity: ArrayLike, formula: Formula, valid: ArrayLike | None = None
 ) -> Float[Array, ""]:

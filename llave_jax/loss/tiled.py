@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from llave_jax.loss.hardness import Formula, masked_logit, similarity_matrix
+from llave_jax.loss.hardness import Formula, infonce, masked_logit, similarity_matrix
 
 
 class PoolMask(NamedTuple):
@@ -40,13 +40,15 @@ class Negatives(NamedTuple):
 
     Attributes:
       logsumexp: [slots], of their weighted logits; `masked_logit` if there are none.
+      plain_logsumexp: [slots], of their logits in plain InfoNCE; `masked_logit` if there are none.
       hardest: [slots], their largest similarity; -inf if there are none.
-      hardest_index: int32 [slots], the column where `hardest` occurs first; for a column, the row, is_new
+      hardest_index: int32 [slots], the column where `hardest` occurs first; for a column, the row,
         as the column of its positive.
       easiest: [slots], their smallest similarity; inf if there are none.
     """
 
     logsumexp: Float[Array, " slots"]
+    plain_logsumexp: Float[Array, " slots"]
     hardest: Float[Array, " slots"]
     hardest_index: Int32[Array, " slots"]
     easiest: Float[Array, " slots"]
@@ -91,19 +93,16 @@ def _pool_sums_without_rule(
     def visit(step, carry):
         positive, of_rows, of_columns = carry
         tile = _tile(rows, columns, mask, grid, step)
-        logits = jnp.where(
-            tile.is_negative,
-            _negative_logits(tile.similarity, formula),
-            masked_logit(tile.similarity.dtype),
-        )
+        logits = _negative_logits(tile.similarity, formula)
+        plain = _negative_logits(tile.similarity, infonce(formula))
         row_index = mask.first_positive + tile.row_start + _arange(grid.height)
         column_index = tile.column_start + _arange(grid.width)
         positives = jnp.sum(jnp.where(tile.is_positive, tile.similarity, 0), axis=1)
         extend_rows = functools.partial(
-            _extend, tile.similarity, logits, tile.is_negative, column_index
+            _extend, tile.similarity, logits, plain, tile.is_negative, column_index
         )
         extend_columns = functools.partial(
-            _extend, tile.similarity.T, logits.T, tile.is_negative.T, row_index
+            _extend, tile.similarity.T, logits.T, plain.T, tile.is_negative.T, row_index
         )
         return (
             _update(positive, tile.row_start, grid.height, lambda old: old + positives),
@@ -242,11 +241,18 @@ def _tile(
     )
 
 
-class _Running(NamedTuple):
-    """`Negatives` of the tiles so far. Their logsumexp is maximum + log(total)."""
+class _Sum(NamedTuple):
+    """A sum of exponentials so far: exp(maximum) * total."""
 
     maximum: Float[Array, " slots"]
     total: Float[Array, " slots"]
+
+
+class _Running(NamedTuple):
+    """`Negatives` of the tiles so far."""
+
+    weighted: _Sum
+    plain: _Sum
     hardest: Float[Array, " slots"]
     hardest_index: Int32[Array, " slots"]
     easiest: Float[Array, " slots"]
@@ -255,9 +261,10 @@ class _Running(NamedTuple):
 def _no_negatives(embeddings: Float[Array, "slots D"]) -> _Running:
     # Inside shard_map, full_like also copies over which mesh axes the embeddings vary.
     full = functools.partial(jnp.full_like, embeddings, shape=embeddings.shape[:1])
+    nothing = _Sum(full(masked_logit(embeddings.dtype)), full(0))
     return _Running(
-        maximum=full(masked_logit(embeddings.dtype)),
-        total=full(0),
+        weighted=nothing,
+        plain=nothing,
         hardest=full(-jnp.inf),
         hardest_index=full(_NO_INDEX, dtype=jnp.int32),
         easiest=full(jnp.inf),
@@ -267,19 +274,18 @@ def _no_negatives(embeddings: Float[Array, "slots D"]) -> _Running:
 def _extend(
     similarity: Float[Array, "slots a"],
     logits: Float[Array, "slots a"],
+    plain_logits: Float[Array, "slots a"],
     is_negative: Bool[Array, "slots a"],
     index: Int32[Array, " a"],
     old: _Running,
 ) -> _Running:
     """Adds the negatives of a tile, whose columns have the numbers `index`."""
-    maximum = jnp.maximum(old.maximum, jnp.max(logits, axis=1))
-    terms = jnp.where(is_negative, jnp.exp(logits - maximum[:, None]), 0)
     hardest = jnp.max(jnp.where(is_negative, similarity, -jnp.inf), axis=1)
     is_hardest = is_negative & (similarity == hardest[:, None])
     hardest_index = jnp.min(jnp.where(is_hardest, index, _NO_INDEX), axis=1)
     return _Running(
-        maximum=maximum,
-        total=old.total * jnp.exp(old.maximum - maximum) + jnp.sum(terms, axis=1),
+        weighted=_add_exponentials(old.weighted, logits, is_negative),
+        plain=_add_exponentials(old.plain, plain_logits, is_negative),
         hardest=jnp.maximum(old.hardest, hardest),
         # Tiles come in ascending order, so the earlier of two equal negatives is kept.
         hardest_index=jnp.where(hardest > old.hardest, hardest_index, old.hardest_index),
@@ -289,10 +295,26 @@ def _extend(
     )
 
 
+def _add_exponentials(
+    old: _Sum, logits: Float[Array, "slots a"], is_negative: Bool[Array, "slots a"]
+) -> _Sum:
+    logits = jnp.where(is_negative, logits, masked_logit(logits.dtype))
+    maximum = jnp.maximum(old.maximum, jnp.max(logits, axis=1))
+    terms = jnp.where(is_negative, jnp.exp(logits - maximum[:, None]), 0)
+    return _Sum(maximum, old.total * jnp.exp(old.maximum - maximum) + jnp.sum(terms, axis=1))
+
+
 def _finish(found: _Running) -> Negatives:
-    is_empty = found.total == 0
-    logsumexp = found.maximum + jnp.log(jnp.where(is_empty, 1, found.total))
-    return Negatives(logsumexp, found.hardest, found.hardest_index, found.easiest)
+    def logsumexp(values: _Sum) -> Float[Array, " slots"]:
+        return values.maximum + jnp.log(jnp.where(values.total == 0, 1, values.total))
+
+    return Negatives(
+        logsumexp(found.weighted),
+        logsumexp(found.plain),
+        found.hardest,
+        found.hardest_index,
+        found.easiest,
+    )
 
 
 def _update(arrays, start: jax.Array, size: int, function: Callable):

@@ -104,6 +104,8 @@ def whole_batch(batch, numbers=HARDNESS, *, extra=False, ids=False, shards=None)
         similarity, **{"alpha": 0.0, **numbers}, **options
     )
     metrics = reference.similarity_metrics(similarity, **options)
+    temperature = numbers["temperature"]
+    metrics["infonce_loss"], _, _ = reference.symmetric_loss(similarity, 0, temperature, **options)
     d_candidates = gradient.T @ query
     d_extra = d_candidates[pairs:] if extra else np.zeros_like(batch["extra"])
     return (loss, metrics), (gradient @ candidates, d_candidates[:pairs], d_extra, by_number)
@@ -119,8 +121,12 @@ def assert_equal_loss(found, expected, numbers=HARDNESS, width=40):
     (expected_loss, expected_metrics), (*expected_gradients, expected_by_number) = expected
     reference.assert_close_loss(loss, expected_loss, error)
     assert set(metrics) == set(expected_metrics)
-    for name, value in metrics.items():
-        np.testing.assert_allclose(value, expected_metrics[name], atol=1e-6, err_msg=name)
+    plain_error = reference.logit_error(0, t, width, similarity_error=DIM * reference.UNIT)
+    reference.assert_close_loss(
+        metrics["infonce_loss"], expected_metrics["infonce_loss"], plain_error
+    )
+    for name in metrics.keys() - {"infonce_loss"}:
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], atol=1e-6, err_msg=name)
     # Of a logit, relative to the positive's, by similarities and by numbers.
     slope = (1 if margin is None else 2 + margin) / t
     by = {"alpha": 1, "margin": 1 / t, "temperature": 2 * slope / t}
