@@ -23,5 +23,7 @@ if [[ -n $bucket ]]; then
     sudo apt-get -qq install -y gcsfuse
   fi
   mkdir -p bucket
-  mountpoint -q bucket || gcsfuse --implicit-dirs "$bucket" "$PWD/bucket"
+  # All hosts write to one checkpoint: none may go by what it remembers of the bucket's folders.
+  mountpoint -q bucket || gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \
+    --metadata-cache-negative-ttl-secs=0 "$bucket" "$PWD/bucket"
 fi
