@@ -29,8 +29,9 @@ def default_config() -> Config:
     # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take.
     config.steps = placeholder(int)
 
-    # A converted model directory; without one, the name of a preset to be trained from scratch with
-    # the tokenizer found in `tokenizer` (a directory). `inputs` overrides fields of InputConfig (None: as
+    # A model directory, another run, a Hugging Face checkpoint or its name on the hub (org/name or
+    # org/name@revision); without one, the name of a preset to be trained from scratch with the
+    # tokenizer found in `tokenizer` (a directory). `inputs` overrides fields of InputConfig (None: as
     # the model has it); the run's model keeps what was overridden. `pinpoints` are (rows, columns), for
     # all canvases from 1 x 1 to rows x columns of the vision tower's crops, or a tuple of canvases
     # (height, width) in pixels.

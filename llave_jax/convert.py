@@ -1,9 +1,9 @@
 """Convert between Hugging Face checkpoints and model directories.
 
-    python tools/convert_hf.py --input HF_DIR --output DIR
+    python tools/convert_hf.py --input HF --output DIR
     python tools/convert_hf.py --to-hf {llave,onevision} --input DIR --output HF_DIR
 
-HF_DIR is a checkpoint in the layout of the authors' code (LlavaQwenForCausalLM: the released LLaVE
+HF is a directory, or a name on the Hugging Face hub (org/name or org/name@revision), of a checkpoint in the layout of the authors' code (LlavaQwenForCausalLM: the released LLaVE
 models, LLaVA-OneVision and Aquila-VL, and what was fine-tuned from them) or of transformers'
 LlavaOnevision. In the other direction DIR is a model directory or a training run.
 """
@@ -18,12 +18,15 @@ from collections.abc import Sequence
 from llave_jax.common import command_line
 from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.hf_names import LAYOUTS
+from llave_jax.weights.resolve import find_checkpoint, resolve_model
 from llave_jax.weights.to_hf import convert_to_hf
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_line.Parser("tools/convert_hf.py", __doc__)
-    parser.add_argument("--input", required=True, metavar="DIR", help="what to convert")
+    parser.add_argument(
+        "--input", required=True, help="what to convert: a directory, or a name on the hub"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to make")
     parser.add_argument(
         "--to-hf", choices=tuple(LAYOUTS), help="write a Hugging Face directory of this layout"
@@ -54,7 +57,7 @@ def convert(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if args.to_hf:
         convert_to_hf(
-            args.input,
+            resolve_model(args.input),
             args.output,
             args.to_hf,
             base_model=args.base_model,
@@ -62,7 +65,10 @@ def convert(args: argparse.Namespace) -> None:
         )
     else:
         convert_from_hf(
-            args.input, args.output, vision_config=args.vision_config, overwrite=args.overwrite
+            find_checkpoint(args.input),
+            args.output,
+            vision_config=args.vision_config,
+            overwrite=args.overwrite,
         )
     print(f"written to {args.output}")
 

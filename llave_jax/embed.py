@@ -27,13 +27,12 @@ from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.run_info import record_run, settings_of
 from llave_jax.parallel import processes
 from llave_jax.weights.fingerprint import model_fingerprint
+from llave_jax.weights.resolve import resolve_model
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_line.Parser("llave_jax.embed", __doc__)
-    parser.add_argument(
-        "--model", required=True, help="converted model directory, or a training run's directory"
-    )
+    command_line.add_model_argument(parser)
     parser.add_argument("--input", required=True, help="JSON-lines file of items")
     parser.add_argument("--output", required=True, help="directory to write")
     parser.add_argument("--batch-size", type=int, help="items encoded together; default: automatic")
@@ -53,8 +52,9 @@ def command(args: argparse.Namespace) -> None:
     processes.initialize(args)
     first = jax.process_index() == 0
     command_line.set_up_logging(args, first=first)
-    embedder = Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
-    fingerprint = model_fingerprint(args.model, embedder.model.dtype, embedder.config)
+    model = resolve_model(args.model)
+    embedder = Embedder.from_pretrained(model, dtype=args.dtype, max_length=args.max_length)
+    fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config)
     result = embed_file(
         embedder,
         args.input,

@@ -28,6 +28,7 @@ from llave_jax.evaluation.mmeb import evaluate_mmeb
 from llave_jax.evaluation.retrieval import evaluate_retrieval, read_task
 from llave_jax.parallel import processes
 from llave_jax.weights.fingerprint import model_fingerprint
+from llave_jax.weights.resolve import resolve_model
 
 # What computed the results, for `run.json`; None on processes other than the first.
 Run = dict[str, Any] | None
@@ -37,9 +38,7 @@ BENCHMARKS = ("mmeb", "digits", "retrieval", *video_data.READERS)
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_line.Parser("llave_jax.evaluate", __doc__)
-    parser.add_argument(
-        "--model", required=True, help="converted model directory, or a training run's directory"
-    )
+    command_line.add_model_argument(parser)
     parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
     parser.add_argument("--output", required=True, help="where scores and tables are written")
     parser.add_argument("--data", help="the benchmark's directory (digits: built there if absent)")
@@ -86,10 +85,11 @@ def evaluate(args: argparse.Namespace) -> str:
       ValueError, OSError: model or data are not what they should be.
     """
     first = jax.process_index() == 0
-    embedder = Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
+    model = resolve_model(args.model)
+    embedder = Embedder.from_pretrained(model, dtype=args.dtype, max_length=args.max_length)
     cache, run = EmbeddingCache(), None
     if first:
-        fingerprint = model_fingerprint(args.model, embedder.model.dtype, embedder.config)
+        fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config)
         cache = EmbeddingCache(args.cache or Path(args.output) / "embeddings", fingerprint)
         run = settings_of(args.model, embedder, fingerprint)
 

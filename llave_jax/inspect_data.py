@@ -32,6 +32,7 @@ _SIMULATED_STEPS = 20
 def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: int) -> str:
     """Measures the data of a config and writes the page; returns the printed report."""
     workdir.mkdir(parents=True, exist_ok=True)
+    config = setup.with_local_model(config)
     data_path, tokenizer_path = setup.locate_data(config, workdir)
     tokenizer = setup.load_tokenizer(config, tokenizer_path)
     llave_config = setup.model_config(config)

@@ -52,6 +52,7 @@ def train(config: Config, workdir: Path) -> bool:
     first_process = jax.process_index() == 0
     if first_process:
         run_files.record_config(config, workdir)
+    config = setup.with_local_model(config)
     mesh = setup.make_mesh(config)
     data_path, tokenizer_path = setup.locate_data(config, workdir)
     llave_config = setup.model_config(config)

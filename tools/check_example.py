@@ -19,6 +19,7 @@ from typing import NamedTuple
 from llave_jax import Embedder
 from llave_jax.common import command_line
 from llave_jax.weights import model_dir
+from llave_jax.weights.resolve import resolve_model
 
 # The authors' demo puts a space, not a newline, behind the image.
 QUESTION = "<image> Represent the given image with the following question: What is in the image"
@@ -107,7 +108,7 @@ def table(rows: list[Row]) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_line.Parser("tools/check_example.py", __doc__)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a converted LLaVE")
+    command_line.add_model_argument(parser)
     parser.add_argument("--image", required=True, metavar="PHOTO", help="the authors' picture")
     parser.add_argument(
         "--size",
@@ -124,8 +125,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> int:
-    size = args.size or size_of(model_dir.load_config(args.model).text.hidden_size)
-    model = Embedder.from_pretrained(args.model, dtype=args.dtype)
+    directory = resolve_model(args.model)
+    size = args.size or size_of(model_dir.load_config(directory).text.hidden_size)
+    model = Embedder.from_pretrained(directory, dtype=args.dtype)
     rows = compare(model, args.image, PUBLISHED[size])
     print(f"{args.model} in {args.dtype}, beside LLaVE-{size} as published\n\n{table(rows)}\n")
     agrees = all(row.agrees for row in rows)

@@ -21,6 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from llave_jax.common import command_line
 from llave_jax.common.files import write_text
 from llave_jax.planning import compile_ahead, prediction
+from llave_jax.training import setup
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +48,7 @@ def report(args: argparse.Namespace) -> int:
         compile_ahead.compile_train_step if training else compile_ahead.compile_embedding_step
     )
     try:
-        compiled = compile_step(args.config, args.topology)
+        compiled = compile_step(setup.with_local_model(args.config), args.topology)
     except compile_ahead.DoesNotFit as error:
         if args.json:
             print(json.dumps({"topology": args.topology, "does_not_fit": str(error)}))

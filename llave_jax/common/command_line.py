@@ -26,7 +26,10 @@ BUCKETS = ("gs://", "s3://", "az://", "abfs://")
 # An error fits on a screen.
 MAX_LINES, MAX_CHARACTERS = 16, 1600
 # Libraries that tell what they do at every step.
-TALKATIVE = ("absl", "jax", "orbax", "grain", "httpx", "matplotlib", "PIL", "transformers")
+TALKATIVE = (
+    *("absl", "jax", "orbax", "grain", "matplotlib", "PIL", "transformers"),
+    *("filelock", "httpcore", "httpx", "httpx2", "huggingface_hub"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,6 +167,16 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
     if rest:
         raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
     return values["config"].value
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--model` to a command line."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a model directory, a training run's directory, a Hugging Face checkpoint's directory, or "
+        "a name on the hub: org/name or org/name@revision",
+    )
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ overwritten by the next write to the same target. Formats of files are the busin
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import uuid
@@ -85,6 +86,12 @@ def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def partial_directories(path: str | os.PathLike) -> list[Path]:
+    """What killed jobs have left of `scratch_directory(path)`; those of living jobs are among them."""
+    path = Path(path).absolute()
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*.partial"))
 
 
 def replace_directory(path: str | os.PathLike, new: Path) -> None:

@@ -28,6 +28,7 @@ from llave_jax.models.llave import Llave
 from llave_jax.ops.attention import on_mesh
 from llave_jax.parallel import sharding
 from llave_jax.weights import model_dir
+from llave_jax.weights.resolve import resolve_model
 
 
 class Embedder:
@@ -67,7 +68,7 @@ class Embedder:
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | os.PathLike,
+        model: str | os.PathLike,
         *,
         dtype: str | None = None,
         attention: str = "auto",
@@ -75,10 +76,12 @@ class Embedder:
         max_length: int | None = None,
         **options: Any,
     ) -> Embedder:
-        """Load a converted model directory, or the latest checkpoint of a training run.
+        """Load a model from the disk, or from the Hugging Face hub.
 
         Args:
-          directory: made by `tools/convert_hf.py`, or the `--workdir` of a run.
+          model: a model directory; the `--workdir` of a training run, whose latest checkpoint is taken; a
+            Hugging Face checkpoint, as a directory or as its name on the hub, `org/name` or
+            `org/name@revision`. The last two are converted once and kept (`weights.resolve`).
           dtype: of parameters and activations; None: bfloat16 on accelerators, float32 on CPUs.
           attention: implementation (`llave_jax.ops.attention`).
           mesh: where the parameters go; None: all devices along `data`.
@@ -90,8 +93,9 @@ class Embedder:
           The embedder, with the parameters on the mesh.
 
         Raises:
-          CheckpointError: the directory holds no model, or an incomplete one.
+          CheckpointError: there is no such model, or it is incomplete or of a form that is not known.
         """
+        directory = resolve_model(model)
         mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
         if dtype is None:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -99,7 +103,7 @@ class Embedder:
         if max_length is not None:
             inputs = dataclasses.replace(config.inputs, max_length=max_length)
             config = dataclasses.replace(config, inputs=inputs)
-        model = Llave(
+        module = Llave(
             config,
             dtype=jnp.dtype(dtype),
             param_dtype=jnp.dtype(dtype),
@@ -108,7 +112,7 @@ class Embedder:
             freeze_vision=True,
         )
         params = model_dir.load_params(directory, mesh=mesh, dtype=jnp.dtype(dtype))
-        return cls(model, params, model_dir.load_tokenizer(directory), mesh, **options)
+        return cls(module, params, model_dir.load_tokenizer(directory), mesh, **options)
 
     def encode(
         self,

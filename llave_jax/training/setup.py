@@ -47,6 +47,8 @@ from llave_jax.training.evaluation import TrainingEvaluation
 from llave_jax.training.run_files import skip_file
 from llave_jax.training.state import TrainState
 from llave_jax.weights import model_dir
+from llave_jax.weights.resolve import resolve_model
+from llave_jax.weights.tokenizer_files import check_tokenizer_files
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,19 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
     mesh = sharding.make_mesh(dict(config.mesh))
     log.info("mesh %s, %s", dict(mesh.shape), jax.devices()[0].device_kind)
     return mesh
+
+
+def with_local_model(config: Config) -> Config:
+    """The config with `model.path` as a model directory or a run, for the functions below.
+
+    Raises:
+      CheckpointError: `model.path` is no model (`resolve_model`).
+    """
+    if config.model.path is None:
+        return config
+    config = config.copy_and_resolve_references()
+    config.model.path = str(resolve_model(config.model.path))
+    return config
 
 
 # Data and tokenizer.
@@ -104,7 +119,10 @@ def load_tokenizer(config: Config, tokenizer_path: Path | None) -> Any:
             "config.model.preset trains from scratch and needs config.model.tokenizer: a directory "
             "with a Qwen2 tokenizer"
         )
-    return transformers.AutoTokenizer.from_pretrained(tokenizer_path)
+    check_tokenizer_files(tokenizer_path)
+    return transformers.AutoTokenizer.from_pretrained(
+        str(tokenizer_path), local_files_only=True, trust_remote_code=False
+    )
 
 
 def open_training_source(config: Config, data_path: Path) -> PairSource:
@@ -190,7 +208,7 @@ def model_config(config: Config) -> LlaveConfig:
     path, preset = config.model.path, config.model.preset
     if path is None and preset is None:
         raise ValueError(
-            "set config.model.path (a converted model directory, see tools/convert_hf.py) or "
+            "set config.model.path (a model directory, a run, or a model of the hub) or "
             f"config.model.preset ({', '.join(PRESETS)})"
         )
     if path is not None:

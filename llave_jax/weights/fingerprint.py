@@ -5,24 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-
-from llave_jax.common.content import digest, file_digest
+from llave_jax.common.content import digest, sampled_digest
 from llave_jax.models.config import LlaveConfig
 from llave_jax.weights import model_dir
 from llave_jax.weights.run_params import latest_params
-
-# Files up to this size enter a fingerprint whole, larger ones by evenly spaced blocks: any training
-# step changes every block, and a 7B model need not be read to start an evaluation.
-_WHOLE_FILE_BYTES = 64 << 20
-_BLOCKS = 64
-_BLOCK_BYTES = 1 << 20
 
 
 def model_fingerprint(path: str | os.PathLike, dtype: object, config: LlaveConfig) -> str:
     """Digest of what a model's embeddings depend on.
 
-    Files above 64 MiB enter by their size and 64 blocks of 1 MiB spread over them.
+    Files enter by their size and `sampled_digest`: any training step changes every block, and a 7B
+    model need not be read to start an evaluation.
 
     Args:
       path: the model directory or training run that was loaded.
@@ -40,7 +33,7 @@ def model_fingerprint(path: str | os.PathLike, dtype: object, config: LlaveConfi
         files = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
         for file in files:
             name = file.relative_to(part).as_posix() if part.is_dir() else file.name
-            parts += [f"{name} {file.stat().st_size} ".encode(), _file_digest(file)]
+            parts += [f"{name} {file.stat().st_size} ".encode(), sampled_digest(file)]
     return digest(*parts).hex()[:32]
 
 
@@ -49,15 +42,3 @@ def _model_files(path: Path) -> list[Path]:
     if directory != path:
         return [directory, latest_params(path).parent]
     return [directory / name for name in (model_dir.CONFIG, model_dir.WEIGHTS, model_dir.TOKENIZER)]
-
-
-def _file_digest(file: Path) -> bytes:
-    size = file.stat().st_size
-    if size <= _WHOLE_FILE_BYTES:
-        return file_digest(file)
-    blocks = []
-    with file.open("rb") as stream:
-        for offset in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS, dtype=np.int64):
-            stream.seek(int(offset))
-            blocks.append(stream.read(_BLOCK_BYTES))
-    return digest(*blocks)

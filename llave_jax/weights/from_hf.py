@@ -325,24 +325,34 @@ def _write_carried(path: Path, weights: HfWeights, carried: list[str]) -> None:
 def _copy_source_files(source: Path, target: Path, weights: HfWeights) -> None:
     """Copy all files that are not weights, as they are."""
     target.mkdir()
-    taken = {file.path.name for file in weights.files}
-    left_out = []
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        relative = path.relative_to(source)
-        if str(relative) in taken or relative.parts[0] in _NOT_OF_THE_MODEL:
-            continue
-        if _OTHER_WEIGHTS.fullmatch(path.name):
-            left_out.append(str(relative))
-            continue
-        copy = target / relative
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+    weight_files = {file.path for file in weights.files}
+    for path in model_files(source):
+        if path not in weight_files:
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    left_out = [str(p.relative_to(source)) for p in _files(source) if _is_other_weights(p, source)]
     if left_out:
         logger.warning("left out, other weights or training state: %s", ", ".join(left_out))
     if (target / model_dir.LAYOUT.name).exists():
         raise CheckpointError(
             f"{source / model_dir.LAYOUT.name}: this name is taken by the conversion; rename it"
         )
+
+
+def model_files(source: Path) -> list[Path]:
+    """The files of a Hugging Face directory that a conversion reads or copies, sorted."""
+    return [path for path in _files(source) if not _is_other_weights(path, source)]
+
+
+def _files(source: Path) -> list[Path]:
+    found = sorted(path for path in source.rglob("*") if path.is_file())
+    return [p for p in found if p.relative_to(source).parts[0] not in _NOT_OF_THE_MODEL]
+
+
+def _is_other_weights(path: Path, source: Path) -> bool:
+    of_the_model = path.parent == source and path.suffix == ".safetensors"
+    return not of_the_model and bool(_OTHER_WEIGHTS.fullmatch(path.name))
 
 
 def _write_layout(path: Path, weights: HfWeights, layout: str, tied: list[str]) -> None:

@@ -272,14 +272,14 @@ def _llave_vision(
                 f"{where}: {key} is {json.dumps(values.get(key))}; only {json.dumps(only)} is "
                 "supported"
             )
-    path = vision_config or _find_tower_config(directory, values.get("mm_vision_tower"))
+    path = vision_config or find_tower_config(directory, values.get("mm_vision_tower"))
     if path is None and _is_so400m(found):
         return _so400m(found, where)
     if path is None:
         raise CheckpointError(
             f"{where}: the vision tower {values.get('mm_vision_tower')!r} has other sizes than "
-            "SigLIP so400m-patch14-384, and its configuration is not beside the checkpoint. Name "
-            "the tower's own config.json with --vision-config FILE."
+            "SigLIP so400m-patch14-384, and its configuration is not beside the checkpoint. Convert "
+            "it with tools/convert_hf.py and name the tower's own config.json: --vision-config FILE"
         )
     tower = read_json(path)
     tower = _vision_config(tower.get("vision_config", tower), str(path))
@@ -291,8 +291,16 @@ def _llave_vision(
     return dataclasses.replace(tower, num_layers=tower.num_layers - 1), tower.num_layers
 
 
-def _find_tower_config(directory: Path, tower: str | None) -> Path | None:
-    """config.json of the tower's directory, whose name is relative to the checkpoint or its parent."""
+def find_tower_config(directory: Path, tower: str | None) -> Path | None:
+    """config.json of the vision tower that a checkpoint of the llave layout names.
+
+    Args:
+      directory: of the checkpoint.
+      tower: its `mm_vision_tower`, a directory relative to the checkpoint or to its parent.
+
+    Returns:
+      The file; None if it is in neither place.
+    """
     for base in (directory, directory.parent):
         path = base / (tower or "") / "config.json"
         if tower and path.is_file():

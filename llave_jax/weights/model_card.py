@@ -51,14 +51,10 @@ L2-normalised vector of {width} dimensions. Architecture and training follow
 
 {loading} With llave_jax:
 
-```bash
-python tools/convert_hf.py --input {title} --output models/{title}
-```
-
 ```python
 from llave_jax import Embedder
 
-model = Embedder.from_pretrained("models/{title}")
+model = Embedder.from_pretrained("{title}")  # this directory, or its name on the hub: org/{title}
 query, target = model.encode(
     [
         {{

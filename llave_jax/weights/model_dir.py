@@ -129,7 +129,9 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
         raise CheckpointError(f"{directory}: no such directory; expected the model's tokenizer")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    return AutoTokenizer.from_pretrained(
+        str(directory), local_files_only=True, trust_remote_code=False
+    )
 
 
 def open_params(path: str | os.PathLike) -> Mapping[str, np.ndarray | RunParam]:

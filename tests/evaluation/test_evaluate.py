@@ -146,7 +146,7 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
     command = ["--model", str(tmp_path / "none"), "--benchmark", "mmeb", "--data", str(tmp_path)]
     assert evaluate.main([*command, "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"error: .*none: neither a model directory nor.*\n", said)
+    assert re.fullmatch(r"error: .*none: no such directory.*\n", said)
 
 
 def test_missing_data_are_one_line(model, tmp_path, capsys):

@@ -12,6 +12,7 @@ from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.inputs.anyres import largest_image
 from llave_jax.inputs.config import grid_pinpoints
 from llave_jax.inputs.packing import Planner
+from llave_jax.training import setup
 from llave_jax.training.batch_shape import check_budget, make_plan
 from llave_jax.training.setup import canvases, model_config, open_training_source
 from llave_jax.weights import model_dir
@@ -190,3 +191,19 @@ def test_budgets_that_hold_any_item_but_not_two_are_warned_about(caplog):
     assert not caplog.records
     check_budget(config, model_config(config), 16)
     assert "1 row(s) of 224 tokens and 7 crops: too small for a pair" in caplog.text
+
+
+def test_a_checkpoint_of_hugging_face_is_a_model_path(golden, golden_model, tmp_path, monkeypatch):
+    """The run's own config keeps the name that the user gave."""
+    monkeypatch.setenv("LLAVE_JAX_CACHE", str(tmp_path))
+    config = default_config()
+    assert setup.with_local_model(config) is config
+    config.model.path = str(golden / "checkpoint")
+    local = setup.with_local_model(config)
+    assert config.model.path == str(golden / "checkpoint")
+    assert Path(local.model.path).is_relative_to(tmp_path)
+    assert setup.model_config(local) == golden_model.config
+    assert len(setup.load_tokenizer(local, None)) == len(golden_model.tokenizer)
+    config.model.path = None
+    with pytest.raises(ValueError, match="no tokenizer; expected"):
+        setup.load_tokenizer(config, tmp_path / "none")

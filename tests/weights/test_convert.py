@@ -857,5 +857,5 @@ def test_command(golden, tmp_path, capsys):
     assert convert_hf.main(["--input", source, "--output", ours]) == 2
     assert "error: " in capsys.readouterr().err
     assert convert_hf.main(["--input", source, "--output", ours, "--overwrite"]) == 0
-    assert convert_hf.main(["--to-hf", "llave", "--input", source, "--output", back]) == 2
+    assert convert_hf.main(["--to-hf", "llave", "--input", str(tmp_path), "--output", back]) == 2
     assert "neither a model directory nor a training run" in capsys.readouterr().err

@@ -8,8 +8,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from llave_jax.common import content
 from llave_jax.parallel import sharding
-from llave_jax.weights import fingerprint, model_dir
+from llave_jax.weights import model_dir
 from llave_jax.weights.fingerprint import model_fingerprint
 from llave_jax.weights.safetensors_io import CheckpointError
 
@@ -30,11 +31,11 @@ def change_byte(path, offset):
         file.write(bytes([byte ^ 1]))
 
 
-@pytest.mark.parametrize("whole_file_bytes", [fingerprint._WHOLE_FILE_BYTES, 1 << 10])
+@pytest.mark.parametrize("whole_file_bytes", [content._WHOLE_FILE_BYTES, 1 << 10])
 def test_weights_and_their_use_decide(model, golden_model, monkeypatch, whole_file_bytes):
     """Of files in one piece and of files by blocks."""
-    monkeypatch.setattr(fingerprint, "_WHOLE_FILE_BYTES", whole_file_bytes)
-    monkeypatch.setattr(fingerprint, "_BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(content, "_WHOLE_FILE_BYTES", whole_file_bytes)
+    monkeypatch.setattr(content, "_BLOCK_BYTES", 1 << 10)
     config = golden_model.config
     inputs = dataclasses.replace(config.inputs, max_length=17)
     first = model_fingerprint(model, F32, config)
