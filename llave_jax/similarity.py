@@ -34,6 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def show(args: argparse.Namespace) -> None:
+    command_line.set_up_logging(args)
     pairs = [entry.partition("=") for entry in args.evaluations]
     subsets = args.subsets.split(",") if args.subsets else None
     print(compare({label: path for label, _, path in pairs}, subsets, args.output))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llave_jax.common.text import shortened
+
 PACKAGE = Path(__file__).parents[1]
 # The configs that come with the package: inside it where it was installed, beside it in a checkout.
 CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
@@ -92,7 +94,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, as errors of the command itself."""
-        self.exit(USER_ERROR, f"error: {message} (--help lists the flags)\n")
+        self.exit(USER_ERROR, f"error: {shortened(message)} (--help lists the flags)\n")
 
 
 def _with_dashes(argument: str) -> str:
@@ -207,7 +209,7 @@ def set_up_logging(args: argparse.Namespace, *, first: bool = True, times: bool 
 class _Formatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         if record.levelno >= logging.WARNING:
-            record.message = f"{record.levelname.lower()}: {record.message}"
+            record.message = f"{record.levelname.lower()}: {shortened(record.message)}"
         return super().formatMessage(record)
 
 
@@ -240,7 +242,7 @@ def error_text(error: Exception) -> str:
 
     What a library raised may be an error of this package: where it was raised is then said too.
     """
-    text = (str(error) or type(error).__name__).strip()
+    text = shortened((str(error) or type(error).__name__).strip())
     lines = text[:MAX_CHARACTERS].splitlines()
     if len(lines) > MAX_LINES or len(text) > MAX_CHARACTERS:
         lines = [*lines[:MAX_LINES], "... (--verbose shows all of it)"]

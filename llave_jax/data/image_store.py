@@ -16,7 +16,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from llave_jax.common.content import short_hash
-from llave_jax.inputs.images import MAX_FILE_BYTES, ImageError, read_image_file
+from llave_jax.inputs.images import (
+    MAX_FILE_BYTES,
+    ImageError,
+    read_image_file,
+    refuse_data_uri,
+)
 
 # Where a cloned MMEB-train repository keeps archives, below the image root.
 _ARCHIVE_FOLDERS = (".", "images_zip", "images")
@@ -120,6 +125,7 @@ class ImageStore:
           ImageError: the path leaves the root, nothing is there, or the archive cannot be read.
         """
         where = f"{name} ({path})" if name else path
+        refuse_data_uri(path, name)
         check_relative(path, name)
         file, reason = self.root / path, f"the file does not exist below {self.root}"
         try:

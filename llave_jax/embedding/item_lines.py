@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llave_jax.common.text import shortened
+from llave_jax.inputs.images import refuse_data_uri
 from llave_jax.inputs.item import Item, as_item
 
 # Items are saved in chunks, so a killed job loses at most one: 8192 texts, 1024 images or 64 videos.
@@ -80,7 +82,7 @@ def _parse(text: bytes, where: str, number: int, position: int, root: Path) -> L
         item = as_item(_resolve(values, root, where), where)
         item.text.encode("utf-8")  # JSON can hold half a surrogate pair, which no encoding can
     except ValueError as error:
-        message = str(error)
+        message = shortened(str(error))
         return Line(number, item_id, None, message if where in message else f"{where}: {message}")
     return Line(number, item_id, item)
 
@@ -92,6 +94,7 @@ def _resolve(values: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
         if value is None:
             return None
         if isinstance(value, str) and value:
+            refuse_data_uri(value, where)
             return str(root / value)
         if value == "":
             raise ValueError(f"{where}: {key} has an empty path; leave it out, or say null")

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
+from llave_jax.common.text import shortened
 from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.item import Item, ItemLike, as_item
 from llave_jax.inputs.sequence import SequenceBuilder, TokenSequence
@@ -107,4 +108,4 @@ class ItemReader:
     def _fail(self, index: int, error: ValueError) -> None:
         if self._stop:
             raise error
-        self.failures[index] = str(error)
+        self.failures[index] = shortened(str(error))

@@ -14,6 +14,7 @@ import stat
 import numpy as np
 import PIL.Image
 
+from llave_jax.common.text import shortened
 from llave_jax.inputs.item import ImageLike
 
 # Pillow refuses images beyond twice its MAX_IMAGE_PIXELS; the number is repeated here so that a
@@ -29,9 +30,13 @@ FORMATS = tuple(name for name in FORMATS if name in PIL.Image.OPEN)
 
 
 class ImageError(ValueError):
-    """An image that cannot be used. `name` says which (file, row), `reason` why."""
+    """An image that cannot be used. `name` says which (file, row), `reason` why.
+
+    A row may hold the image itself where its path is expected: both are `shortened`.
+    """
 
     def __init__(self, name: str, reason: str):
+        name, reason = shortened(name), shortened(reason)
         super().__init__(f"{name or 'image'}: {reason}")
         self.name = name
         self.reason = reason
@@ -56,6 +61,7 @@ def read_image_file(path: str | os.PathLike, name: str = "") -> bytes:
     """
     try:
         path = os.fspath(path)
+        refuse_data_uri(path, name)
         status = os.stat(path)
         # Opening a pipe or a device would wait for ever.
         if not stat.S_ISREG(status.st_mode):
@@ -75,6 +81,23 @@ def read_image_file(path: str | os.PathLike, name: str = "") -> bytes:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ImageError(_join(name, path), f"cannot be read: {error}") from error
+
+
+def refuse_data_uri(path: str, name: str = "") -> None:
+    """Refuses an image that is given in place of its path.
+
+    Args:
+      path: as a row or an item gives it.
+      name: where the path was found, for the error.
+
+    Raises:
+      ImageError: the path is a data URI.
+    """
+    if path.startswith("data:"):
+        raise ImageError(
+            _join(name, path),
+            "a data URI; expected a path: write the image to a file and name that",
+        )
 
 
 def load_image(image: ImageLike, name: str = "") -> PIL.Image.Image:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import re
 import shutil
@@ -220,3 +221,22 @@ def test_an_installed_package_finds_its_configs_and_commands(wheel, tmp_path):
     for script in scripts:
         done = subprocess.run([tmp_path / "venv/bin" / script, "--help"], **options)
         assert done.stdout.startswith(f"usage: {script} "), done.stderr
+
+
+def test_a_long_value_in_an_error_is_named_by_its_beginning(capsys, caplog):
+    """Five megabytes of an image where its path belongs: one line of error, one of a warning."""
+    uri = "data:image/png;base64," + "QUJD" * (5 << 18)
+
+    def fail(_):
+        raise ValueError(f"rows.json row 7 ({uri}): no such file {'in ' * 90}")
+
+    arguments = argparse.Namespace(verbose=False)
+    assert command_line.run(fail, arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: rows.json row 7 ({uri[:59]}... ({len(uri) + 3} characters) no such"
+    )
+    assert said.count("\n") == 1
+    command_line.set_up_logging(arguments)
+    logging.getLogger("llave_jax.example").warning("skipped %s", uri)
+    assert capsys.readouterr().err == f"warning: skipped {uri[:60]}... ({len(uri)} characters)\n"
