@@ -30,7 +30,8 @@ from llave_jax.loss.hardness import (
 )
 from llave_jax.loss.tiled import Negatives, PoolMask, pool_sums
 
-# "embedding" [.., D], "valid" bool [..] and "ids" int32 [..] of targets; None for what there is not.
+# Targets with what is known of them: "embedding" [..., D], "valid" bool [...], "ids" int32 [...]. What is
+# not known is None.
 Targets = dict[str, Any]
 KINDS = ("hardness", "focal")
 

@@ -14,21 +14,30 @@ from llave_jax.loss.hardness import Number, check_finite, check_temperature, sym
 
 
 class Focal(NamedTuple):
-    """The formula of `focal_contrastive_loss`."""
+    """The formula of `focal_contrastive_loss`.
+
+    Attributes:
+      margin: added to the similarity that scales a negative.
+      temperature: positive.
+    """
 
     margin: Number = 0.3
     temperature: Number = 0.02
 
     def positive(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
+        """s^2. See `Formula.positive`."""
         return similarity * similarity
 
     def negative(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
+        """s (s + margin). See `Formula.negative`."""
         return similarity * (similarity + self.margin)
 
     def log_weight(self, similarity: Float[Array, "..."]) -> float:
+        """0: all negatives weigh the same. See `Formula.log_weight`."""
         return 0.0
 
     def check(self) -> None:
+        """See `Formula.check`."""
         check_finite(margin=self.margin)
         check_temperature(self.temperature)
 

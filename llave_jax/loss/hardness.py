@@ -78,28 +78,69 @@ class Formula(Protocol):
     """
 
     @property
-    def temperature(self) -> Number: ...
+    def temperature(self) -> Number:
+        """Divides `positive` and `negative`."""
+        ...
 
-    def positive(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]: ...
+    def positive(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What takes the place of a positive's cosine in the loss.
 
-    def negative(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]: ...
+        Args:
+          similarity: [...] cosines.
 
-    def log_weight(self, similarity: Float[Array, "..."]) -> Number: ...
+        Returns:
+          [...], the values before division by the temperature.
+        """
+        ...
+
+    def negative(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What takes the place of a negative's cosine in the loss.
+
+        Args:
+          similarity: [...] cosines.
+
+        Returns:
+          [...], the values before division by the temperature.
+        """
+        ...
+
+    def log_weight(self, similarity: Float[Array, "..."]) -> Number:
+        """The logarithm of a negative's weight, which is added to its logit.
+
+        Args:
+          similarity: [...] cosines.
+
+        Returns:
+          [...], or one number for all.
+        """
+        ...
 
     def check(self) -> None:
-        """Raises ValueError if a number is out of range. The caller checks traced numbers."""
+        """Checks the formula's numbers. The caller checks traced ones.
+
+        Raises:
+          ValueError: a number is out of range.
+        """
+        ...
 
 
 class Hardness(NamedTuple):
-    """The formula of `hardness_weighted_contrastive_loss`."""
+    """The formula of `hardness_weighted_contrastive_loss`.
+
+    Attributes:
+      alpha: hardness; 0 is InfoNCE.
+      temperature: positive.
+    """
 
     alpha: Number = 9.0
     temperature: Number = 0.02
 
     def positive(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
+        """s. See `Formula.positive`."""
         return similarity
 
     def negative(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
+        """s. See `Formula.negative`."""
         return similarity
 
     def log_weight(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -107,11 +148,13 @@ class Hardness(NamedTuple):
 
         It is added to the logit, because the exponential itself would overflow. It is clipped to a
         quarter of the largest number, so that sums and differences of logits stay finite.
+        See `Formula.log_weight`.
         """
         limit = float(jnp.finfo(similarity.dtype).max) / 4
         return jnp.clip(self.alpha * jax.lax.stop_gradient(similarity), -limit, limit)
 
     def check(self) -> None:
+        """See `Formula.check`."""
         check_finite(alpha=self.alpha)
         check_temperature(self.temperature)
 
@@ -120,6 +163,12 @@ def infonce(formula: Formula) -> Hardness:
     """Plain InfoNCE at a formula's temperature, a measure that does not depend on its other numbers.
 
     Runs that weigh negatives differently are compared by it. It has no gradient.
+
+    Args:
+      formula: any formula.
+
+    Returns:
+      The formula of InfoNCE.
     """
     return Hardness(0.0, jax.lax.stop_gradient(formula.temperature))
 
@@ -231,9 +280,15 @@ def row_losses(
 
 
 def masked_logit(dtype: jnp.dtype) -> float:
-    """The logit of an entry that is no negative: finite, and below every real logit.
+    """The logit of an entry that is not a negative: finite, and below every real logit.
 
-    With -inf instead, a row without negatives would have a gradient of nan.
+    With -inf instead, the gradient of a row without negatives would be nan.
+
+    Args:
+      dtype: of the similarities.
+
+    Returns:
+      Minus half the largest number of the dtype.
     """
     return -float(jnp.finfo(dtype).max) / 2
 
@@ -262,7 +317,17 @@ def row_statistics(
     column_valid: Bool[Array, " A"],
     can_be_negative: Bool[Array, "n A"] | None = None,
 ) -> RowStatistics:
-    """Diagnostics of rows, without gradient. Arguments and errors are those of `row_losses`."""
+    """Diagnostics of rows, without gradient.
+
+    Args:
+      similarity, positive, column_valid, can_be_negative: as for `row_losses`.
+
+    Returns:
+      The diagnostics of the n rows.
+
+    Raises:
+      ValueError: a shape does not fit.
+    """
     row_valid, is_positive, is_negative = _masks(
         similarity, positive, column_valid, can_be_negative
     )
@@ -378,14 +443,28 @@ def _check_pairs(
 
 
 def check_finite(**values: Number) -> None:
-    """Raises ValueError for a number that is no finite float32. The caller checks traced numbers."""
+    """Refuses numbers that are not finite in float32. The caller checks traced ones.
+
+    Args:
+      values: the numbers by name.
+
+    Raises:
+      ValueError: naming the first such number.
+    """
     for name, value in values.items():
         if not isinstance(value, Tracer) and not abs(float(value)) <= _MAX_FLOAT32:
             raise ValueError(f"{name} must be a finite float32, found {value}")
 
 
 def check_temperature(temperature: Number) -> None:
-    """Raises ValueError for a temperature that is not positive and finite, unless it is traced."""
+    """Refuses a temperature that is not positive and finite. The caller checks a traced one.
+
+    Args:
+      temperature: of the loss.
+
+    Raises:
+      ValueError: it is not positive and finite.
+    """
     if not isinstance(temperature, Tracer) and not 0 < float(temperature) < math.inf:
         raise ValueError(f"temperature must be positive and finite, found {temperature}")
 

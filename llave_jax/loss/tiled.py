@@ -55,7 +55,7 @@ class Negatives(NamedTuple):
 
 
 class PoolSums(NamedTuple):
-    """What the loss needs of the similarities of a mask.
+    """What the loss needs of the similarities of a pool.
 
     Attributes:
       positive: [n], similarity of each row's positive; 0 for an empty slot.
