@@ -84,6 +84,7 @@ def on_mesh(implementation: str, mesh: jax.sharding.Mesh) -> str:
 
     Args:
       implementation: one of IMPLEMENTATIONS.
+      mesh: whose devices have one platform.
 
     Returns:
       For "auto", the implementation of the devices' platform; otherwise the argument.
@@ -100,6 +101,13 @@ def padded_length(length: int, implementation: str) -> int:
     """The length to which an implementation pads rows of `length` tokens.
 
     A caller that pads its rows to this length once saves a copy in each call.
+
+    Args:
+      length: tokens of a row.
+      implementation: one of IMPLEMENTATIONS.
+
+    Returns:
+      Tokens of a padded row; `length` itself if the implementation pads nothing.
 
     Raises:
       ValueError: no such implementation.
@@ -126,10 +134,16 @@ def xla_attention(
     *,
     causal: bool,
 ) -> Float[Array, "B T H E"]:
-    """The reference: arguments and result are those of `attention`.
+    """The reference implementation, in plain XLA.
 
     Long rows are computed in blocks of queries, so memory is linear in the length of a row. Under a
     causal mask, a block skips the keys after its last query.
+
+    Args:
+      query, key, value, segment_ids, causal: as for `attention`.
+
+    Returns:
+      [B, T, H, E] in the dtype of `value`.
     """
     length = query.shape[1]
 

@@ -41,11 +41,17 @@ def triton_attention(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H E"]:
-    """Flash attention in Triton. Arguments and result are those of `ops.attention.attention`.
+    """Flash attention in Triton.
 
     Args:
+      query, key, value, segment_ids, causal: as for `ops.attention.attention`.
       tiles: sizes of the kernels' blocks; None: chosen by head size and dtype.
       interpret: run the kernels in Pallas's interpreter, slowly, on any platform.
+
+    Returns:
+      [B, T, H, E] in the query's dtype.
+
+    References: Dao, FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
     """
     _, length, heads, head_dim = query.shape
     settings = Settings(
@@ -95,6 +101,13 @@ class Tiles:
 
         A program keeps one block and loops over the blocks of the other side. Its accumulators, in
         registers, are as large as the block that it keeps.
+
+        Args:
+          head_dim: size of a head.
+          item_bytes: bytes of a number of queries, keys and values.
+
+        Returns:
+          The tiles.
         """
         kept, looped = (64, 32) if item_bytes > 2 else (128, 64)
         warps = 4 if head_dim <= 64 else 8
@@ -119,7 +132,14 @@ def _parts(head_dim: int) -> tuple[tuple[int, int], ...]:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The size of a head in the kernels' products, padding included."""
+    """The size of a head in the kernels' products.
+
+    Args:
+      head_dim: size of a head.
+
+    Returns:
+      The size with padding: 72 becomes 64 + 16.
+    """
     return sum(_parts(head_dim)[-1])
 
 
@@ -192,10 +212,18 @@ class Settings:
         return tuple(outputs_of(*(array for _, array in inputs)))
 
     def specs(self, tile: Tile, repeats: int | None = None) -> dict[str, pl.BlockSpec]:
-        """The part of each array that a program can read: its row, for its head or its `repeats` query heads.
+        """The part of each array that a program can read: one row of its head, or of `repeats` query heads.
 
         Kernels choose the tokens themselves. The refs are padded to whole blocks of tokens and to whole
         parts of a head, so they can extend beyond the arrays: loads and stores there need a mask.
+
+        Args:
+          tile: the kernel's blocks.
+          repeats: query heads of a program; None: one.
+
+        Returns:
+          Block specs by kind of array: "runs", "ids", "query" (also for results), "key" (also for values)
+          and "statistic".
         """
         tokens = math.lcm(tile.query, tile.key)
         tokens *= -(-self.length // tokens)

@@ -50,11 +50,17 @@ def splash_attention(
     max_segment_length: int | None = None,
     interpret: Any = False,
 ) -> Float[Array, "B T H E"]:
-    """Splash attention. Arguments and result are those of `ops.attention.attention`.
+    """Splash attention: sparse flash attention in Pallas for TPUs.
 
     Args:
+      query, key, value, segment_ids, causal, max_segment_length: as for `ops.attention.attention`.
       interpret: run the kernels in Pallas's interpreter, slowly, on any platform: True, or
         `pltpu.InterpretParams`.
+
+    Returns:
+      [B, T, H, E] in the query's dtype.
+
+    References: Dao et al., FlashAttention (arXiv 2205.14135), algorithms 1 and 4.
     """
     rows, length, heads, head_dim = query.shape
     # A group of more query heads than one step serves is split, with a copy of its keys for each part.
@@ -96,7 +102,14 @@ class Blocks:
 
     @classmethod
     def of(cls, length: int) -> Blocks:
-        """The blocks for rows of `length` tokens."""
+        """The blocks for rows of one length.
+
+        Args:
+          length: tokens of a row, before padding.
+
+        Returns:
+          One block of keys for a short row; otherwise blocks of KEY_BLOCK keys.
+        """
         padded = -(-length // LANES) * LANES
         key = padded if padded <= MAX_SINGLE_BLOCK else KEY_BLOCK
         query = QUERY_BLOCK if key % QUERY_BLOCK == 0 else LANES
@@ -138,6 +151,13 @@ class Heads:
         """The largest `at_once` that leaves two chunks and serves at most half of MAX_HEADS query heads.
 
         The other half is room for keys: with one head to a group, each head brings its own.
+
+        Args:
+          repeats: query heads of a group.
+          groups: groups, which each share keys.
+
+        Returns:
+          The distribution; with one group, or groups of too many query heads, a chunk is one group.
         """
         sizes = [n for n in range(1, groups) if groups % n == 0 and n * repeats <= MAX_HEADS // 2]
         at_once = max(sizes, default=1)
@@ -187,15 +207,18 @@ def plan_visits(
 ) -> Plan:
     """Lists the pairs of blocks that hold a visible score.
 
-    Two blocks are compared by their lowest and highest segment ids. So segments in any order are safe,
-    and for segments that ascend along a row (as packing leaves them) no pair is listed in vain. Unused
-    tokens see the unused tokens of their own block of keys, and no others.
+    Two blocks are compared by their lowest and highest segment ids. So segments in any order are safe.
+    If segments ascend along a row (as packing leaves them), every listed pair holds a visible score.
+    Unused tokens see only the unused tokens of their own block of keys.
 
     Args:
       segment_ids: int32 [R, T], 0 for unused tokens.
       causal: whether a token sees none of the tokens after it.
       max_segment_length: tokens of the longest segment; segments must then ascend. None: of a row. If a
         longer segment occurs, the output is NaN: scratch memory is sized for `max_segment_length`.
+
+    Returns:
+      The plan of the visits.
     """
     rows, length = segment_ids.shape
     blocks = Blocks.of(length)
@@ -300,7 +323,16 @@ def visited_scores(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The constants that a kernel is compiled with; `slots` are those of `_slots`."""
+    """The constants that a kernel is compiled with.
+
+    Attributes:
+      blocks: how rows are cut into blocks.
+      heads: how heads are distributed over the steps.
+      causal: whether a token sees none of the tokens after it.
+      scale: factor of the scores.
+      slots: of scratch memory for the gradients of key blocks, of `_slots`.
+      interpret: as for `splash_attention`.
+    """
 
     blocks: Blocks
     heads: Heads
@@ -315,13 +347,31 @@ class Settings:
         return "causal" if self.causal else "full"
 
     def block_spec(self, table: str, heads: int, head_dim: int) -> pl.BlockSpec:
-        """For an array [R, heads of all chunks, T, E]: the block of tokens that a table of the plan names."""
+        """The block of tokens that each step of a kernel reads or writes.
+
+        Args:
+          table: field of `Plan` that names the block: "query", "key" or "done_key".
+          heads: heads of one chunk.
+          head_dim: size of a head.
+
+        Returns:
+          Spec for an array [R, heads of all chunks, T, E].
+        """
         row, block = _table("done_row" if table == "done_key" else "row"), _table(table)
         shape = (None, heads, getattr(self.blocks, table.removeprefix("done_")), head_dim)
         return pl.BlockSpec(shape, lambda c, v, *tables: (tables[row][v], c, tables[block][v], 0))
 
     def id_specs(self, column: str, row: str) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-        """For ids [R, T, LANES] and [R, 1, T]: the blocks that the tables `column` and `row` name."""
+        """The blocks of segment ids that each step of a kernel compares.
+
+        Args:
+          column: field of `Plan` that names the block whose ids lie down the rows of registers: "query" or
+            "key".
+          row: the other one, whose ids lie along their lanes.
+
+        Returns:
+          Specs for ids [R, T, LANES] and [R, 1, T].
+        """
         rows, of_column, of_row = _table("row"), _table(column), _table(row)
         return (
             pl.BlockSpec(
