@@ -37,7 +37,7 @@ class VisionConfig:
 
     @property
     def crop(self) -> CropGeometry:
-        """What `llave_jax.inputs` must know of the tower."""
+        """Sizes of crops and patches: all that `llave_jax.inputs` must know of the tower."""
         return CropGeometry(self.image_size, self.patch_size)
 
     @property
@@ -80,7 +80,13 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlaveConfig:
-    """A model: its vision tower, its language model, and how its inputs are laid out."""
+    """A model.
+
+    Attributes:
+      vision: its vision tower.
+      text: its language model.
+      inputs: how its inputs are laid out.
+    """
 
     vision: VisionConfig
     text: TextConfig
@@ -98,6 +104,12 @@ class LlaveConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LlaveConfig:
         """The inverse of `to_dict`, also after JSON.
+
+        Args:
+          values: what `to_dict` gave; tuples may have become lists.
+
+        Returns:
+          The configuration.
 
         Raises:
           KeyError, TypeError, ValueError: a value is missing, unknown or not allowed.

@@ -42,7 +42,14 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """[..., *in] -> [..., *features] in `dtype`."""
+        """Applies the map.
+
+        Args:
+          x: [..., *in].
+
+        Returns:
+          [..., *features] in `dtype`.
+        """
         inputs = x.shape[x.ndim - self.in_axes :]
         fan_in = math.prod(inputs)
 
@@ -88,7 +95,14 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*hidden"]) -> Float[Array, "*hidden"]:
-        """The input's shape, in `dtype`."""
+        """Normalises the last axis.
+
+        Args:
+          x: [...] of any dtype.
+
+        Returns:
+          An array of the same shape in `dtype`.
+        """
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
@@ -110,11 +124,11 @@ def scan_blocks(
       block: module with `__call__(x, *inputs) -> x`.
       length: how many blocks.
       x: what the first block gets.
-      inputs: what all blocks get besides.
+      inputs: further arguments, the same for all blocks.
       remat: a key of `remat.REMATS`; its `block_policy` applies.
 
     Returns:
-      What the last block gives.
+      The last block's result.
     """
 
     def body(block: nn.Module, x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
@@ -147,7 +161,7 @@ def scan_but_last(
       last: applies the last block: `last(block, x, *inputs)`.
 
     Returns:
-      What `last` gives.
+      The result of `last`.
     """
 
     def all_but_last(block: nn.Module, x: jax.Array) -> jax.Array:

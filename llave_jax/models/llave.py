@@ -80,6 +80,9 @@ class Llave(nn.Module):
     def __call__(self, batch: PackedBatch) -> Float[Array, "S Z G D"]:
         """Embeddings of all sequences of a batch.
 
+        Args:
+          batch: S shards of Z x G sequences each.
+
         Returns:
           float32 [S, Z, G, D], L2-normalised. In slots that are not valid they have no meaning.
         """
@@ -101,7 +104,14 @@ class Llave(nn.Module):
         return (x / jnp.maximum(norm, 1e-12)).reshape(*pooled.shape, -1)
 
     def hidden_states(self, batch: PackedBatch) -> Float[Array, "S R T D"]:
-        """Final hidden states of all tokens: [S, R, T, D]."""
+        """Final hidden states of all tokens.
+
+        Args:
+          batch: S shards of R rows each.
+
+        Returns:
+          [S, R, T, D] in `dtype`, after the final norm.
+        """
         x = self.inputs_embeds(batch)
         shards, rows, length, width = x.shape
         x = self.language_model(
@@ -112,7 +122,14 @@ class Llave(nn.Module):
         return self.language_model.final_norm(x).reshape(shards, rows, length, width)
 
     def inputs_embeds(self, batch: PackedBatch) -> Float[Array, "S R T D"]:
-        """What the language model reads, text and visual tokens: [S, R, T, D]."""
+        """What the language model reads: embedded text tokens, and visual tokens in their places.
+
+        Args:
+          batch: S shards of R rows each.
+
+        Returns:
+          [S, R, T, D] in `dtype`.
+        """
         tokens = jnp.asarray(batch.tokens)
         text = self.language_model.embed(jnp.maximum(tokens, 0))
         if batch.patches.shape[1] == 0 and not self.is_initializing():
@@ -153,7 +170,15 @@ class Llave(nn.Module):
     def vision_features(
         self, patches: UInt8[Array, "S C P X"], zero_crops: Bool[Array, "S C"]
     ) -> Float[Array, "S C P O"]:
-        """The vision tower's features of each patch; see `PackedBatch` for the arguments."""
+        """The vision tower's features of each patch.
+
+        Args:
+          patches: uint8 [S, C, P, X], pixels of each patch by row, column, channel.
+          zero_crops: bool [S, C], True for a crop that is 0 after normalisation, whatever its pixels.
+
+        Returns:
+          [S, C, P, O] in `dtype`.
+        """
         shards, crops = patches.shape[:2]
         features = self.vision_tower(
             patches.reshape(shards * crops, *patches.shape[2:]), zero_crops.reshape(-1)
@@ -165,13 +190,23 @@ class Llave(nn.Module):
 
 
 def example_batch(config: LlaveConfig) -> PackedBatch:
-    """The smallest batch that touches every parameter: for initialising and for shapes."""
+    """The smallest batch that touches every parameter: for initialising and for shapes.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      A batch of one shard, one row and one crop, without sequences.
+    """
     budget = Budget(rows=1, row_length=8, crops=1, groups=1, sides=1)
     return empty_batch(budget, 1, config.vision.crop)
 
 
 def abstract_params(model: Llave) -> dict[str, Any]:
     """The parameter tree of a model as shapes and dtypes.
+
+    Args:
+      model: its `param_dtype` is the dtype.
 
     Returns:
       Nested dict of `jax.ShapeDtypeStruct`.
@@ -187,6 +222,7 @@ def param_shardings(params: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[
 
     Args:
       params: parameter tree of arrays or shapes.
+      mesh: the mesh.
 
     Returns:
       The tree with a `NamedSharding` for each parameter.

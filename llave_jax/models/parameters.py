@@ -46,12 +46,12 @@ class Weight:
 
     @property
     def stacked(self) -> bool:
-        """Whether each layer has one. Ours are stacked: the first axis counts the layers."""
+        """Whether each layer has such a weight. Our parameter stacks them: its first axis counts layers."""
         return "{n}" in self.hf_name
 
     @property
     def tower(self) -> str:
-        """The tower it belongs to if it is stacked: "vision" or "text"."""
+        """The tower that a stacked weight belongs to: "vision" or "text"."""
         return "vision" if "{vision}" in self.hf_name else "text"
 
 
@@ -94,8 +94,8 @@ def _linear(
     )
     if not bias:
         return [kernel]
-    # A device needs the biases of the outputs that it computes. Splitting over fsdp besides would save
-    # little memory and cost a gather.
+    # A device needs the biases of the outputs that it computes. Splitting them over fsdp as well would
+    # save little memory and cost a gather.
     axes = tuple(axis if axis == "tensor" else None for axis in outputs)
     return [
         kernel,
@@ -233,6 +233,9 @@ def weight_at(path: str) -> Weight:
     Args:
       path: in the parameter tree, joined by "/".
 
+    Returns:
+      The row.
+
     Raises:
       ValueError: the table has no such parameter.
     """
@@ -246,7 +249,14 @@ def weight_at(path: str) -> Weight:
 
 
 def sizes(config: LlaveConfig) -> dict[str, int]:
-    """The words of `Weight.shape` for one model."""
+    """What the words of `Weight.shape` stand for in one model.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      word -> number.
+    """
     text, vision = config.text, config.vision
     return {
         "vocab": text.vocab_size,
@@ -268,13 +278,29 @@ def sizes(config: LlaveConfig) -> dict[str, int]:
 
 
 def axis_sizes(weight: Weight, config: LlaveConfig) -> list[tuple[int, ...]]:
-    """`Weight.shape` in numbers: a tuple for each axis of the checkpoint, `a*b` as (a, b)."""
+    """`Weight.shape` in numbers.
+
+    Args:
+      weight: the row.
+      config: of the model.
+
+    Returns:
+      A tuple for each axis of the checkpoint's array: `a*b` gives (a, b).
+    """
     known = sizes(config)
     return [tuple(known[word] for word in axis.split("*")) for axis in weight.shape.split()]
 
 
 def layer_shape(weight: Weight, config: LlaveConfig) -> tuple[int, ...]:
-    """Our shape of a weight, without the layer axis."""
+    """The shape of a parameter here, without the layer axis.
+
+    Args:
+      weight: its row.
+      config: of the model.
+
+    Returns:
+      The shape.
+    """
     axes = axis_sizes(weight, config)
     if weight.transform == "patches":
         return tuple(math.prod(axis) for axis in axes)
@@ -282,14 +308,29 @@ def layer_shape(weight: Weight, config: LlaveConfig) -> tuple[int, ...]:
 
 
 def num_layers(weight: Weight, config: LlaveConfig) -> int | None:
-    """Length of a weight's layer axis; None if it has none."""
+    """The length of a parameter's layer axis.
+
+    Args:
+      weight: its row.
+      config: of the model.
+
+    Returns:
+      The number of layers; None if the parameter has no layer axis.
+    """
     if not weight.stacked:
         return None
     return config.vision.num_layers if weight.tower == "vision" else config.text.num_layers
 
 
 def parameter_shapes(config: LlaveConfig) -> dict[str, tuple[int, ...]]:
-    """path -> shape of all parameters of a model."""
+    """The shapes of all parameters of a model.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      path -> shape, with the layer axis.
+    """
     shapes = {}
     for path, weight in _by_path().items():
         layers = num_layers(weight, config)

@@ -26,7 +26,14 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*patches O"]) -> Float[Array, "*patches D"]:
-        """Patch features -> projected features."""
+        """Projects features.
+
+        Args:
+          x: patch features [..., O].
+
+        Returns:
+          [..., D] in `dtype`.
+        """
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = Projection((self.features,), name="linear_1", **dtypes)(x)
         x = nn.gelu(x, approximate=False)

@@ -54,7 +54,14 @@ class SelfAttention(nn.Module):
         segment_ids: Int[Array, "B T"],
         queries: Queries | None = None,
     ) -> Float[Array, "B _ D"]:
-        """See `Block`."""
+        """Attention among the tokens of each segment.
+
+        Args:
+          x, cos, sin, segment_ids, queries: as for `Block`; x is normalised.
+
+        Returns:
+          [B, T, D]; with `queries`, [S, I, D].
+        """
         config = self.config
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         heads = (config.num_heads, config.head_dim)
@@ -110,7 +117,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """[B, T, D] -> [B, T, D]."""
+        """Applies the MLP to each token.
+
+        Args:
+          x: [B, T, D], normalised.
+
+        Returns:
+          [B, T, D] in `dtype`.
+        """
         dtypes: dict[str, Any] = {
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
@@ -218,7 +232,14 @@ class Qwen2(nn.Module):
         self.norm = RMSNorm(config.rms_norm_eps, **dtypes)
 
     def embed(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens D"]:
-        """Token ids int32 [...] -> embeddings [..., D]."""
+        """Looks up token embeddings.
+
+        Args:
+          tokens: int32 [...], ids in range(vocab_size).
+
+        Returns:
+          [..., D] in `dtype`.
+        """
         return self.embed_tokens(tokens)
 
     def __call__(
@@ -286,12 +307,27 @@ class Qwen2(nn.Module):
         )
 
     def final_norm(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
-        """Hidden states as the embedding and a language-model head read them."""
+        """Hidden states as the embedding and a language-model head read them.
+
+        Args:
+          x: [..., D], of `__call__` or `pooled`.
+
+        Returns:
+          [..., D] in `dtype`.
+        """
         return self.norm(x)
 
 
 def take_tokens(
     x: Shaped[Array, "S L *rest"], indices: Int[Array, "S I"]
 ) -> Shaped[Array, "S I *rest"]:
-    """The values of some tokens of each shard: [S, L, ...] -> [S, I, ...]."""
+    """The values of some tokens of each shard.
+
+    Args:
+      x: [S, L, ...], of all tokens.
+      indices: int32 [S, I], in range(L).
+
+    Returns:
+      [S, I, ...].
+    """
     return jax.vmap(lambda tokens, at: tokens[at])(x, indices)

@@ -45,10 +45,16 @@ REMATS: dict[str, Remat] = {
 
 
 def find_remat(name: str) -> Remat:
-    """The setting of this name.
+    """Looks up a setting.
+
+    Args:
+      name: a key of REMATS.
+
+    Returns:
+      The setting.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none of this name.
     """
     if name not in REMATS:
         raise ValueError(f"remat is {name!r}; expected one of {tuple(REMATS)}")

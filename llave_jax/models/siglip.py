@@ -36,7 +36,14 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T O"], segment_ids: Int[Array, "B T"] | None
     ) -> Float[Array, "B T O"]:
-        """See `Block`."""
+        """Attention among the patches of each crop.
+
+        Args:
+          x, segment_ids: as for `Block`; x is normalised.
+
+        Returns:
+          [B, T, O] in `dtype`.
+        """
         config = self.config
         heads = (config.num_heads, config.hidden_size // config.num_heads)
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -75,7 +82,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T O"]) -> Float[Array, "B T O"]:
-        """[B, T, O] -> [B, T, O]."""
+        """Applies the MLP to each patch.
+
+        Args:
+          x: [B, T, O], normalised.
+
+        Returns:
+          [B, T, O] in `dtype`.
+        """
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = Projection((self.config.intermediate_size,), name="fc1", **dtypes)(x)
         x = nn.gelu(x, approximate=True)
@@ -182,5 +196,12 @@ class SiglipTower(nn.Module):
 
 
 def normalise(pixels: UInt8[Array, "*pixels"]) -> Float[Array, "*pixels"]:
-    """uint8 pixels to float32 in [-1, 1]: rescaled by 1/255, mean 0.5, standard deviation 0.5."""
+    """Pixels to floats: rescaled by 1/255, mean 0.5, standard deviation 0.5.
+
+    Args:
+      pixels: uint8 [...].
+
+    Returns:
+      float32 [...] in [-1, 1].
+    """
     return (pixels.astype(jnp.float32) * (1 / 255) - 0.5) / 0.5
