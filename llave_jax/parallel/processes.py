@@ -49,7 +49,11 @@ def sigterm_asks_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say which job a process belongs to."""
+    """Adds the flags that say which job a process belongs to.
+
+    Args:
+      parser: of the command.
+    """
     group = parser.add_argument_group("several processes")
     group.add_argument(
         "--distributed",
@@ -120,6 +124,9 @@ def only_on_first(value: T | None) -> T:
 
     Args:
       value: None on the other processes.
+
+    Returns:
+      The value.
 
     Raises:
       RuntimeError: called on another process.

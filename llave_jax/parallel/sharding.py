@@ -27,7 +27,10 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
 
     Args:
       axes: size of each of MESH_AXES; one may be -1: all remaining devices.
-      devices: None: all devices of the job.
+      devices: the devices to use; None: all devices of the job.
+
+    Returns:
+      The mesh, with axes in the order of MESH_AXES.
 
     Raises:
       ValueError: the sizes do not use all devices, or cannot be laid out on a slice's links.
@@ -55,22 +58,50 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
 
 
 def num_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Shards of a batch: devices along BATCH_AXES."""
+    """How many shards a batch has on a mesh: the devices along BATCH_AXES.
+
+    Args:
+      mesh: the mesh.
+
+    Returns:
+      The number.
+    """
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """A path of `jax.tree_util` joined by "/"."""
+    """The path of a leaf as text.
+
+    Args:
+      path: of `jax.tree_util`.
+
+    Returns:
+      Its keys joined by "/".
+    """
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dict -> {"a/b/c": leaf}, in order."""
+    """A nested dict as a flat one.
+
+    Args:
+      tree: nested dict.
+
+    Returns:
+      {"a/b/c": leaf}, with the keys of each dict sorted.
+    """
     return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b/c": leaf} -> nested dict."""
+    """The inverse of `flatten`.
+
+    Args:
+      flat: {"a/b/c": leaf}.
+
+    Returns:
+      Nested dict.
+    """
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -89,13 +120,16 @@ def param_spec(
     A dimension that its mesh axis does not divide (2 key heads over 4 devices) stays whole.
 
     Args:
-      axes: mesh axis of each of the last dimensions; None leaves one whole. A layer axis in front of
-        them stays whole.
+      axes: mesh axis of each of the last dimensions; None leaves a dimension whole. A layer axis in
+        front of them stays whole.
       shape: of the parameter.
-      mesh: whose axes they are.
+      mesh: the mesh.
+
+    Returns:
+      The mesh axis of every dimension.
 
     Raises:
-      ValueError: one axis for two dimensions, or more axes than dimensions.
+      ValueError: one mesh axis is given for two dimensions, or more axes than there are dimensions.
     """
     named = [axis for axis in axes if axis is not None]
     if len(set(named)) != len(named):
@@ -112,7 +146,14 @@ def param_spec(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device has whole."""
+    """The sharding of an array that every device has whole.
+
+    Args:
+      mesh: the mesh.
+
+    Returns:
+      The sharding.
+    """
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -122,12 +163,21 @@ def batch_sharding(mesh: Mesh, leading_axes: int = 0) -> NamedSharding:
     Args:
       mesh: the mesh.
       leading_axes: axes in front of the shard axis, which are not split.
+
+    Returns:
+      The sharding, which splits the shard axis over BATCH_AXES.
     """
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading_axes, BATCH_AXES))
 
 
 def local_shards(mesh: Mesh) -> range:
     """The batch shards that this process loads.
+
+    Args:
+      mesh: the mesh.
+
+    Returns:
+      Their indices.
 
     Raises:
       ValueError: they are not consecutive, or other processes have them too: the tensor axis crosses
@@ -157,12 +207,25 @@ def use_mesh(mesh: Mesh) -> AbstractContextManager:
 
     `constrain_rows`, `gather_for_use` and `map_rows_and_heads` split arrays over its axes. Outside
     such a context XLA decides how arrays are split.
+
+    Args:
+      mesh: the mesh.
+
+    Returns:
+      The context.
     """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def rows_per_device(x: Shaped[Array, "B ..."]) -> int:
-    """How many of an array's B rows each device of the mesh in use has."""
+    """How many rows of an array each device of the mesh in use has.
+
+    Args:
+      x: [B, ...].
+
+    Returns:
+      The number of rows, at least 1; B without a mesh.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return x.shape[0] if mesh.empty else max(1, x.shape[0] // num_shards(mesh))
 
@@ -172,6 +235,12 @@ def constrain_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
 
     Without this XLA may gather activations and keep parameters split. Parameters are fewer bytes, and
     their gathers can start early.
+
+    Args:
+      x: [B, ...].
+
+    Returns:
+      The array, with its sharding fixed if a mesh is in use.
     """
     if not mesh_in_use():
         return x
