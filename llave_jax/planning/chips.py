@@ -116,9 +116,9 @@ CHIPS: dict[str, Tpu | Gpu] = {
 }  # fmt: skip
 # The share of a chip's links that a collective over one mesh axis can use.
 LINKS_SHARE = 0.5
-# The share of the matrix units' rate that the TPU attention kernels reach over the scores they compute, heads
-# padded to full lanes. benchmarks/tpu_kernels.py reads it off the scheduled instructions. Higher readings
-# are cut to 0.95.
+# The share of the matrix units' rate that the TPU attention kernels reach, if all scores that they compute
+# count and heads are padded to full lanes. benchmarks/tpu_kernels.py reads the shares off the scheduled
+# instructions. Higher readings are cut to 0.95.
 KERNEL_RATES = {
     "v4": {"causal_fwd": 0.52, "causal_bwd": 0.88, "full_fwd": 0.46, "full_bwd": 0.79},
     "v5e": {"causal_fwd": 0.76, "causal_bwd": 0.95, "full_fwd": 0.64, "full_bwd": 0.85},

@@ -28,7 +28,14 @@ UNACCOUNTED = "UNACCOUNTED"
 
 
 def layer_shapes(model: Llave) -> set[tuple[int, ...]]:
-    """Shapes of all parameters, for stacked layers the shape of one layer."""
+    """The shapes by which `purpose` recognises parameters.
+
+    Args:
+      model: the model that the program runs.
+
+    Returns:
+      Shapes of all parameters; of stacked ones, the shape of one layer.
+    """
     flat = sharding.flatten(abstract_params(model))
     return {x.shape[1:] if "/layers/" in path else x.shape for path, x in flat.items()}
 
@@ -67,7 +74,7 @@ def purpose(collective: hlo.Collective, pool: int, parameters: Collection[tuple[
         any(_is_part(dims, full, collective.group) for full in parameters) for dims in shapes
     ):
         return "gradient scatter"
-    # A permute moves shards that are no whole tiles to where they belong.
+    # XLA moves shards that are not whole tiles to their place by a permute.
     if collective.kind == "collective-permute" and all(
         any(_is_part(dims, full) for full in parameters) for dims in shapes
     ):

@@ -1,4 +1,4 @@
-"""Proof before a pod is rented: a config is compiled for a TPU slice or a host of GPUs that need not exist.
+"""Compiles a config for a TPU slice or a host of GPUs that need not exist: proof before a pod is rented.
 
 Owns compiling without the hardware. What the compiled program takes and how fast it will be is
 `prediction.py`; the devices are `chips.py`.
@@ -72,6 +72,9 @@ def compile_train_step(config: Config, topology: str) -> Compiled:
       config: of the run.
       topology: as for `chips.topology_devices`.
 
+    Returns:
+      The program.
+
     Raises:
       DoesNotFit: it needs more memory than the chips have.
       ValueError: the batch has no room for an item of the model, or the topology is not known.
@@ -87,6 +90,10 @@ def lower_train_step(
     config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[jax.stages.Lowered, setup.Training, Budget]:
     """The program that training runs on a mesh, before XLA compiles it.
+
+    Args:
+      config: of the run.
+      mesh: the devices that the program is for.
 
     Returns:
       The lowered program, what the training consists of, and the room of one shard in one micro-batch.
@@ -106,7 +113,17 @@ def lower_train_step(
 def compile_embedding_step(config: Config, topology: str) -> Compiled:
     """Compiles the forward pass alone, with bfloat16 parameters, on one micro-batch.
 
-    Arguments and errors are those of `compile_train_step`.
+    Args:
+      config: of the run.
+      topology: as for `chips.topology_devices`.
+
+    Returns:
+      The program.
+
+    Raises:
+      DoesNotFit: it needs more memory than the chips have.
+      ValueError: the topology is not known.
+      RuntimeError: the compiler for this kind of chip is not installed.
     """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)

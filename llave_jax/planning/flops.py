@@ -1,7 +1,7 @@
-"""Floating-point operations that the model's mathematics needs for given sequences: what MFU is measured in.
+"""Floating-point operations that the model's mathematics needs for given sequences: the numerator of MFU.
 
-Owns these counts. A multiply-add is two operations. Recomputation, padding and masked scores are no needed
-work, and do not count. Norms, rotations, activations and the loss are small, and are left out.
+Owns these counts. A multiply-add is two operations. Recomputation, padding and masked scores do not count.
+Norms, rotary embeddings, activations and the loss are small and left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from llave_jax.models.config import LlaveConfig
 
 
 def text_layer_weights(config: LlaveConfig) -> int:
-    """Weights of one layer of the language model by which a token is multiplied."""
+    """The weights of one layer of the language model that multiply each token.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      The number of weights of all projections.
+    """
     text = config.text
     attention = 2 * text.hidden_size * (text.num_heads + text.num_kv_heads) * text.head_dim
     return attention + 3 * text.hidden_size * text.intermediate_size
@@ -26,6 +33,9 @@ def text_forward(config: LlaveConfig, lengths: np.ndarray) -> float:
     Args:
       config: of the model.
       lengths: int [n], tokens of each sequence; attention is causal within a sequence.
+
+    Returns:
+      FLOPs of all sequences.
     """
     text = config.text
     lengths = np.asarray(lengths, np.float64)
@@ -39,7 +49,15 @@ def text_forward(config: LlaveConfig, lengths: np.ndarray) -> float:
 
 
 def vision_forward(config: LlaveConfig, crops: float) -> float:
-    """FLOPs of the SigLIP tower for this many crops."""
+    """FLOPs of the SigLIP tower.
+
+    Args:
+      config: of the model.
+      crops: how many crops go through it.
+
+    Returns:
+      FLOPs of all crops.
+    """
     vision = config.vision
     width, patches = vision.hidden_size, vision.num_patches
     linear = 4 * width**2 + 2 * width * vision.intermediate_size
@@ -48,7 +66,15 @@ def vision_forward(config: LlaveConfig, crops: float) -> float:
 
 
 def projector_forward(config: LlaveConfig, crops: float) -> float:
-    """FLOPs of the projector for this many crops."""
+    """FLOPs of the projector.
+
+    Args:
+      config: of the model.
+      crops: how many crops' features go through it.
+
+    Returns:
+      FLOPs of all crops.
+    """
     width = config.text.hidden_size
     return crops * config.vision.num_patches * 2 * (config.vision.hidden_size + width) * width
 
@@ -60,6 +86,9 @@ def embedding(config: LlaveConfig, lengths: np.ndarray, crops: float) -> float:
       config: of the model.
       lengths: int [n], tokens of each sequence.
       crops: of all sequences together.
+
+    Returns:
+      FLOPs of all sequences and crops.
     """
     return (
         text_forward(config, lengths)
@@ -71,11 +100,16 @@ def embedding(config: LlaveConfig, lengths: np.ndarray, crops: float) -> float:
 def training(
     config: LlaveConfig, lengths: np.ndarray, crops: float, *, freeze_vision: bool
 ) -> float:
-    """FLOPs of forward and backward pass. Each product has two gradients; in a frozen tower it has none.
+    """FLOPs of forward and backward pass.
+
+    Each product of the forward pass has two gradients, one for each factor. A frozen tower has none.
 
     Args:
       config, lengths, crops: as for `embedding`.
       freeze_vision: whether the vision tower is frozen.
+
+    Returns:
+      FLOPs of all sequences and crops.
     """
     towers = 1 if freeze_vision else 3
     # With a frozen tower, nothing needs the gradient of the projector's input.

@@ -47,15 +47,28 @@ class Instruction:
     is_root: bool
 
     def attribute(self, key: str) -> str | None:
-        """The name of a computation that it calls as `key`, as in `body=%name`; None if it calls none."""
+        """A computation that the instruction names in its attributes, as in `body=%name`.
+
+        Args:
+          key: such as "body", "condition" or "calls".
+
+        Returns:
+          The name of the computation; None if there is no such key.
+        """
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found and found.group(1)
 
     def called(self, key: str) -> str:
-        """As `attribute`.
+        """As `attribute`, for an instruction that must have the key.
+
+        Args:
+          key: such as "body", "condition" or "calls".
+
+        Returns:
+          The name of the computation.
 
         Raises:
-          ValueError: it calls no computation as `key`.
+          ValueError: the instruction has no such key.
         """
         name = self.attribute(key)
         if name is None:
@@ -74,7 +87,7 @@ class Collective:
       group: devices that exchange with each other.
       count: executions.
       result_bytes: bytes of the results of all executions.
-      hidden: whether other operations run meanwhile, because XLA made it asynchronous.
+      hidden: whether XLA made it asynchronous, so that other operations run at the same time.
     """
 
     kind: str
@@ -107,8 +120,8 @@ class Cost:
       product_flops: FLOPs of matrix products and convolutions outside kernels.
       kernels: name -> [(shapes of operands, executions)] of hand-written kernels.
       collectives: all exchanges between devices.
-      cycles: XLA's estimate for all fusions and plain operations, on TPUs; kernels and collectives do not
-        count.
+      cycles: XLA's estimate for all fusions and plain operations, on TPUs, without kernels and
+        collectives.
       operations: (FLOPs of products, bytes moved, executions) of the same fusions and operations.
     """
 
@@ -143,6 +156,9 @@ def cost(text: str, num_devices: int) -> Cost:
       text: the optimised module, as printed by `compiled.as_text()`.
       num_devices: devices that the program runs on.
 
+    Returns:
+      The counts.
+
     Raises:
       ValueError: the number of runs of a loop cannot be read off its condition.
     """
@@ -158,6 +174,9 @@ class Program:
     Attributes:
       computations: name -> instructions.
       entry: name of the computation that a run starts with.
+
+    Args:
+      text: the optimised module, as printed by `compiled.as_text()`.
     """
 
     def __init__(self, text: str):
@@ -175,11 +194,24 @@ class Program:
 
     @functools.cache  # noqa: B019 (one program, short-lived)
     def shapes(self, computation: str) -> dict[str, str]:
-        """Name -> text of the shape, of the instructions of a computation."""
+        """The shapes of a computation's instructions.
+
+        Args:
+          computation: its name.
+
+        Returns:
+          Name of an instruction -> text of its shape.
+        """
         return {i.name: i.shape for i in self.computations[computation]}
 
     def trip_count(self, loop: Instruction) -> int:
         """How often a loop runs.
+
+        Args:
+          loop: a "while" instruction.
+
+        Returns:
+          The number of runs of its body.
 
         Raises:
           ValueError: neither XLA nor the loop's condition says it.
@@ -246,7 +278,14 @@ def _elements(shape: str) -> list[str]:
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """[(dtype, dimensions)] of the arrays of a shape, which may be a tuple."""
+    """The arrays of a shape.
+
+    Args:
+      shape: text of the shape, which may be a tuple.
+
+    Returns:
+      [(dtype, dimensions)], one for each array.
+    """
     return [
         (dtype, tuple(int(d) for d in dims.split(",") if d))
         for dtype, dims in _ARRAY.findall(shape)
@@ -254,7 +293,14 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def num_bytes(shape: str) -> int:
-    """Bytes of all arrays of a shape."""
+    """The size of a shape in memory.
+
+    Args:
+      shape: text of the shape, which may be a tuple.
+
+    Returns:
+      Bytes of all its arrays, without padding.
+    """
     return sum(DTYPE_BYTES[dtype] * math.prod(dims) for dtype, dims in arrays(shape))
 
 
@@ -385,7 +431,7 @@ def _product_flops(i: Instruction, shapes: dict[str, str]) -> float:
 def _convolution_flops(i: Instruction, left, right, result) -> float:
     """FLOPs of a convolution. TPUs write all products as convolutions.
 
-    Only those positions of the window count that meet an element of the (dilated) input.
+    A position of the window counts only where it meets an element of the (dilated) input.
     """
     labels = _find(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
     lhs, rhs, out = (dict(zip(text, dims, strict=True)) for text, dims in
@@ -449,7 +495,7 @@ def _fused_collective(
     """The collective that a fusion stands for; None if it stands for none.
 
     An asynchronous collective is written three times: in the fusion that starts it, in the fusions that run
-    meanwhile, and in the one that waits for its end. Only the first counts.
+    at the same time, and in the fusion that waits for its end. Only the first counts.
     """
     collective = next((e for e in program.computations[called] if e.opcode in COLLECTIVES), None)
     if collective is None or "async_collective_fusion" in called or "-done" in i.name:
@@ -469,7 +515,7 @@ def _group_size(attributes: str, num_devices: int) -> int:
         return found.group(1).count(",") + 1
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
         return int(found.group(2))
-    # mesh['a'=4,'b'=4] {'b'}: the axes in braces make the group. The mesh may list its devices in between.
+    # mesh['a'=4,'b'=4] {'b'}: the axes in braces make the group. A list of devices may stand between them.
     mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}"
     if found := re.search(mesh, attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))

@@ -62,7 +62,7 @@ def predict(compiled: Compiled, *, training: bool) -> dict[str, Any]:
         **(batch_shape.dealing(config, sharding.num_shards(mesh)) if training else {}),
     )
     pairs = packing.pairs * compiled.budget.groups * sharding.num_shards(mesh) * micro_batches
-    necessary = pairs * flops_per_pair(model, training=training)
+    necessary = pairs * _flops_per_pair(model, training=training)
     scores = _kernel_scores(compiled, packing.segment_ids)
     kernels = _kernel_costs(cost, compiled, scores)
     executed = devices * (cost.product_flops + kernels["flops"])
@@ -125,7 +125,7 @@ def predict(compiled: Compiled, *, training: bool) -> dict[str, Any]:
     }
 
 
-def flops_per_pair(model: Llave, *, training: bool) -> float:
+def _flops_per_pair(model: Llave, *, training: bool) -> float:
     """FLOPs that the model needs for an average pair of the assumed data."""
     sizes = workload.sample_pairs(model.config.input_spec, SAMPLE)
     lengths, crops = sizes.lengths.ravel(), float(sizes.crops.sum())
@@ -180,7 +180,7 @@ def _kernel_costs(cost: hlo.Cost, compiled: Compiled, scores: dict[str, float]) 
     for name, calls in cost.kernels.items():
         kernel = re.fullmatch(r"(splash|triton)_(causal|full)_(\w+)", name)
         if kernel is None:
-            raise ValueError(f"kernel {name!r} of the compiled program is no attention kernel")
+            raise ValueError(f"kernel {name!r} of the compiled program is not an attention kernel")
         platform, mask, phase = kernel.groups()
         count, groups, head_dim = heads[mask]
         divisor = compiled.mesh.shape["tensor"]
@@ -222,7 +222,14 @@ def _collective_table(cost: hlo.Cost, compiled: Compiled) -> list[dict[str, Any]
 
 
 def table(values: dict[str, Any]) -> str:
-    """The text of a prediction, for people."""
+    """A prediction as text, for people.
+
+    Args:
+      values: of `predict`.
+
+    Returns:
+      Lines with aligned numbers, without a final line break.
+    """
     memory, packing, seconds = values["memory_gib"], values["packing"], values["seconds"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in values["mesh"].items())
     budget = values["budget"]

@@ -142,7 +142,13 @@ def sample_pairs(spec: InputSpec, count: int, seed: int = 0) -> PairSizes:
 
 
 class ImageCost(NamedTuple):
-    """What one image needs: visual tokens, crops, and taps of a token."""
+    """What one image needs.
+
+    Attributes:
+      tokens: visual tokens.
+      crops: crops.
+      taps: of one token.
+    """
 
     tokens: int
     crops: int
@@ -151,7 +157,15 @@ class ImageCost(NamedTuple):
 
 @functools.lru_cache
 def image_cost(width: int, height: int, spec: InputSpec) -> ImageCost:
-    """What an image of `width` x `height` pixels needs."""
+    """What one image needs.
+
+    Args:
+      width, height: pixels of the image.
+      spec: how the model lays out its inputs.
+
+    Returns:
+      Its tokens, crops and taps.
+    """
     taps = image_taps(width, height, spec.config, spec.crop)
     crops = num_crops(width, height, spec.config, spec.crop)
     return ImageCost(taps.shape[0], crops, taps.width)
