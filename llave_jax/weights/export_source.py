@@ -46,15 +46,15 @@ class ExportSource:
       as_converted: whether the weights are still those of that directory.
       carried: tensor -> name, of the tensors that were carried along.
       dtypes: path -> dtype in the directory it was converted from; without one, of the parameter.
+
+    Args:
+      path: the model directory or training run.
+
+    Raises:
+      CheckpointError: it is neither, or has no weights.
     """
 
     def __init__(self, path: str | os.PathLike):
-        """Args:
-          path: the model directory or training run.
-
-        Raises:
-          CheckpointError: it is neither, or has no weights.
-        """
         self._params = model_dir.open_params(path)
         self.directory = model_dir.locate(path)
         self.config = model_dir.load_config(self.directory)
@@ -79,7 +79,15 @@ class ExportSource:
     def read(self, tensor: HfTensor) -> np.ndarray:
         """A tensor in its Hugging Face shape.
 
-        Read all layers of a parameter before the next parameter: a run's are loaded whole.
+        Read all layers of a parameter before the next parameter: a run's parameters are loaded whole, one at
+        a time.
+
+        Args:
+          tensor: a carried tensor, or one of a parameter. The LM head, if it was not carried along, is the
+            token embedding.
+
+        Returns:
+          An array of `hf_names.hf_shape`, in the dtype in which it is kept here.
         """
         if self._carried is not None and tensor in self.carried:
             return self._carried.read(self.carried[tensor])

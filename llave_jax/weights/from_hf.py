@@ -115,7 +115,7 @@ def convert_from_hf(
     if model.layout == "onevision":
         check_image_processor(source)
     check_tokenizer_files(source)
-    plan = make_plan(weights, model)
+    plan = _make_plan(weights, model)
     _warn_of_tokens_without_embedding(source, model.config)
     model_dir.check_output(output, overwrite=overwrite, keep=source)
     with staged_directory(output) as staged:
@@ -131,6 +131,12 @@ def convert_from_hf(
 
 def open_weights(directory: Path) -> HfWeights:
     """Read the headers of all weight files of a Hugging Face directory.
+
+    Args:
+      directory: with safetensors files, and their index if there are several.
+
+    Returns:
+      The files, open for reading.
 
     Raises:
       CheckpointError: there are none, or only pickled ones, or the index does not fit the files.
@@ -188,7 +194,7 @@ def _refuse_without_safetensors(directory: Path) -> NoReturn:
     )
 
 
-def make_plan(weights: HfWeights, model: hf_config.HfModel) -> Plan:
+def _make_plan(weights: HfWeights, model: hf_config.HfModel) -> Plan:
     """Decide for each tensor of a checkpoint where it goes.
 
     Args:
@@ -264,7 +270,7 @@ def _within(tensor: HfTensor, model: hf_config.HfModel) -> bool:
 
 
 def _mixed_dtypes(weights: HfWeights, parameters: dict[str, list[str]]) -> list[str]:
-    """What is wrong with parameters whose layers differ in dtype: stacked, they have one."""
+    """A line for each parameter whose layers differ in dtype: the stacked parameter has one dtype."""
     problems = []
     for path, group in parameters.items():
         by_dtype: dict[str, str] = {}
@@ -356,7 +362,7 @@ def _is_other_weights(path: Path, source: Path) -> bool:
 
 
 def _write_layout(path: Path, weights: HfWeights, layout: str, tied: list[str]) -> None:
-    """Write what makes the same weight files again, byte for byte, from the parameters."""
+    """Write what `to_hf` needs besides the parameters to write the same weight files, byte for byte."""
     values = {
         "layout": layout,
         "tied": tied,

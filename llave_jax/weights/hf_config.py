@@ -2,8 +2,8 @@
 
 config.json says most of it; where it is silent or wrong, the tensors' names and shapes do. A setting
 that changes embeddings and that the model does not implement is an error. All other settings are
-ignored: checkpoints are full of what training and other model classes left in them. Writing such
-settings is the business of `hf_config_export`.
+ignored: training and other model classes leave many of them in a checkpoint. `hf_config_export` writes
+settings.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class HfModel:
 
     Attributes:
       layout: "llave" or "onevision".
+      config: the model.
       tower_layers: layers of the whole vision tower; `config.vision.num_layers` of them run.
     """
 
@@ -224,14 +225,14 @@ def _vision_config(values: Mapping[str, Any], where: str) -> VisionConfig:
     )
     if vision.hidden_size % vision.num_heads:
         raise CheckpointError(
-            f"{where}: hidden_size {vision.hidden_size} is no multiple of "
+            f"{where}: hidden_size {vision.hidden_size} is not a multiple of "
             f"num_attention_heads {vision.num_heads}"
         )
     return vision
 
 
 def _onevision_vision(values: Mapping[str, Any], where: str) -> tuple[VisionConfig, int]:
-    """The vision tower of a OneVision config.json, and how many layers it has in all."""
+    """The vision tower of a OneVision config.json, and the number of layers of the whole tower."""
     expect(values, where, "projector_hidden_act", "gelu")
     expect(values, where, "multimodal_projector_bias", True)
     expect(values, where, "vision_feature_select_strategy", "full")
@@ -253,10 +254,10 @@ def _llave_vision(
     found: Shapes,
     vision_config: Path | None,
 ) -> tuple[VisionConfig, int]:
-    """The vision tower of the authors' config.json, and how many layers it has in all.
+    """The vision tower of the authors' config.json, and the number of layers of the whole tower.
 
     Their code takes the tower's sizes from the tower's own configuration. Then it deletes the last
-    layer, whatever `mm_vision_select_layer` says.
+    layer and ignores `mm_vision_select_layer`.
     """
     where = str(directory / "config.json")
     expect(values, where, "mm_resampler_type", None)
@@ -309,7 +310,7 @@ def find_tower_config(directory: Path, tower: str | None) -> Path | None:
 
 
 def _is_so400m(found: Shapes) -> bool:
-    """Whether all sizes that shapes tell are those of SigLIP so400m-patch14-384."""
+    """Whether the tensors' shapes are those of SigLIP so400m-patch14-384."""
     so400m = SIGLIP_SO400M
     width, patch = so400m.hidden_size, so400m.patch_size
     expected = {
@@ -321,7 +322,7 @@ def _is_so400m(found: Shapes) -> bool:
 
 
 def _so400m(found: Shapes, where: str) -> tuple[VisionConfig, int]:
-    """SigLIP so400m with the layers that are stored. If its last one is stored, it does not run."""
+    """SigLIP so400m with the layers that are stored. Its last layer does not run, if it is stored."""
     running = SIGLIP_SO400M.num_layers
     stored = 1 + max(tensor.layer or 0 for tensor in found if tensor.weight == hf_names.VISION_FC1)
     if stored < running:

@@ -102,7 +102,14 @@ def to_onevision(
 
 
 def tower_values(vision: VisionConfig) -> dict[str, Any]:
-    """config.json of the vision tower alone; it counts the last layer, which LLaVE drops."""
+    """config.json of the vision tower alone; it counts the last layer, which LLaVE drops.
+
+    Args:
+      vision: the tower.
+
+    Returns:
+      The file's content.
+    """
     return _vision_values(dataclasses.replace(vision, num_layers=vision.num_layers + 1))
 
 

@@ -17,10 +17,10 @@ from llave_jax.weights.safetensors_io import CheckpointError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
-# Key in a OneVision config.json for those settings of the authors' code that transformers has none for.
+# Key in a OneVision config.json below which the authors' settings stand that transformers does not have.
 LLAVE_KEY = "llave_config"
 
-# `max_position_embeddings` of Qwen2 models where nothing else is said.
+# `max_position_embeddings` of Qwen2 models whose config.json does not give it.
 DEFAULT_POSITIONS = 32_768
 
 
@@ -78,7 +78,17 @@ def read_inputs(
 
 
 def tokenizer_limit(directory: Path) -> int | None:
-    """The `model_max_length` of a directory's tokenizer; None if it has none."""
+    """The `model_max_length` of a directory's tokenizer.
+
+    Args:
+      directory: holds tokenizer_config.json.
+
+    Returns:
+      The limit in tokens; None if there is none.
+
+    Raises:
+      CheckpointError: the file is missing or not JSON.
+    """
     limit = read_json(directory / TOKENIZER_CONFIG).get("model_max_length")
     # transformers writes 1e30 for "no limit".
     return None if limit is None or limit > 1e9 else int(limit)
@@ -152,7 +162,14 @@ def with_inputs(
 
 
 def llave_inputs(inputs: InputConfig) -> dict[str, Any]:
-    """The settings of the authors' config.json for `inputs`."""
+    """The settings of the authors' config.json for `inputs`.
+
+    Args:
+      inputs: how the model lays out its inputs.
+
+    Returns:
+      key -> value, pinpoints as [width, height].
+    """
     limit = inputs.anyres_max
     return {
         "image_aspect_ratio": "anyres" if limit is None else f"anyres_max_{limit}",
@@ -168,6 +185,13 @@ def onevision_inputs(inputs: InputConfig, image_size: int) -> dict[str, Any]:
     """The settings of a OneVision config.json for `inputs`.
 
     transformers has no anyres without a limit. A limit at the largest canvas has no effect.
+
+    Args:
+      inputs: how the model lays out its inputs.
+      image_size: pixels of a crop's side.
+
+    Returns:
+      key -> value, pinpoints as [height, width].
     """
     tiles = max(height * width for height, width in inputs.pinpoints) // image_size**2
     limit = tiles if inputs.anyres_max is None else inputs.anyres_max
@@ -179,6 +203,10 @@ def onevision_inputs(inputs: InputConfig, image_size: int) -> dict[str, Any]:
 
 def write_text_limit(directory: Path, inputs: InputConfig) -> bool:
     """Write `max_text_length` into tokenizer_config.json: config.json has no place for it.
+
+    Args:
+      directory: holds tokenizer_config.json.
+      inputs: how the model lays out its inputs.
 
     Returns:
       Whether the file had another value before.

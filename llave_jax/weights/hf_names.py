@@ -24,7 +24,7 @@ from llave_jax.models.parameters import (
     weight_at,
 )
 
-# The prefixes of each layout. Several may be in use; we write the first.
+# The prefixes of each layout. Checkpoints use any of them; we write the first.
 #   llave: the authors' code (LlavaQwenForCausalLM).
 #   onevision: transformers' LlavaOnevisionForConditionalGeneration. Checkpoints on the hub and
 #     those saved by transformers 4 have the first form; transformers 5 drops the inner
@@ -60,7 +60,12 @@ VISION_FC1 = weight_at("vision_tower/layers/mlp/fc1/kernel")
 
 @dataclasses.dataclass(frozen=True)
 class HfTensor:
-    """One tensor of a checkpoint: a row of the table, and the layer if there is one for each."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+      weight: its row of the table.
+      layer: of a stacked weight; otherwise None.
+    """
 
     weight: Weight
     layer: int | None = None
@@ -68,7 +73,7 @@ class HfTensor:
 
 @functools.cache
 def _patterns(layout: str) -> tuple[tuple[re.Pattern[str], Weight], ...]:
-    """What the names of each row's tensors match in a layout."""
+    """For each row of the table, the pattern of its tensors' names in a layout."""
 
     def pattern(weight: Weight) -> re.Pattern[str]:
         text = re.escape(weight.hf_name).replace(r"\{n\}", r"(?P<layer>0|[1-9]\d*)")
@@ -81,7 +86,14 @@ def _patterns(layout: str) -> tuple[tuple[re.Pattern[str], Weight], ...]:
 
 
 def find_tensor(name: str, layout: str) -> HfTensor | None:
-    """The tensor that a checkpoint of a layout calls `name`; None if there is none.
+    """Finds the tensor that a name means.
+
+    Args:
+      name: in a checkpoint.
+      layout: a key of LAYOUTS.
+
+    Returns:
+      The tensor; None if the layout has no such name.
 
     Raises:
       ValueError: several rows of the table have this name.
@@ -98,7 +110,14 @@ def find_tensor(name: str, layout: str) -> HfTensor | None:
 
 
 def layout_of(tensor_names: Iterable[str]) -> str | None:
-    """The layout that has most of these tensor names; None if neither has any."""
+    """Finds the layout that tensors are named in.
+
+    Args:
+      tensor_names: of a checkpoint.
+
+    Returns:
+      The key of LAYOUTS that knows most of the names; None if neither knows any.
+    """
     known = dict.fromkeys(LAYOUTS, 0)
     for name in tensor_names:
         for layout in LAYOUTS:
@@ -108,13 +127,28 @@ def layout_of(tensor_names: Iterable[str]) -> str | None:
 
 
 def hf_name(tensor: HfTensor, layout: str) -> str:
-    """The name under which we write a tensor in a layout."""
+    """The name under which we write a tensor.
+
+    Args:
+      tensor: to write.
+      layout: a key of LAYOUTS.
+
+    Returns:
+      The name with the layout's first prefix.
+    """
     prefixes = {key: options[0] for key, options in LAYOUTS[layout].items()}
     return tensor.weight.hf_name.format(n=tensor.layer, **prefixes)
 
 
 def parameter_tensors(config: LlaveConfig) -> list[HfTensor]:
-    """All tensors that the parameters of a model are made of, in the table's order."""
+    """The tensors that the parameters of a model are made of, without those that are only carried along.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      The tensors in the table's order, each layer's by itself.
+    """
     tensors = []
     for weight in WEIGHTS:
         if weight.path:
@@ -125,7 +159,15 @@ def parameter_tensors(config: LlaveConfig) -> list[HfTensor]:
 
 
 def hf_shape(weight: Weight, config: LlaveConfig) -> tuple[int, ...]:
-    """Shape of a weight's tensor in a checkpoint: of one layer, if there is one for each."""
+    """The shape of a weight's tensor in a checkpoint.
+
+    Args:
+      weight: the row of the table.
+      config: of the model.
+
+    Returns:
+      The shape; of a stacked weight, the shape of one layer.
+    """
     axes = axis_sizes(weight, config)
     if weight.transform == "patches":
         (rows, columns, channels), (width,) = axes
@@ -138,7 +180,9 @@ def from_hf(weight: Weight, array: np.ndarray, config: LlaveConfig) -> np.ndarra
     """A checkpoint's tensor as our parameter.
 
     Args:
+      weight: the row of the table.
       array: of `hf_shape`.
+      config: of the model.
 
     Returns:
       The same numbers in `parameters.layer_shape`, without the layer axis.
@@ -151,7 +195,16 @@ def from_hf(weight: Weight, array: np.ndarray, config: LlaveConfig) -> np.ndarra
 
 
 def to_hf(weight: Weight, array: np.ndarray, config: LlaveConfig) -> np.ndarray:
-    """Our parameter as a checkpoint's tensor: the inverse of `from_hf`."""
+    """A parameter as a checkpoint's tensor: the inverse of `from_hf`.
+
+    Args:
+      weight: the row of the table.
+      array: of `parameters.layer_shape`.
+      config: of the model.
+
+    Returns:
+      The same numbers in `hf_shape`.
+    """
     shape = hf_shape(weight, config)
     if weight.transform == "patches":
         width, channels, rows, columns = shape

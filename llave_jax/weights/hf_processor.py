@@ -37,9 +37,12 @@ CHAT_TEMPLATE = """\
 
 
 def check_image_processor(directory: Path) -> None:
-    """Refuse a OneVision directory whose images are to be prepared in another way than ours.
+    """Refuses a OneVision directory whose images would be prepared in another way than ours.
 
-    In the llave layout these files mean nothing: the authors' code does not read them.
+    The authors' code does not read these files, so the llave layout needs no check.
+
+    Args:
+      directory: with preprocessor_config.json or processor_config.json, if it has one.
 
     Raises:
       CheckpointError: naming the file and the setting.
@@ -63,7 +66,15 @@ def check_image_processor(directory: Path) -> None:
 
 
 def image_processor_values(config: LlaveConfig, layout: str) -> dict[str, Any]:
-    """Content of preprocessor_config.json: the normalisation, and in OneVision the tiles."""
+    """The content of preprocessor_config.json: the normalisation, and in OneVision the canvases.
+
+    Args:
+      config: of the model.
+      layout: "llave" or "onevision".
+
+    Returns:
+      key -> value.
+    """
     values = {
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -87,7 +98,14 @@ def image_processor_values(config: LlaveConfig, layout: str) -> dict[str, Any]:
 
 
 def video_processor_values(config: LlaveConfig) -> dict[str, Any]:
-    """Content of video_preprocessor_config.json, for a LlavaOnevisionProcessor."""
+    """The content of video_preprocessor_config.json, for a LlavaOnevisionProcessor.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      key -> value.
+    """
     values = image_processor_values(config, "llave")
     del values["image_processor_type"]
     return {
@@ -98,7 +116,14 @@ def video_processor_values(config: LlaveConfig) -> dict[str, Any]:
 
 
 def processor_values(config: LlaveConfig) -> dict[str, Any]:
-    """Content of processor_config.json, for a LlavaOnevisionProcessor."""
+    """The content of processor_config.json, for a LlavaOnevisionProcessor.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      key -> value.
+    """
     aspect = onevision_inputs(config.inputs, config.vision.image_size)["vision_aspect_ratio"]
     return {
         "image_token": "<image>",

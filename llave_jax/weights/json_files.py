@@ -10,7 +10,17 @@ from llave_jax.weights.safetensors_io import CheckpointError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a CheckpointError naming the file."""
+    """Reads a JSON file that holds an object.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      key -> value.
+
+    Raises:
+      CheckpointError: the file is missing, is not JSON, or holds something else.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -23,6 +33,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: dict[str, Any], *, sort_keys: bool = True) -> None:
-    """Write a file of a directory that is being staged: the write itself is not atomic."""
+    """Writes a file of a directory that is being staged: the write itself is not atomic.
+
+    Args:
+      path: of the file.
+      values: key -> value.
+      sort_keys: write keys in alphabetical order; otherwise in the order of `values`.
+    """
     text = json.dumps(values, indent=2, sort_keys=sort_keys, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

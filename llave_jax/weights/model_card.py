@@ -1,7 +1,7 @@
 """The model card of an exported directory: README.md, with the metadata that the hub reads.
 
-It says what the files are, under which licence, where they come from and whom to cite. Only the
-model's authors know what else a card should tell, such as training data and scores.
+The card says what the files are, their licence, their origin and whom to cite. Training data, scores and
+the like are left to the model's authors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ BESIDE_README = "MODEL_CARD.md"
 # The licence of the authors' code and of all models that they publish.
 LICENSE = "apache-2.0"
 
-# Who publishes models of this family on the hub. `_name_or_path` in a config.json may also be a folder:
-# only with one of these in front it is surely a name on the hub.
+# Publishers of models of this family on the hub. `_name_or_path` in a config.json may also be a folder. It is
+# surely a name on the hub only if it begins with one of these.
 _PUBLISHERS = ("BAAI", "Qwen", "llava-hf", "lmms-lab", "zhibinlan")
 
 _LOADING = {

@@ -55,7 +55,14 @@ AS_CONVERTED = {**METADATA, "weights": "as converted"}
 
 
 def is_model_dir(path: str | os.PathLike) -> bool:
-    """Whether `path` is a model directory, with or without weights."""
+    """Whether a path is a model directory, with or without weights.
+
+    Args:
+      path: may be missing.
+
+    Returns:
+      True if its config.json is in our format.
+    """
     config = Path(path) / CONFIG
     if not config.is_file():
         return False
@@ -67,12 +74,25 @@ def is_model_dir(path: str | os.PathLike) -> bool:
 
 
 def is_as_converted(weights: SafetensorsFile) -> bool:
-    """Whether a model directory's weights are still those of the checkpoint it was converted from."""
+    """Whether a model directory's weights are still those of the checkpoint it was converted from.
+
+    Args:
+      weights: the directory's file of weights.
+
+    Returns:
+      True if its header says so.
+    """
     return json.loads(weights.header).get("__metadata__") == AS_CONVERTED
 
 
 def locate(path: str | os.PathLike) -> Path:
-    """The model directory at a path: the path itself, or the one inside a training run.
+    """Finds the model directory at a path.
+
+    Args:
+      path: a model directory or a training run.
+
+    Returns:
+      The path itself, or the model directory in the run.
 
     Raises:
       CheckpointError: `path` is neither.
@@ -95,8 +115,14 @@ def locate(path: str | os.PathLike) -> Path:
 def load_config(path: str | os.PathLike) -> LlaveConfig:
     """The configuration of a model.
 
+    Args:
+      path: a model directory or a training run.
+
+    Returns:
+      The configuration.
+
     Raises:
-      CheckpointError: not a model, or one of another version.
+      CheckpointError: `path` is neither, or the configuration is of another version or broken.
     """
     file = locate(path) / CONFIG
     values = json.loads(file.read_text(encoding="utf-8"))
@@ -113,16 +139,27 @@ def load_config(path: str | os.PathLike) -> LlaveConfig:
 
 
 def write_config(path: Path, config: LlaveConfig) -> None:
-    """Write the config.json of a model directory that is being staged."""
+    """Write the config.json of a model directory that is being staged.
+
+    Args:
+      path: the directory.
+      config: the model's configuration.
+    """
     values = {FORMAT_KEY: FORMAT, **config.to_dict()}
     write_json(path / CONFIG, values, sort_keys=False)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
-    """The tokenizer of a model, as a `transformers` tokenizer.
+    """The tokenizer of a model.
+
+    Args:
+      path: a model directory or a training run.
+
+    Returns:
+      A `transformers` tokenizer.
 
     Raises:
-      CheckpointError: not a model, or one without tokenizer.
+      CheckpointError: `path` is neither, or has no tokenizer.
     """
     directory = locate(path) / TOKENIZER
     if not directory.is_dir():

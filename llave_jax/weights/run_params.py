@@ -23,7 +23,13 @@ CHECKPOINTS = "checkpoints"
 
 
 def latest_params(run: Path) -> Path:
-    """Folder of the parameters of a run's newest complete checkpoint.
+    """Finds the parameters of a run's newest complete checkpoint.
+
+    Args:
+      run: the run's directory.
+
+    Returns:
+      The folder that holds them.
 
     Raises:
       CheckpointError: the run has no checkpoint.
@@ -35,7 +41,14 @@ def latest_params(run: Path) -> Path:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has a complete checkpoint."""
+    """Whether a run has a complete checkpoint.
+
+    Args:
+      run: the run's directory.
+
+    Returns:
+      True if it has one.
+    """
     return bool(_steps(run))
 
 
@@ -66,7 +79,14 @@ class RunParam:
 
 
 def open_params(folder: Path) -> dict[str, RunParam]:
-    """path -> parameter, of all that are saved in `folder`; none is read."""
+    """Lists the parameters of a checkpoint, without reading any.
+
+    Args:
+      folder: of `latest_params`.
+
+    Returns:
+      path -> parameter, which is read when NumPy asks for it.
+    """
     return {
         path: RunParam(folder, path, tuple(info.shape), np.dtype(info.dtype))
         for path, info in sharding.flatten(saved_tree(folder)).items()
@@ -74,9 +94,10 @@ def open_params(folder: Path) -> dict[str, RunParam]:
 
 
 def load_params(folder: Path, targets: Any) -> Any:
-    """Read the parameters saved in `folder`; each process reads what its own devices hold.
+    """Reads the parameters of a checkpoint; each process reads what its own devices hold.
 
     Args:
+      folder: of `latest_params`.
       targets: the parameter tree as `jax.ShapeDtypeStruct`: shape, dtype and sharding of each.
 
     Returns:
@@ -87,7 +108,14 @@ def load_params(folder: Path, targets: Any) -> Any:
 
 
 def saved_tree(folder: Path) -> dict[str, Any]:
-    """Nested dict of what is saved in `folder`: leaves have `shape` and `dtype`."""
+    """The shapes and dtypes of the parameters of a checkpoint.
+
+    Args:
+      folder: of `latest_params`.
+
+    Returns:
+      Nested dict; leaves have `shape` and `dtype`.
+    """
     # A StandardCheckpointer would warn: the folder is only part of a checkpoint.
     return ocp.StandardCheckpointHandler().metadata(epath.Path(folder.resolve())).tree
 

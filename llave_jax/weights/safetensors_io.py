@@ -177,6 +177,12 @@ class SafetensorsFile:
         Args:
           name: the tensor.
           layer: index on its first axis; None: the whole tensor.
+
+        Returns:
+          A new array in the file's dtype.
+
+        Raises:
+          CheckpointError: the file ends within the tensor.
         """
         info = self.tensors[name]
         shape = info.shape if layer is None else info.shape[1:]
@@ -188,7 +194,15 @@ class SafetensorsFile:
         return data.view(info.dtype).reshape(shape)
 
     def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
-        """The bytes of a tensor, at most `size` at a time."""
+        """The bytes of a tensor, piece by piece.
+
+        Args:
+          name: the tensor.
+          size: bytes of a piece; the last may be shorter.
+
+        Yields:
+          The pieces in order.
+        """
         info = self.tensors[name]
         with open(self.path, "rb") as file:
             file.seek(self._data_start + info.start)
@@ -196,7 +210,14 @@ class SafetensorsFile:
                 yield file.read(min(size, info.nbytes - start))
 
     def view(self, name: str) -> np.ndarray:
-        """A tensor mapped from the file, read-only: what is indexed is read then."""
+        """Maps a tensor from the file into memory. Only what is indexed is read.
+
+        Args:
+          name: the tensor.
+
+        Returns:
+          A read-only array in the file's dtype.
+        """
         info = self.tensors[name]
         if info.nbytes == 0:
             return np.empty(info.shape, info.dtype)
@@ -210,6 +231,15 @@ class SafetensorsWriter:
 
     A context manager: at the end of the block it checks that every byte was written. The file has its
     full size from the beginning.
+
+    Args:
+      path: of the file, which must not exist.
+      header: text of the header, of `encode_header` or read from another file.
+
+    Raises:
+      FileExistsError: the file exists.
+      OSError: the disk has no room for the whole file.
+      CheckpointError: the header is not valid.
     """
 
     def __init__(self, path: str | os.PathLike, header: str):

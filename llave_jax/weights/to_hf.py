@@ -83,7 +83,7 @@ def convert_to_hf(
 
 
 def _write_original(target: Path, model: ExportSource, show_progress: bool) -> bool:
-    """Write the directory that the model was converted from, with the weights of now.
+    """Write the directory that the model was converted from, with the model's present weights.
 
     Returns:
       Whether nothing has changed.
@@ -142,7 +142,7 @@ class _Planned(NamedTuple):
 
 def _write_translated(target: Path, model: ExportSource, layout: str, show_progress: bool) -> None:
     """Write a directory in a layout that the model was not converted from."""
-    # A tied head makes the directory complete where the model has none.
+    # If the model has no LM head, the directory is complete with a tied one.
     tied = HfTensor(LM_HEAD) not in model.carried
     text = dataclasses.replace(model.config.text, tie_word_embeddings=tied)
     copy_tokenizer_files(model.directory / model_dir.TOKENIZER, target)
@@ -161,7 +161,7 @@ def _write_translated(target: Path, model: ExportSource, layout: str, show_progr
         needed.append(HfTensor(LM_HEAD))
     planned = {}
     for tensor in needed:
-        # A carried tensor has the dtype of a parameter beside it.
+        # A carried tensor has no dtype of its own here: it takes that of a parameter of the same tower.
         like = EMBEDDING.path if tensor.weight == LM_HEAD else tensor.weight.path
         dtype = model.dtypes[like or "vision_tower/position_embedding"]
         shape = hf_names.hf_shape(tensor.weight, written)
@@ -238,8 +238,8 @@ def _write_weights(
 def _read_or_make(tensor: HfTensor, shape: tuple[int, ...], model: ExportSource) -> np.ndarray:
     """A tensor in the shape to write.
 
-    Rows for placeholder tokens are added as zeros. A final norm that the model never had is the
-    identity. Neither changes an embedding.
+    Rows for placeholder tokens are zeros. If the model has no final norm of the vision tower, the identity
+    is written. Neither changes an embedding.
     """
     if tensor.weight in hf_names.POST_LAYERNORM and tensor not in model.carried:
         fill = np.ones if tensor.weight.hf_name.endswith("weight") else np.zeros

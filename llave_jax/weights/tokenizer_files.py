@@ -26,6 +26,9 @@ FILES = (
 def check_tokenizer_files(directory: Path) -> None:
     """Refuse a directory that lacks a file that `AutoTokenizer` needs.
 
+    Args:
+      directory: to check.
+
     Raises:
       CheckpointError: naming the directory and what is missing.
     """
@@ -40,7 +43,12 @@ def check_tokenizer_files(directory: Path) -> None:
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files of one directory into another."""
+    """Copies the tokenizer's files of one directory into another.
+
+    Args:
+      source: directory to copy from.
+      target: directory to copy to; it is made if it is missing.
+    """
     target.mkdir(exist_ok=True)
     for name in FILES:
         if (source / name).is_file():
@@ -48,7 +56,14 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
 
 
 def same_tokenizer_files(first: Path, second: Path) -> bool:
-    """Whether two directories hold the same tokenizer files, byte for byte."""
+    """Whether two directories hold the same tokenizer files, byte for byte.
+
+    Args:
+      first, second: the directories.
+
+    Returns:
+      True if every file is in both, with the same bytes, or in neither.
+    """
 
     def contents(directory: Path) -> dict[str, bytes]:
         files = [directory / name for name in FILES]
@@ -81,10 +96,13 @@ def add_special_tokens(directory: Path, tokens: list[str]) -> list[int]:
 
 
 def token_ids(directory: Path) -> dict[str, int]:
-    """Token -> id, of all tokens of a tokenizer.
+    """The ids of all tokens of a tokenizer.
 
     Args:
       directory: holds its files; several of them list tokens.
+
+    Returns:
+      Token -> id.
     """
     known: dict[str, int] = {}
     if (directory / "vocab.json").is_file():
