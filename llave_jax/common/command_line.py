@@ -1,7 +1,7 @@
 """What all commands share: how flags are spelled, where configs are found, what is printed, how an error ends.
 
-Flags have dashes (`--batch-size`); underscores do as well. A mistake of the user's ends a command with one
-line and exit status 2, as one in the flags does; `--verbose` shows where it came from.
+Flags have dashes (`--batch-size`); underscores are accepted too. A user's mistake ends a command with one
+line and exit status 2, whether in the flags or later; `--verbose` shows where the error was raised.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PACKAGE = Path(__file__).parents[1]
 # The configs that come with the package: inside it where it was installed, beside it in a checkout.
 CONFIG_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
-# Exit status of a mistake of the user's, argparse's own.
+# Exit status after a user's mistake, the same as argparse's.
 USER_ERROR = 2
 BUCKETS = ("gs://", "s3://", "az://", "abfs://")
-# An error fits on a screen.
+# What is printed of an error: about a screen.
 MAX_LINES, MAX_CHARACTERS = 16, 1600
-# Libraries that tell what they do at every step.
+# Libraries that log every step.
 TALKATIVE = (
     *("absl", "jax", "orbax", "grain", "matplotlib", "PIL", "transformers"),
     *("filelock", "httpcore", "httpx", "httpx2", "huggingface_hub"),
@@ -38,14 +38,14 @@ class Parser(argparse.ArgumentParser):
     """The parser of a command's flags.
 
     It adds `--verbose` and, for a command that takes a run's config, `--config` and its overrides.
+
+    Args:
+      module: how the command is called, "llave_jax.train" or "tools/convert_hf.py".
+      description: the text in front of the flags; the module's docstring.
+      takes_config: add `--config`. `values.config` is then the config with its overrides.
     """
 
     def __init__(self, module: str, description: str | None, *, takes_config: bool = False):
-        """Args:
-        module: how the command is called, "llave_jax.train" or "tools/convert_hf.py".
-        description: the text in front of the flags; the module's docstring.
-        takes_config: add `--config`. `values.config` is then the config with its overrides.
-        """
         called = Path(sys.argv[0]).name
         command = f"python {module}" if module.endswith(".py") else f"python -m {module}"
         super().__init__(
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse's, with flags in either spelling and the config loaded."""
+        """Parses flags in either spelling and loads the config; the rest is as in argparse."""
         given = [_with_dashes(argument) for argument in (sys.argv[1:] if args is None else args)]
         for argument in given:
             self._refuse_bucket(argument.partition("=")[2] or argument)
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        """One line, as errors of the command itself."""
+        """Ends the command with one line, as `run` does."""
         self.exit(USER_ERROR, f"error: {shortened(message)} (--help lists the flags)\n")
 
 
@@ -111,6 +111,9 @@ def find_config(name: str) -> tuple[Path, list[str]]:
     Args:
       name: the name of a shipped config or the path of a file; behind a colon an argument to its
         `get_config`: "llave_2b", "tpu_v4:2b", "my/own.py".
+
+    Returns:
+      The file, and a list with the argument, empty without one.
 
     Raises:
       ValueError: there is no such file; it lists the shipped configs.
@@ -134,7 +137,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
     """A run's config.
 
     Args:
-      name: as of `find_config`.
+      name: as for `find_config`.
       overrides: `--config.KEY=VALUE` or `--config.KEY VALUE`.
 
     Returns:
@@ -182,7 +185,11 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--dtype` to a command line."""
+    """Adds `--dtype` to a command line.
+
+    Args:
+      parser: of the command.
+    """
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -195,7 +202,7 @@ def set_up_logging(args: argparse.Namespace, *, first: bool = True, times: bool 
 
     Args:
       args: the command's flags.
-      first: this is the first process of the job. Others say only what is amiss.
+      first: this is the first process of the job. Others log warnings and errors only.
       times: put the time of day in front of each line.
     """
     handler = logging.StreamHandler()
@@ -222,7 +229,7 @@ def run(
 
     Args:
       action: does what the flags say; returns an exit status, None for 0.
-      args: as of `Parser.parse_args`.
+      args: what `Parser.parse_args` returned.
       user_errors: exceptions whose message says what to do.
 
     Returns:
@@ -233,14 +240,15 @@ def run(
     except user_errors as error:
         if args.verbose:
             raise
-        print(f"error: {error_text(error)}", file=sys.stderr)
+        print(f"error: {_error_text(error)}", file=sys.stderr)
         return USER_ERROR
 
 
-def error_text(error: Exception) -> str:
-    """An exception's message, no longer than a screen.
+def _error_text(error: Exception) -> str:
+    """An exception's message, cut to a screen.
 
-    What a library raised may be an error of this package: where it was raised is then said too.
+    An exception that a library raised may be an error of this package. Its text then also says where it
+    was raised.
     """
     text = shortened((str(error) or type(error).__name__).strip())
     lines = text[:MAX_CHARACTERS].splitlines()

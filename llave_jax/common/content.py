@@ -1,4 +1,4 @@
-"""Digests of content: whatever is recognised by its content, anywhere in the package, is hashed here.
+"""Digests of content: all modules that recognise a thing by its content hash it here.
 
 `digest` is wide enough that no two contents ever share one: items, files, models, caches. `short_hash`
 is for tables of millions of rows and for what has to fit into an integer.

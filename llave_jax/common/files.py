@@ -2,7 +2,7 @@
 
 Content goes to a temporary name beside the target, is synced to the disk, and the temporary name is
 renamed. A job that dies leaves the target as it was. The temporary file of a killed job is
-overwritten by the next write to the same target. Formats of files are the business of other modules.
+overwritten by the next write to the same target. Formats of files belong to other modules.
 """
 
 from __future__ import annotations
@@ -43,30 +43,58 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def partial_path(path: str | os.PathLike) -> Path:
-    """The temporary name of a file: hidden, and without the suffix by which readers find files."""
+    """The temporary name of a file: hidden, and without the suffix by which readers find files.
+
+    Args:
+      path: the file.
+
+    Returns:
+      A path in the same directory.
+    """
     path = Path(path)
     return path.with_name(f".{path.name}.partial")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Writes a text file, whole or not at all.
+
+    Args:
+      path: the file to make or replace.
+      text: written in UTF-8.
+    """
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Writes a file, whole or not at all.
+
+    Args:
+      path: the file to make or replace.
+      content: its bytes.
+    """
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
-    """Write one array as a .npy file, whole or not at all."""
+    """Writes one array as a .npy file, whole or not at all.
+
+    Args:
+      path: the file to make or replace.
+      array: of any shape and dtype but object.
+    """
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
 
 
 def write_arrays(path: str | os.PathLike, *, compress: bool = False, **arrays: np.ndarray) -> None:
-    """Write arrays under their names as a .npz file, whole or not at all."""
+    """Writes arrays as a .npz file, whole or not at all.
+
+    Args:
+      path: the file to make or replace.
+      compress: compress the arrays.
+      arrays: by their names in the file.
+    """
     save: Any = np.savez_compressed if compress else np.savez
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         save(file, **arrays)
@@ -77,6 +105,12 @@ def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
     """An empty directory beside `path`, on the same file system; removed at the end of the block.
 
     A block that renames the directory keeps it: see `replace_directory`.
+
+    Args:
+      path: the directory that the scratch directory is for. It need not exist.
+
+    Yields:
+      The scratch directory.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +129,13 @@ def partial_directories(path: str | os.PathLike) -> list[Path]:
 
 
 def replace_directory(path: str | os.PathLike, new: Path) -> None:
-    """Rename the directory `new`, which lies beside `path`, to `path`.
+    """Renames a directory to a name that may be taken.
 
-    What stood at `path` is removed once `new` is in its place, and put back if that fails.
+    What stands at `path` is removed once `new` is in its place, and put back if that fails.
+
+    Args:
+      path: the name.
+      new: the directory, which lies beside `path`.
     """
     path = Path(path).absolute()
     if not path.exists():
@@ -117,8 +155,14 @@ def replace_directory(path: str | os.PathLike, new: Path) -> None:
 def staged_directory(path: str | os.PathLike) -> Iterator[Path]:
     """A directory to fill, which takes the name `path` at the end of the block.
 
-    It replaces what stands at `path`: whether it may is for the caller to decide. If the block
-    raises, `path` stays as it was.
+    It replaces what stands at `path`; the caller decides whether it may. If the block raises, `path` stays
+    as it was.
+
+    Args:
+      path: the directory to make or replace.
+
+    Yields:
+      The directory to fill.
     """
     with scratch_directory(path) as staged:
         yield staged

@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-# Between two lines, where there is no terminal.
+# Seconds between two lines, if stderr is not a terminal.
 _LINE_SECONDS = 30.0
 
 
@@ -16,6 +16,13 @@ class Progress:
 
     Use as a context manager. On a terminal it is a tqdm bar; elsewhere a line to stderr every half minute
     and at the end.
+
+    Args:
+      total: number of units; None if it is not known.
+      label: of the work, in front of the numbers.
+      unit: what is counted, in the plural.
+      enabled: False for no output, as on processes other than the first.
+      initial: units that an earlier run has done.
     """
 
     def __init__(
@@ -27,13 +34,6 @@ class Progress:
         enabled: bool = True,
         initial: int = 0,
     ):
-        """Args:
-        total: units in all; None if that is not known.
-        label: of the work, in front of the numbers.
-        unit: what is counted, in the plural.
-        enabled: False for no output, as on processes other than the first.
-        initial: units that an earlier run has done.
-        """
         self._total, self._label, self._unit = total, label, unit
         self._initial = self._done = initial
         self._start = self._last = time.monotonic()
