@@ -20,12 +20,12 @@ from llave_jax.inputs.crops import CropGeometry, resize_to_crop
 def best_canvas(width: int, height: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """The canvas that keeps most of an image's resolution.
 
-    That is the canvas in which the fitted image has the largest area, where an area beyond the image's
-    own does not count. Of several, the canvas that leaves least of itself empty is taken, then the first.
+    That is the canvas in which the fitted image has the largest area; area beyond the image's own does not
+    count. Among equals, the canvas with the least empty area is taken, then the first.
 
     Args:
-      width: of the image, in pixels, as is `height`.
-      pinpoints: the canvases, as of `InputConfig`.
+      width, height: of the image, in pixels.
+      pinpoints: the canvases, as in `InputConfig`.
 
     Returns:
       (height, width) in pixels.
@@ -158,7 +158,7 @@ def single_crop_taps(crop: CropGeometry) -> T.Taps:
 
 
 def largest_image(config: InputConfig, crop: CropGeometry) -> tuple[int, int]:
-    """What the largest image takes. An image that fills a canvas keeps all of its map, so it has the most.
+    """What the largest image takes: one that fills its canvas, since its map is not cut.
 
     Args:
       config: the model's input settings.
@@ -182,7 +182,7 @@ def unpad(tiles: T.Taps, width: int, height: int) -> T.Taps:
 
     Args:
       tiles: the map [rows, columns].
-      width: of the image, in pixels, as is `height`.
+      width, height: of the image, in pixels.
 
     Returns:
       The part of the map that shows the image.

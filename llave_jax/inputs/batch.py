@@ -50,7 +50,7 @@ class PackedBatch(NamedTuple):
 
     Attributes:
       patches: uint8 [S, C, P, patch * patch * 3], pixels of each patch by row, column, channel.
-      zero_crops: bool [S, C], True for crops that are 0 after normalisation whatever `patches` says:
+      zero_crops: bool [S, C], True for crops that are 0 after normalisation, where `patches` is ignored:
         the zero pictures of markers without an image.
       tokens: int32 [S, R, T], VISUAL_SLOT where a visual token goes.
       segment_ids: int32 [S, R, T], 1, 2, ... for the sequences of a row, 0 for unused tokens.

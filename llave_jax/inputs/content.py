@@ -1,6 +1,6 @@
 """Identity of an item: equal digests mean that the model sees the same content.
 
-Owns what enters the digests. Who keeps them, and for what, is not known here.
+Owns what enters the digests, not where they are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def item_key(item: Item) -> bytes:
     """Digest of what an item shows the model: its text and the content of its images or video.
 
     Paths and names do not enter: the same picture under two names is one item. A picture given as a
-    file differs from the same picture given as pixels, since decoding is the model's business.
+    file differs from the same picture given as pixels, since files are not decoded here.
 
     Args:
       item: its files are read whole.
@@ -35,7 +35,7 @@ def item_key(item: Item) -> bytes:
 
 
 def content_id(item: Item | None) -> int:
-    """32 bits of an item's `item_key`, for the device, which tells equal targets apart by them.
+    """32 bits of an item's `item_key`, by which the device recognises equal targets.
 
     A zero picture is not the same as no picture.
 
@@ -52,7 +52,7 @@ def content_id(item: Item | None) -> int:
 
 
 def item_stamp(item: Item) -> bytes:
-    """Digest as of `item_key`, with path, size and time of change in the place of a file's content.
+    """Digest of an item as `item_key`, but of a file's path, size and time of change, not its content.
 
     Equal stamps show that nothing has changed, without reading files. Different stamps show nothing.
 

@@ -14,12 +14,13 @@ NAMED_ITEMS = 10
 
 
 class CutWarnings:
-    """Names the first items that are cut, and counts those that follow."""
+    """Names the first items that are cut, and counts those that follow.
+
+    Args:
+      items_repeat: a name that comes again is the same item, as in training's next epoch.
+    """
 
     def __init__(self, *, items_repeat: bool = False):
-        """Args:
-        items_repeat: a name that comes again is the same item, as in training's next epoch.
-        """
         self._items_repeat = items_repeat
         self._named: list[str] = []
         self._unnamed = self._reported = 0

@@ -30,9 +30,13 @@ FORMATS = tuple(name for name in FORMATS if name in PIL.Image.OPEN)
 
 
 class ImageError(ValueError):
-    """An image that cannot be used. `name` says which (file, row), `reason` why.
+    """An image that cannot be used.
 
-    A row may hold the image itself where its path is expected: both are `shortened`.
+    A row may hold the image itself where its path is expected: name and reason are `shortened`.
+
+    Args:
+      name: of the item or the file; "" if it has none.
+      reason: what is wrong with it.
     """
 
     def __init__(self, name: str, reason: str):
@@ -63,7 +67,7 @@ def read_image_file(path: str | os.PathLike, name: str = "") -> bytes:
         path = os.fspath(path)
         refuse_data_uri(path, name)
         status = os.stat(path)
-        # Opening a pipe or a device would wait for ever.
+        # Opening a pipe or a device may block without end.
         if not stat.S_ISREG(status.st_mode):
             raise ImageError(_join(name, path), "is not a regular file")
         if status.st_size == 0:
@@ -103,7 +107,7 @@ def refuse_data_uri(path: str, name: str = "") -> None:
 def load_image(image: ImageLike, name: str = "") -> PIL.Image.Image:
     """Decodes an image to 8-bit RGB, the way the authors' code does.
 
-    The file's content decides its format, whatever its name says. An animation gives its first
+    The file's content decides its format, not its name. An animation gives its first
     frame, a stored EXIF rotation is not applied, alpha is dropped without blending. 16-bit
     greyscale keeps its upper 8 bits (Pillow alone would clip it to white).
 
@@ -132,7 +136,7 @@ def image_size(image: ImageLike, name: str = "") -> tuple[int, int]:
       Width and height in pixels.
 
     Raises:
-      ImageError: as `load_image`, but for damage behind the header.
+      ImageError: as for `load_image`, except that damage behind the header is not seen.
     """
     opened, name = _open(image, name)
     _check_size(opened, name)
@@ -166,7 +170,7 @@ def _open_encoded(encoded: bytes, name: str) -> PIL.Image.Image:
         raise ImageError(name, f"too many pixels: {error}") from error
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever a broken header leads them to
+    except Exception as error:  # a broken header can make decoders raise any exception
         raise ImageError(name, f"broken image header: {error}") from error
 
 
@@ -195,7 +199,7 @@ def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
         return image.convert("RGB")
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # decoders raise whatever broken data leads them to
+    except Exception as error:  # broken data can make decoders raise any exception
         raise ImageError(name, f"corrupt or truncated: {error}") from error
 
 

@@ -50,9 +50,14 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A query with its target, and the hard negatives its row names (often none).
+    """A query with its target, and the hard negatives that its row names (often none).
 
-    `id` is unique within a data set ("SUBSET:ROW") and goes into logs and error messages.
+    Attributes:
+      id: "SUBSET:ROW", unique within a data set; goes into logs and error messages.
+      query: what is searched with.
+      target: what is to be found.
+      negatives: the hard negatives.
+      subset: name of the subset; "" without subsets.
     """
 
     id: str

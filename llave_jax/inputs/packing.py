@@ -69,13 +69,13 @@ class Planner:
     A group goes to the shard where its longest sequence leaves the least of a row unused. Of several
     such shards it goes to the one that is filled least. Its other sequences go to the rows there in which
     they leave the least unused. The result depends on the order of the calls and on nothing else.
+
+    Args:
+      budget: of each shard.
+      num_shards: S.
     """
 
     def __init__(self, budget: Budget, num_shards: int):
-        """Args:
-        budget: of each shard.
-        num_shards: S.
-        """
         self.budget = budget
         rows = budget.rows
         self.shards = [_Shard([0] * rows, [0] * rows) for _ in range(num_shards)]
@@ -163,7 +163,7 @@ class Planner:
         """Refuses a group that would not fit into an empty batch either.
 
         Args:
-          lengths: int [Z], as of `place`.
+          lengths: int [Z], as for `place`.
           crops: of all its sequences.
           taps: the most of any of its visual tokens.
           name: of the group, for the error.
@@ -199,8 +199,8 @@ def place_dealt(
 ) -> list[Group]:
     """Places the groups of one step: those that waited, and those that the order assigns to it.
 
-    Groups that waited come first, so that none waits for ever. Every other group goes to the shard that
-    it is assigned to. If that shard is full, the group goes to another shard of the same micro-batch,
+    Groups that waited come first, so that none is starved. Every other group goes to the shard that it is
+    assigned to. If that shard is full, the group goes to another shard of the same micro-batch,
     where its pool of negatives is the same, and only then to another micro-batch.
 
     Args:
@@ -229,14 +229,15 @@ def place_dealt(
 
 
 class Packer:
-    """Fills one batch after another: `add` groups until one is refused or the batch is `full`, then `emit`."""
+    """Fills one batch after another: `add` groups until one is refused or the batch is `full`, then `emit`.
+
+    Args:
+      budget: of each shard.
+      num_shards: S.
+      crop: the geometry of the model's crops.
+    """
 
     def __init__(self, budget: Budget, num_shards: int, crop: CropGeometry):
-        """Args:
-        budget: of each shard.
-        num_shards: S.
-        crop: the geometry of the model's crops.
-        """
         self.budget = budget
         self.num_shards = num_shards
         self._crop = crop

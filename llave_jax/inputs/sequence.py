@@ -65,16 +65,16 @@ class SequenceBuilder:
 
     An item that is too long is cut without a warning: whoever collects sequences gives it
     (`cuts.CutWarnings`). A builder never changes and can be pickled: every data worker has one.
+
+    Args:
+      tokenizer: a Hugging Face fast tokenizer that belongs to the model.
+      spec: of the model.
     """
 
     def __init__(self, tokenizer: Any, spec: InputSpec):
-        """Args:
-        tokenizer: a Hugging Face fast tokenizer that belongs to the model.
-        spec: of the model.
-        """
         self.tokenizer = tokenizer
         self.spec = spec
-        # Looked up once: the tokenizer computes it anew each time, which is slow.
+        # Looked up once: the tokenizer computes it at every access, which is slow.
         self._pad_token_id = tokenizer.pad_token_id
         size = spec.crop.size
         self._no_crops = np.zeros((0, size, size, 3), np.uint8)
@@ -84,6 +84,9 @@ class SequenceBuilder:
 
         Args:
           item: its images and its video are read here.
+
+        Returns:
+          The sequence, of at most `max_length` tokens.
 
         Raises:
           ValueError: an image cannot be read, a marker is misplaced, or the text has a token that the

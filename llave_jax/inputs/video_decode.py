@@ -1,7 +1,7 @@
 """Frames of a video file by their index, with PyAV (extra `video`).
 
 Owns opening and decoding; which frames are read is `video.py`. Frame i is the i-th frame the
-decoder shows, in presentation order, whatever its time stamp: a variable frame rate changes nothing.
+decoder shows, in presentation order. Time stamps, and so a variable frame rate, have no influence.
 """
 
 from __future__ import annotations
