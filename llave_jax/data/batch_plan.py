@@ -24,15 +24,15 @@ from llave_jax.inputs.packing import Planner
 # A row is about as long as four of the longest sequences: longer rows hardly pack better, and shorter
 # ones leave gaps.
 _SEQUENCES_A_ROW = 4
-# Attention kernels work on blocks of so many tokens. Rows of small models are not worth a whole block.
+# Row lengths are multiples of the attention kernels' block, or of a smaller number where sequences are short.
 _BLOCK, _SMALL_BLOCK = 128, 16
 # Devices that a process packs for, in the simulation: a plan must not depend on the number of hosts.
 _SIMULATED_SHARDS = 4
 # Two budgets that are tried one after the other differ by this factor.
 _STEP = 1.02
-# What a budget must reach in the simulation. Of pairs that came for a step by modality, so few may wait
-# for a later one, since they join another pool; in the uniform order waiting changes nothing, as long as
-# it ends. So few may wait twice.
+# What a budget must reach in the simulation. By modality, a pair that waits joins another pool, so only a
+# small share of a step's pairs may wait. In the uniform order waiting changes nothing as long as it ends,
+# so only pairs that wait twice are limited.
 _REACHED, _MODALITY_CARRIED, _CARRIED_TWICE = 0.99, 0.05, 0.01
 
 
@@ -178,7 +178,7 @@ class _Search:
         if by_modality:
             self._dealing = {"group_size": pairs, "micro_batches": micro_batches}
         by_hand = settings.tokens_per_pair is not None and settings.crops_per_pair is not None
-        # By hand, room for fewer tokens than pairs take is a way to have batches that are full.
+        # A user may set room for fewer tokens than the pairs take: batches are then always full.
         self._slots = pairs if by_hand and not by_modality else pairs + math.ceil(pairs / 4)
 
         self._longest = int(sizes.lengths.max())
@@ -215,7 +215,7 @@ class _Search:
         """The plan of the smallest budget."""
         plan, per_shard = self._find()
         if per_shard > 1.02 * self._pairs and self._slots > self._pairs:
-            # Room for the largest pair is room for several others: they must not come in addition.
+            # Room for the largest pair is also room for several others. It is not added to theirs.
             self._slots = self._pairs
             plan, _ = self._find()
         return plan
@@ -227,7 +227,7 @@ class _Search:
             for *lengths, crops in self._different.tolist():
                 Planner(self._budget(most, most), 1).check(lengths, crops, 0, "a measured pair")
         ideal = self._simulate(self._budget(most, most))
-        # By hand there may be too little room for all pairs.
+        # What a user sets may leave too little room for all pairs.
         goal = _REACHED * min(self._pairs, self._per_shard(ideal))
         twice = max(_CARRIED_TWICE, ideal.carried_twice)
         carried = max(_MODALITY_CARRIED if self._dealing else 1.0, ideal.carried)
@@ -272,7 +272,7 @@ class _Search:
         return Budget(rows, row_length, num_crops, self._slots, self._sides, self._taps)
 
     def _rows(self, tokens: int) -> tuple[int, int]:
-        """Rows, and their length, with room for so many tokens in all."""
+        """Rows, and their length, that together have room for so many tokens."""
         length = self._settings.row_length
         if length is None:
             tokens = max(tokens, self._least_tokens)

@@ -70,16 +70,16 @@ class ImageStore:
 
     Or the root is a zip archive, in which all paths may lie below the same folders: the first path that
     is asked for shows which.
+
+    Args:
+      root: a folder or a zip archive.
+
+    Raises:
+      FileNotFoundError: there is neither.
+      ValueError: an archive is not readable.
     """
 
     def __init__(self, root: str | os.PathLike):
-        """Args:
-          root: a folder or a zip archive.
-
-        Raises:
-          FileNotFoundError: there is neither.
-          ValueError: an archive is not readable.
-        """
         self.root = Path(root)
         if not self.root.exists():
             raise FileNotFoundError(f"image root {self.root} is neither a folder nor a zip archive")

@@ -98,7 +98,7 @@ def packing_report(
       steps: of the run.
       shards: devices that the batch is split over.
       micro_batches: of a step.
-      group_size: as of `simulate`.
+      group_size: as for `simulate`.
 
     Returns:
       Lines of text.

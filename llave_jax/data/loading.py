@@ -22,21 +22,32 @@ class RowLoader:
     A loaded row has the keys "id", "row", "target_ids" (int32 [Z - 1]) and "sequences" (Z of `to_arrays`,
     None for a side that the pair lacks). A row that cannot be used has "id" and "skipped", the reason.
     HOLE has "hole".
+
+    Args:
+      source: of the rows.
+      builder: of their sequences.
+      sides: Z: 2, or 3 with each row's hard negative.
+      skip: rows that cannot be used have a reason; otherwise they raise ValueError.
     """
 
     def __init__(self, source: PairSource, builder: SequenceBuilder, sides: int, skip: bool):
-        """Args:
-        source: of the rows.
-        builder: of their sequences.
-        sides: Z: 2, or 3 with each row's hard negative.
-        skip: rows that cannot be used have a reason; otherwise they raise ValueError.
-        """
         self._source = source
         self._builder = builder
         self._sides = sides
         self._skip = skip
 
     def __call__(self, index: int | np.int64) -> dict[str, Any]:
+        """Loads one row.
+
+        Args:
+          index: of the row in the source, or HOLE.
+
+        Returns:
+          What the class describes.
+
+        Raises:
+          ValueError: the row cannot be used, and `skip` is False.
+        """
         if index == HOLE:
             return {"hole": True}
         try:

@@ -51,7 +51,7 @@ class MeasuredSubset:
     """n pairs of one subset; Z sides each: query, target, negatives (0 where there is none).
 
     Attributes:
-      rows: rows the subset has in all.
+      rows: number of all rows of the subset.
       text: int [n, Z], tokens that are not visual.
       lengths: int [n, Z], all tokens, cut to the model's length.
       crops: int [n, Z].
@@ -204,7 +204,7 @@ def measure_source(
       builder: of the model's sequences.
       rows_per_subset: rows of each subset that are measured.
       sides: Z: 2, or 3 with each row's hard negative.
-      weights: as of `Composition`.
+      weights: as in `Composition`.
 
     Returns:
       Sizes of 8192 pairs, drawn from the measured ones.

@@ -44,6 +44,13 @@ class ModalityOrder:
       group_size: rows of a group.
       batch_size: rows of a batch.
       batches_per_epoch: at least 1.
+
+    Args:
+      image_query: bool [n], whether the query has an image, from `PairSource.queries`.
+      words: int [n], words of the query, from `PairSource.queries`.
+      num_groups: groups of a batch.
+      group_size: rows of a group.
+      seed: of the shuffles.
     """
 
     def __init__(
@@ -55,13 +62,6 @@ class ModalityOrder:
         group_size: int,
         seed: int,
     ):
-        """Args:
-        image_query: bool [n], the query has an image: as of `PairSource.queries`.
-        words: int [n], of the query.
-        num_groups: of a batch.
-        group_size: rows of a group.
-        seed: of the shuffles.
-        """
         self._image_query = image_query
         self._words = words
         self._num_groups = num_groups
@@ -197,6 +197,13 @@ class ModalityPart:
 
     Attributes:
       size: positions of the process in a batch.
+
+    Args:
+      order: of all processes.
+      micro_batches: of a step.
+      num_shards: of the process.
+      process_index: this process, of `process_count`.
+      process_count: processes, with `num_shards` shards each.
     """
 
     def __init__(
@@ -208,13 +215,6 @@ class ModalityPart:
         process_index: int,
         process_count: int,
     ):
-        """Args:
-        order: of all processes.
-        micro_batches: of a step.
-        num_shards: of the process.
-        process_index: this process, of `process_count`.
-        process_count: processes, with `num_shards` shards each.
-        """
         self.order = order
         self.process_index = process_index
         self.process_count = process_count

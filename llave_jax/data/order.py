@@ -22,8 +22,8 @@ from llave_jax.data.sources import PairSource
 
 ORDERS = ("uniform", "modality")
 
-# Stands in an order for a row that is not there: in the last sub-batch of a subset, or in a batch of
-# data that is smaller than a batch.
+# The index of no row. It fills the last sub-batch of a subset, and the batch of data that is smaller than a
+# batch.
 HOLE = -1
 
 # Groups among which a weighted mixture is shuffled: without it, its regular interleaving would
@@ -88,7 +88,7 @@ UNIFORM = Composition()
 
 
 class UniformOrder:
-    """Every row once an epoch, shuffled anew in each, in batches that have no content twice.
+    """Every row once an epoch, in a new order each epoch, in batches that have no content twice.
 
     A batch has slots. Each slot has rows of its own, and rows of equal content have the same slot. A slot
     gives one of its rows to each batch, in another order in every epoch. So two copies of a row are never
@@ -101,15 +101,15 @@ class UniformOrder:
     Attributes:
       batch_size: slots.
       batches_per_epoch: at least 1.
+
+    Args:
+      contents: uint64 [n], from `PairSource.contents`.
+      starts: int [m], the first row of each subset.
+      num_slots: slots of a batch.
+      seed: of the shuffles.
     """
 
     def __init__(self, contents: np.ndarray, starts: np.ndarray, *, num_slots: int, seed: int):
-        """Args:
-        contents: uint64 [n], as of `PairSource.contents`.
-        starts: int [m], the first row of each subset.
-        num_slots: of a batch.
-        seed: of the shuffles.
-        """
         self._seed = seed
         self.batch_size = num_slots
         slots = _slots_of_rows(contents, starts, num_slots, seed)
@@ -163,8 +163,8 @@ def _slots_of_rows(
     copy[by_content] = np.arange(len(contents)) - np.repeat(np.cumsum(counts) - counts, counts)
     counts = np.minimum(counts, most)
 
-    # Contents with several copies come first, the most copies before all: each goes to the slot that has
-    # the fewest rows. Contents without copies then fill the slots up.
+    # Contents with several copies come first, in descending number of copies. Each goes to the slot that
+    # has the fewest rows. Contents without copies then fill the slots.
     slots = np.empty(len(first), np.int64)
     keys = random_keys(len(first), seed, 6)
     used = [(0, slot) for slot in range(num_slots)]
@@ -188,17 +188,17 @@ class UniformPart:
 
     Attributes:
       size: positions of the process in a batch.
+
+    Args:
+      order: of all processes.
+      process_index: this process, of `process_count`.
+      process_count: processes, with the same number of slots each.
+      epochs: passes over all rows; None: endless.
     """
 
     def __init__(
         self, order: UniformOrder, *, process_index: int, process_count: int, epochs: int | None
     ):
-        """Args:
-        order: of all processes.
-        process_index: this process, of `process_count`.
-        process_count: processes, with the same number of slots each.
-        epochs: passes over all rows; None: endless.
-        """
         self.order = order
         self.size = order.batch_size // process_count
         self._process = (process_index, process_count)
@@ -225,7 +225,7 @@ def rows_of_process(
 
     Args:
       source: of the rows.
-      contents: uint64 [n], as of `PairSource.contents`.
+      contents: uint64 [n], from `PairSource.contents`.
       seed: of the division.
       process_index: this process, of `process_count`.
       process_count: processes that share the rows.

@@ -83,7 +83,7 @@ class Packing:
 
     @functools.cached_property
     def segment_ids(self) -> np.ndarray:
-        """int32 [batches * S, rows, row length], as of `PackedBatch`."""
+        """int32 [batches * S, rows, row length], segment ids as in `PackedBatch`."""
         rows, row_length = self.budget.rows, self.budget.row_length
         segment_ids = np.zeros((len(self.batches), self.shards, rows, row_length), np.int32)
         for batch, placed in zip(segment_ids, self.batches, strict=True):
@@ -112,7 +112,7 @@ def simulate(
       shards: of one process, which packs by itself.
       group_size: by modality, pairs dealt to a shard of a micro-batch; None: the uniform order.
       micro_batches: of a step by modality.
-      lookahead: as of `data.pipeline.train_iterator`.
+      lookahead: as for `data.pipeline.train_iterator`.
       skip_batches: the first batches of the uniform order do not count, since nothing has waited for
         them. The last one does not count either: it is not full.
 
@@ -160,7 +160,7 @@ def simulate(
 
 
 _Sizes = list[tuple[list[int], int]]  # (lengths, crops) of pairs
-_Batches = list[dict[int, Placement]]  # as of Packing
+_Batches = list[dict[int, Placement]]  # as in Packing
 
 
 def _simulate_uniform(

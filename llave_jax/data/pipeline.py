@@ -79,7 +79,7 @@ def train_iterator(
       seed: of the shuffle, at least 0.
       num_shards: shards (devices) of this process.
       micro_batches: packs a step.
-      process_index: this process, of `process_count`.
+      process_index, process_count: number of this process, and of all processes.
       num_workers: worker processes that load rows; 0 loads in threads of this process.
       epochs: stop after so many passes, the last batch padded with empty slots; for a single
         process. None: an endless stream.

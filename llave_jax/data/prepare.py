@@ -41,7 +41,12 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One output file, and its rows."""
+    """One output file.
+
+    Attributes:
+      path: of the file.
+      indices: its rows' indices in the source.
+    """
 
     path: Path
     indices: range  # of the source
@@ -167,7 +172,7 @@ def write_shard(source: MmebSource, shard: Shard, check_images: bool, skip: bool
     Args:
       source: of the rows.
       shard: the file, and which rows it gets.
-      check_images: as of `prepare`.
+      check_images: as for `prepare`.
       skip: leave out rows that cannot be used.
 
     Returns:

@@ -31,7 +31,12 @@ _SCHEMA = pa.schema([(field, pa.large_string()) for field in (*FIELDS, "problem"
 
 
 class RowError(ValueError):
-    """A row that cannot be used. `name` says which (file, row), `reason` why."""
+    """A row that cannot be used.
+
+    Args:
+      name: the file and the row.
+      reason: what is wrong with it.
+    """
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
@@ -43,7 +48,16 @@ class RowError(ValueError):
 
 
 class Row(NamedTuple):
-    """One training row as it is stored; image paths are "" where a side has no image."""
+    """One training row as it is stored.
+
+    Attributes:
+      qry: text of the query.
+      qry_image_path: image of the query, relative to the image root; "" if it has none. So are the others.
+      pos_text: text of the target.
+      pos_image_path: image of the target.
+      neg_text: text of the hard negative; "" if there is none.
+      neg_image_path: image of the hard negative.
+    """
 
     qry: str
     qry_image_path: str

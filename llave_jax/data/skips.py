@@ -17,8 +17,13 @@ from llave_jax.data.rows import EMPTY_SIDE
 
 
 class TooManySkips(RuntimeError):
-    """More rows were skipped than the run allows. The message names subsets and the file that lists the
-    rows."""
+    """More rows were skipped than the run allows. The message names subsets, and the file that lists the rows.
+
+    Args:
+      pair_ids: "SUBSET:ROW" of each skipped row.
+      limit: how many are allowed.
+      listed_in: the file.
+    """
 
     def __init__(self, pair_ids: Iterable[str], limit: int, listed_in: str | os.PathLike):
         pair_ids = list(pair_ids)
@@ -58,6 +63,12 @@ class SkipLog:
     """Counts skipped rows and writes each of them once: one `{"subset", "row", "reason"}` a line.
 
     A file that exists is continued, so that a resumed run neither repeats nor forgets a row.
+
+    Args:
+      path: of the file, which is made with its first line.
+      limit: how many rows may be skipped.
+      left_out: subset -> rows that a source leaves out by itself (`PairSource.left_out`). They are
+        listed, but do not count.
     """
 
     def __init__(
@@ -66,12 +77,6 @@ class SkipLog:
         limit: int,
         left_out: Mapping[str, Sequence[int]] | None = None,
     ):
-        """Args:
-        path: of the file, which is made with its first line.
-        limit: how many rows may be skipped.
-        left_out: subset -> rows that a source leaves out by itself (`PairSource.left_out`). They are
-          listed, but do not count.
-        """
         self.path = Path(path)
         self.limit = limit
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ MMEB_TRAIN_SUBSETS = (
     "MSCOCO_i2t", "MSCOCO",
 )
 # fmt: on
-# Arrays of prepared data's `rows-SPLIT.npz`, besides row numbers and digests: as of `PairSource.contents`
-# and `PairSource.queries`.
+# Arrays of prepared data's `rows-SPLIT.npz` beside row numbers and digests: what `PairSource.contents` and
+# `PairSource.queries` return.
 INDEX_FACTS = ("content", "image_query", "words")
 
 
@@ -120,7 +120,12 @@ class PairSource(abc.ABC):
 
 
 class MmebSource(PairSource):
-    """Rows held as Arrow columns, images read from folders or zip archives."""
+    """Rows held as Arrow columns, images read from folders or zip archives.
+
+    Args:
+      tables: subset -> its rows.
+      images: where image paths lead.
+    """
 
     def __init__(self, tables: Mapping[str, Table], images: ImageStore):
         self._tables = dict(tables)
@@ -239,17 +244,18 @@ class MmebSource(PairSource):
 
 
 class RecordSource(PairSource):
-    """Prepared array records (`tools/prepare_data.py`), read through tensorflow-datasets."""
+    """Prepared array records (`tools/prepare_data.py`), read through tensorflow-datasets.
+
+    Args:
+      folders: name -> the subset's folder.
+      split: of the records.
+      limits: name -> the row number from which on rows are left out; None for none.
+
+    Raises:
+      FileNotFoundError: a folder has no such split.
+    """
 
     def __init__(self, folders: Mapping[str, Path], split: str, limits: Mapping[str, int | None]):
-        """Args:
-          folders: name -> the subset's folder.
-          split: of the records.
-          limits: name -> the row number from which on rows are left out; None for none.
-
-        Raises:
-          FileNotFoundError: a folder has no such split.
-        """
         # The import takes seconds, and the other sources do without it.
         import tensorflow_datasets as tfds
 
@@ -318,13 +324,14 @@ class RecordSource(PairSource):
 
 
 class SelectedSource(PairSource):
-    """Some rows of another source, in its order."""
+    """Some rows of another source, in its order.
+
+    Args:
+      parent: the source that is selected from.
+      indices: int64, increasing.
+    """
 
     def __init__(self, parent: PairSource, indices: np.ndarray):
-        """Args:
-        parent: the source that is selected from.
-        indices: int64, increasing.
-        """
         self._parent = parent
         self.left_out = parent.left_out
         self._indices = np.asarray(indices, np.int64)

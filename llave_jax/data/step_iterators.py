@@ -56,7 +56,10 @@ class TrainBatch(NamedTuple):
 class StepDataset(grain.IterDataset):
     """grain's dataset of `TrainBatch`es over rows in order.
 
-    Each iteration is `iterator(order, **options)`, a `StepIterator`.
+    Args:
+      iterator: class of the iterators; each iteration is `iterator(order, **options)`.
+      order: the rows' indices, in order.
+      options: further arguments of the iterators.
     """
 
     def __init__(self, iterator: Callable[..., StepIterator], order: grain.MapDataset, **options):
@@ -79,7 +82,7 @@ class _Pair:
     Attributes:
       position: in the order.
       row: of the source.
-      element: as of `RowLoader`; None: it has to be loaded again.
+      element: what `RowLoader` returned; None: it has to be loaded again.
     """
 
     position: int
@@ -100,6 +103,17 @@ class StepIterator(grain.DatasetIterator):
 
     The state is small: how many steps were made, the next position to read, and the positions of the pairs
     that wait. If budgets or devices change between runs, the same pairs are read on.
+
+    Args:
+      order: the rows' indices, in order.
+      load: reads a row and makes its sequences.
+      packers: makes the step's packers, one for each of its micro-batches.
+      lookahead: pairs that may wait for a later step while smaller ones fill the current one.
+      num_workers: processes that load rows; 0: this one.
+      contents: uint64 [n] of all rows, as in `PairSource.contents`.
+      skips: where rows that cannot be used are listed; None: such a row is an error.
+      num_rows: rows of the source. After so many unusable rows in a row, the stream ends with TooManySkips.
+      identity: what must be the same when the state is restored.
     """
 
     def __init__(
@@ -247,7 +261,7 @@ class StepIterator(grain.DatasetIterator):
                 skips = self._skip(element["id"], element["skipped"])
                 self._unusable_in_a_row += 1
                 if self._unusable_in_a_row >= self._num_rows:
-                    # An endless stream would be searched for ever.
+                    # Without this, an endless stream of unusable rows would never end.
                     raise TooManySkips(skips.pair_ids, skips.limit, skips.path)
             elif "hole" not in element:
                 self._unusable_in_a_row = 0
@@ -291,15 +305,16 @@ def _leave_sigterm_to_training(worker: int, workers: int) -> None:
 
 
 class UniformIterator(StepIterator):
-    """Fills one micro-batch after another: with pairs that waited, then with the next ones of the order."""
+    """Fills one micro-batch after another: with pairs that waited, then with the next ones of the order.
+
+    Args:
+      order: of the process's rows.
+      epoch: positions of an epoch.
+      batch: positions of a batch of the order: step n reads no further than n of them.
+      options: of `StepIterator`.
+    """
 
     def __init__(self, order: grain.MapDataset, *, epoch: int, batch: float = math.inf, **options):
-        """Args:
-        order: of the process's rows.
-        epoch: positions of an epoch.
-        batch: positions of a batch of the order: step n reads no further than n of them.
-        options: of `StepIterator`.
-        """
         super().__init__(order, **options)
         self._epoch = epoch
         self._batch = batch
@@ -347,14 +362,14 @@ class ModalityIterator(StepIterator):
     A pair without room waits for a later step of its modality, so that only the mixed batch has pools of
     both. The position of a pair that waits is (its step) * (number of rows) + (its row). That number does
     not depend on the devices that the batch was divided among.
+
+    Args:
+      order: `part`, as a dataset.
+      part: of the process.
+      options: of `StepIterator`.
     """
 
     def __init__(self, order: grain.MapDataset, *, part: ModalityPart, **options):
-        """Args:
-        order: `part`, as a dataset.
-        part: of the process.
-        options: of `StepIterator`.
-        """
         super().__init__(order, **options)
         self._part = part
         self._batches = part.order
