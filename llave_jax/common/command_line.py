@@ -175,7 +175,11 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--model` to a command line."""
+    """Adds `--model` to a command line.
+
+    Args:
+      parser: of the command.
+    """
     parser.add_argument(
         "--model",
         required=True,

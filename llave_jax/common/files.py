@@ -123,7 +123,14 @@ def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def partial_directories(path: str | os.PathLike) -> list[Path]:
-    """What killed jobs have left of `scratch_directory(path)`; those of living jobs are among them."""
+    """What killed jobs have left of `scratch_directory(path)`. The directories of living jobs are among them.
+
+    Args:
+      path: as for `scratch_directory`.
+
+    Returns:
+      The directories, sorted.
+    """
     path = Path(path).absolute()
     return sorted(path.parent.glob(f".{glob.escape(path.name)}.*.partial"))
 

@@ -347,7 +347,14 @@ def _copy_source_files(source: Path, target: Path, weights: HfWeights) -> None:
 
 
 def model_files(source: Path) -> list[Path]:
-    """The files of a Hugging Face directory that a conversion reads or copies, sorted."""
+    """The files of a Hugging Face directory that a conversion reads or copies.
+
+    Args:
+      source: the directory.
+
+    Returns:
+      Their paths, sorted.
+    """
     return [path for path in _files(source) if not _is_other_weights(path, source)]
 
 

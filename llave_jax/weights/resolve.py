@@ -63,7 +63,17 @@ def resolve_model(model: str | os.PathLike) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory on the disk is a Hugging Face checkpoint, whole or not."""
+    """Whether a directory on the disk is a Hugging Face checkpoint, whole or not.
+
+    Args:
+      path: may be missing.
+
+    Returns:
+      True if its config.json is that of a Hugging Face model.
+
+    Raises:
+      CheckpointError: config.json is not JSON.
+    """
     config = path / "config.json"
     if not config.is_file() or any(map(model_dir.is_model_dir, (path, path / model_dir.RUN_MODEL))):
         return False
@@ -75,7 +85,10 @@ def find_checkpoint(name: str | os.PathLike) -> Path:
     """A directory of the disk, or else the folder that a model of the hub was downloaded to.
 
     Args:
-      name: a path, or a name on the hub as of `resolve_model`.
+      name: a path, or a name on the hub as for `resolve_model`.
+
+    Returns:
+      The path, or the folder that the download lies in.
 
     Raises:
       CheckpointError: there is no such directory, nor a model of this name that can be downloaded.
