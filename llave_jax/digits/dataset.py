@@ -29,7 +29,7 @@ from llave_jax.common.files import replace_directory, scratch_directory
 from llave_jax.digits import scenes
 from llave_jax.evaluation.mmeb_data import DatasetInfo
 
-# Raise it with every change of the files' content: directories of an earlier version are then rebuilt.
+# Raise the version with every change of the files' content: older directories are then rebuilt.
 VERSION = 4
 
 CLASSIFICATION = "Digits-Classification"
@@ -125,6 +125,9 @@ def chance(rows: Iterable[dict[str, Any]]) -> float:
 
     Args:
       rows: of an eval subset; a row's candidates are as many as its `tgt_text`.
+
+    Returns:
+      The mean over the rows.
     """
     return float(np.mean([1 / len(row["tgt_text"]) for row in rows]))
 

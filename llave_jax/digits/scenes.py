@@ -36,7 +36,12 @@ _CROP = 2  # pixels
 
 
 class Scans(NamedTuple):
-    """All scans: pixels uint8 [1797, 8, 8], bright strokes on black; labels int [1797], 0 to 9."""
+    """All scans.
+
+    Attributes:
+      pixels: uint8 [1797, 8, 8], bright strokes on black.
+      labels: int [1797], 0 to 9.
+    """
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -108,7 +113,14 @@ class Scene:
     scans: tuple[int, ...]
 
     def cells_of(self, digit: int) -> list[int]:
-        """The cells that show a digit."""
+        """The cells that show a digit.
+
+        Args:
+          digit: 0 to 9.
+
+        Returns:
+          Their numbers, ascending.
+        """
         return [cell for cell, other in enumerate(self.digits) if other == digit]
 
 
@@ -152,6 +164,9 @@ def make_family(rng: np.random.Generator, pools: Sequence[np.ndarray], size: int
       rng: of digits, scans and places.
       pools: for each digit, int [n], the scans that may be used.
       size: number of scenes, at most 4.
+
+    Returns:
+      Different scenes, in random order.
     """
     while True:
         choices = rng.choice(10, 2, replace=False) if rng.random() < 0.3 else np.arange(10)
@@ -208,10 +223,17 @@ def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """Draw one question with its answer.
+    """Draws one question with its answer.
 
-    First the kind is drawn, then the answer, then the question, each with equal chances, so that frequent
-    answers are not asked for more often.
+    First the kind is drawn, then the answer, then the question, each with equal chances. So no answer is
+    asked for more often because it is frequent.
+
+    Args:
+      scene: what is asked about.
+      rng: of the draws.
+
+    Returns:
+      The question and the answer.
     """
     kinds = [pairs for pairs in questions(scene).values() if pairs]
     pairs = kinds[int(rng.integers(len(kinds)))]
@@ -222,29 +244,57 @@ def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 class Fact(NamedTuple):
-    """A digit stands in a cell. A caption is made of facts, in the order of the cells."""
+    """A digit stands in a cell. A caption is made of facts, in the order of the cells.
+
+    Attributes:
+      cell: number of the cell.
+      digit: 0 to 9.
+    """
 
     cell: int
     digit: int
 
 
 def holds(facts: Sequence[Fact], scene: Scene) -> bool:
-    """Whether all facts are true of a scene."""
+    """Whether all facts are true of a scene.
+
+    Args:
+      facts: to check.
+      scene: the scene.
+
+    Returns:
+      True if each fact's cell shows its digit.
+    """
     return all(scene.digits[cell] == digit for cell, digit in facts)
 
 
 def describe(scene: Scene, cells: Sequence[int]) -> tuple[Fact, ...]:
-    """The facts of some cells of a scene."""
+    """The facts of some cells of a scene.
+
+    Args:
+      scene: the scene.
+      cells: numbers of the cells.
+
+    Returns:
+      One fact a cell, in the order of `cells`.
+    """
     return tuple(Fact(cell, scene.digits[cell]) for cell in cells)
 
 
 def caption(facts: Sequence[Fact]) -> str:
-    """Facts as a text, such as "a three at the top left and an eight at the bottom right"."""
-    parts = [f"{article(digit)} {DIGITS[digit]} at the {CELLS[cell]}" for cell, digit in facts]
+    """Facts as a text.
+
+    Args:
+      facts: at least one, in the order of the cells.
+
+    Returns:
+      Such as "a three at the top left and an eight at the bottom right".
+    """
+    parts = [f"{_article(digit)} {DIGITS[digit]} at the {CELLS[cell]}" for cell, digit in facts]
     return " and ".join(", ".join(parts).rsplit(", ", 1))
 
 
-def article(digit: int) -> str:
+def _article(digit: int) -> str:
     """The indefinite article of a digit's word."""
     return "an" if digit == 8 else "a"
 
@@ -259,6 +309,9 @@ def choose_facts(
       others: scenes that each differ from it in some cell. All four facts tell them apart, so there is
         always a choice.
       rng: of the choice.
+
+    Returns:
+      The facts, in the order of the cells.
     """
     subsets = [cells for n in (2, 3, 4) for cells in itertools.combinations(range(4), n)]
     captions = [describe(scene, cells) for cells in subsets]
@@ -267,7 +320,15 @@ def choose_facts(
 
 
 def labels(scene: Scene, cell: int) -> list[str]:
-    """Names of the digit in a cell that fit no other cell of the scene."""
+    """Names of the digit in a cell that fit no other cell of the scene.
+
+    Args:
+      scene: the scene.
+      cell: number of the cell.
+
+    Returns:
+      Two names with the place; a third without it, if the digit occurs once.
+    """
     digit = scene.digits[cell]
     names = [f"the {DIGITS[digit]} at the {CELLS[cell]}", f"the digit at the {CELLS[cell]}"]
     return names + ([f"the {DIGITS[digit]}"] if len(scene.cells_of(digit)) == 1 else [])
