@@ -1,4 +1,4 @@
-"""Embedding of a file of items into a directory, so that a job may die at any moment and continue.
+"""Embedding of a file of items into a directory. A job may die at any moment and continue.
 
 Owns which chunks are embedded: new ones, and those whose items have changed. Lines are
 `item_lines.py`, the output directory is `store.py`, the model is `embedder.py`.
@@ -56,15 +56,15 @@ def embed_file(
 ) -> Result:
     """Embed a JSON-lines file into a directory, continuing what an earlier call did.
 
-    The input is read once, a chunk at a time. What is held for it grows only by a short entry a chunk.
-    With several processes all call this alike, and the first writes.
+    The input is read once, a chunk at a time; memory grows only by a short entry for each chunk. With
+    several processes all call this alike, and the first writes.
 
     Args:
       embedder: the model.
       source: file of items.
       output: directory of the results.
       fingerprint: of the model; work of another model is not continued.
-      batch_size: as of `Embedder.encode`.
+      batch_size: as for `Embedder.encode`.
       on_error: "raise", or "skip" items that cannot be read.
 
     Returns:

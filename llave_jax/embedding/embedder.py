@@ -38,6 +38,13 @@ class Embedder:
     >>> vectors = model.encode(["A cat and a dog", {"image": "cat.jpg"}])  # doctest: +SKIP
     >>> model.encode("A cat and a dog").shape                              # doctest: +SKIP
     (896,)
+
+    Args:
+      model: the module; its config says how inputs are laid out.
+      params: its parameter tree, on `mesh`.
+      tokenizer: a Hugging Face fast tokenizer.
+      mesh: the devices to run on; None: all of them along `data`.
+      tokens_per_batch: tokens a device works on at once; fewer need less memory.
     """
 
     def __init__(
@@ -49,13 +56,6 @@ class Embedder:
         *,
         tokens_per_batch: int = 16_384,
     ):
-        """Args:
-        model: the module; its config says how inputs are laid out.
-        params: its parameter tree, on `mesh`.
-        tokenizer: a Hugging Face fast tokenizer.
-        mesh: the devices to run on; None: all of them along `data`.
-        tokens_per_batch: tokens a device works on at once; fewer need less memory.
-        """
         self.model = model
         self.config = model.config
         self.params = params
@@ -155,7 +155,7 @@ class Embedder:
         """As `encode`, but an item that cannot be read does not stop it.
 
         Args:
-          items, batch_size: as of `encode`.
+          items, batch_size: as for `encode`.
 
         Returns:
           embeddings: float32 [n, D], zeros for items that cannot be read.

@@ -41,7 +41,7 @@ class Line:
 
     @property
     def weight(self) -> int:
-        """Its share of a chunk: texts count 1."""
+        """The line's share of a chunk: texts count 1."""
         if self.item is None:
             return 1
         if self.item.video is not None:
@@ -115,7 +115,7 @@ def take_chunk(lines: Iterator[Line], size: int) -> list[Line]:
     """The next lines, to be embedded and kept together.
 
     Args:
-      lines: as of `read_lines`; the chunk is taken off it.
+      lines: what `read_lines` returned; the chunk is taken off it.
       size: how many; 0: as many as CHUNK_WEIGHT allows.
 
     Returns:

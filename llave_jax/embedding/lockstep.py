@@ -59,10 +59,13 @@ def _shape(batch: IndexedBatch | None) -> np.ndarray:
 
 
 def merge_failures(failures: dict[int, str]) -> dict[int, str]:
-    """The failures of all processes, the same in each, in the order of the items.
+    """Collects the failures of all processes in every process, in the order of the items.
 
     Args:
       failures: this process's: why an item cannot be read, by the item's index.
+
+    Returns:
+      Index of an item -> why it cannot be read.
     """
     if jax.process_count() > 1:
         encoded = np.frombuffer(json.dumps(failures).encode(), np.uint8)

@@ -30,14 +30,14 @@ class ItemReader:
     Attributes:
       count: items that were looked at, in all processes.
       failures: why an item of this process cannot be read, by the item's index.
+
+    Args:
+      builder: lays items out.
+      cuts: counts the items that are cut at the model's length, and warns.
+      stop: an item that cannot be read raises; otherwise it goes to `failures`.
     """
 
     def __init__(self, builder: SequenceBuilder, cuts: CutWarnings, *, stop: bool):
-        """Args:
-        builder: lays items out.
-        cuts: counts the items that are cut at the model's length, and warns.
-        stop: an item that cannot be read raises; otherwise it goes to `failures`.
-        """
         self.count = 0
         self.failures: dict[int, str] = {}
         self._builder = builder

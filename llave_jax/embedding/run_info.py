@@ -23,7 +23,7 @@ def settings_of(model: str | os.PathLike, embedder: Embedder, fingerprint: str) 
     Args:
       model: the directory that `embedder` was loaded from.
       embedder: the model as it was loaded.
-      fingerprint: of the model, as of `weights.fingerprint`.
+      fingerprint: of the model, from `weights.fingerprint`.
 
     Returns:
       Plain values, for JSON.
@@ -42,7 +42,7 @@ def record_run(directory: str | os.PathLike, name: str, settings: Mapping[str, A
     Args:
       directory: of the results.
       name: of the result.
-      settings: as of `settings_of`. None: unknown; the entry of an earlier run is removed, since it
+      settings: what `settings_of` returned. None: unknown; the entry of an earlier run is removed, since it
         does not hold for the new result.
     """
     path = Path(directory) / FILE

@@ -29,7 +29,12 @@ _SHORTEST_SEQUENCE = 16
 
 
 class IndexedBatch(NamedTuple):
-    """A batch with the index of the item in each slot: int32 [S, G], -1 where a slot is empty."""
+    """A batch, and which items it holds.
+
+    Attributes:
+      packed: the arrays.
+      indices: int32 [S, G], index of the item in each slot; -1 where a slot is empty.
+    """
 
     packed: PackedBatch
     indices: np.ndarray
@@ -50,17 +55,18 @@ class _Group(NamedTuple):
 
 
 class BatchShapes:
-    """Sorts sequences into batches."""
+    """Sorts sequences into batches.
+
+    Args:
+      spec: the model's input settings.
+      num_shards: S of this process's batches.
+      tokens_per_batch: tokens of a shard.
+      batch_size: at most so many items in a shard; None: as many as fit.
+    """
 
     def __init__(
         self, spec: InputSpec, num_shards: int, tokens_per_batch: int, batch_size: int | None
     ):
-        """Args:
-        spec: the model's input settings.
-        num_shards: S of this process's batches.
-        tokens_per_batch: tokens of a shard.
-        batch_size: at most so many items in a shard; None: as many as fit.
-        """
         self._spec = spec
         self._num_shards = num_shards
         self._tokens_per_batch = tokens_per_batch

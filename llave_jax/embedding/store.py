@@ -8,8 +8,8 @@
 
 A chunk's embeddings are on disk before its line in progress.jsonl; the next start cuts off rows that have
 no line. If the items of a chunk change, its new embeddings go to the end of the array, and a new line
-replaces the old one. The last step then writes the rows in order. What the digests of a chunk are made
-of is not known here.
+replaces the old one. The last step then writes the rows in order. The digests of a chunk are made
+in `bulk.py`.
 """
 
 from __future__ import annotations
@@ -66,18 +66,18 @@ class Store:
       chunks: what is done, by the number of the chunk.
       num_rows: embeddings that were listed so far.
       num_skipped: skipped items that were listed so far.
+
+    Args:
+      directory: made if it does not exist.
+      model: fingerprint of the model.
+      dimension: D.
+      source: path of the input, kept for messages.
+
+    Raises:
+      ValueError: the directory holds other work, or another job writes to it.
     """
 
     def __init__(self, directory: str | os.PathLike, *, model: str, dimension: int, source: str):
-        """Args:
-        directory: made if it does not exist.
-        model: fingerprint of the model.
-        dimension: D.
-        source: path of the input, kept for messages.
-
-        Raises:
-          ValueError: the directory holds other work, or another job writes to it.
-        """
         self._directory = Path(directory)
         self._final = self._directory / "embeddings.npy"
         self._partial = self._directory / "embeddings.partial.npy"
@@ -141,7 +141,12 @@ class Store:
         self._put(index, Chunk(items, first_row, len(vectors), stamp, content, tuple(skipped)))
 
     def renew(self, index: int, stamp: str) -> None:
-        """Replace the stamp of a chunk whose files have other times, but the same content."""
+        """Replaces the stamp of a chunk whose files have other times, but the same content.
+
+        Args:
+          index: number of the chunk.
+          stamp: digest of its items' stamps.
+        """
         self._put(index, dataclasses.replace(self.chunks[index], stamp=stamp))
 
     def list_items(self, index: int, lines: Sequence[int], ids: Sequence[Any]) -> None:
