@@ -26,8 +26,7 @@ from llave_jax.parallel.processes import from_first_process
 # Items -> float32 [n, D], L2-normalised, in order: `Embedder.encode`, or a stand-in in tests.
 Encode = Callable[[Sequence[Item]], np.ndarray]
 
-# Items that are encoded between two writes, and lost by a killed run at most. More of them fill batches
-# better.
+# Items that are encoded between two writes: the most that a killed run loses. More items fill batches better.
 SHARD_ITEMS = 1024
 
 
@@ -36,13 +35,13 @@ class EmbeddingCache:
 
     With a directory they lie in `<directory>/<fingerprint>/*.safetensors` and are there for the next run.
     Without one they stay in memory as long as this object.
+
+    Args:
+      directory: of the caches of all models; None: in memory.
+      fingerprint: of the model, see `weights/fingerprint.py`; required with a directory.
     """
 
     def __init__(self, directory: str | os.PathLike | None = None, fingerprint: str = ""):
-        """Args:
-        directory: of the caches of all models; None: in memory.
-        fingerprint: of the model, see `weights/fingerprint.py`; required with a directory.
-        """
         if directory is not None and not fingerprint:
             raise ValueError(
                 "an embedding cache on disk needs the model's fingerprint: without it one model's "

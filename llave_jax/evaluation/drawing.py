@@ -42,7 +42,7 @@ def write_histograms(stats: Mapping[str, SimilarityStats], path: str | os.PathLi
     """
     figure = _draw(stats)
     with atomic_file(path) as temporary:
-        # Software: the version of matplotlib, by which the same numbers would give another file.
+        # The entry "Software" is matplotlib's version. With it, equal numbers would not give equal files.
         figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
 
 

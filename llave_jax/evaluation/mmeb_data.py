@@ -111,7 +111,19 @@ class EvalDataset:
 
 
 def open_images(data_dir: str | os.PathLike, images: str | os.PathLike | None = None) -> ImageStore:
-    """The images of a benchmark directory: `images/`, `eval_images/`, `images.zip`, or as given."""
+    """The images of a benchmark directory.
+
+    Args:
+      data_dir: of the benchmark.
+      images: folder or zip archive that image paths are relative to; None: `images/`, `eval_images/` or
+        `images.zip` in `data_dir`, or else `data_dir` itself.
+
+    Returns:
+      The store.
+
+    Raises:
+      FileNotFoundError: `images` does not exist.
+    """
     data_dir = Path(data_dir)
     if images is not None:
         if not Path(images).exists():
@@ -264,6 +276,9 @@ def make_item(dataset: EvalDataset, index: int, images: ImageStore) -> Item:
       index: of the content.
       images: where its image is looked up.
 
+    Returns:
+      The item. Its files are not read yet.
+
     Raises:
       ImageError: the image is missing; it names file and row.
     """
@@ -275,13 +290,28 @@ def make_item(dataset: EvalDataset, index: int, images: ImageStore) -> Item:
 
 
 def chance(dataset: EvalDataset) -> float:
-    """Expected precision@1 of random scores. Repeated candidates of a row have one score."""
+    """Expected precision@1 of random scores. Repeated candidates of a row have one score.
+
+    Args:
+      dataset: the rows.
+
+    Returns:
+      The mean over the rows.
+    """
     return float(np.mean([1 / len(np.unique(ids)) for ids in dataset.target_ids]))
 
 
 def describe(
     names: Iterable[str], infos: Sequence[DatasetInfo] = MMEB_DATASETS
 ) -> list[DatasetInfo]:
-    """Infos of datasets by their names; a name that is not in `infos` gets the meta-task "other"."""
+    """Infos of datasets by their names.
+
+    Args:
+      names: of the datasets.
+      infos: of the benchmark's datasets.
+
+    Returns:
+      One info a name; a name that is not in `infos` gets the meta-task "other".
+    """
     known = {info.name: info for info in infos}
     return [known.get(name, DatasetInfo(name, "other")) for name in names]

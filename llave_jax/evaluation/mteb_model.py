@@ -36,19 +36,20 @@ _CHUNK_ITEMS = 512
 
 
 class MtebEncoder(AbsEncoder):
-    """A LLaVE model for `mteb.evaluate`: texts, images, or both in one item."""
+    """A LLaVE model for `mteb.evaluate`: texts, images, or both in one item.
+
+    Args:
+      encode: items -> float32 [n, D], L2-normalised.
+      name: of the model in mteb's results, "organisation/model".
+      revision: identity of its weights. mteb keeps results by name and revision, and does not
+        compute again what it has.
+      dimension: D.
+      max_length: tokens of the longest item.
+    """
 
     def __init__(
         self, encode: Encode, *, name: str, revision: str, dimension: int, max_length: int
     ):
-        """Args:
-        encode: items -> float32 [n, D], L2-normalised.
-        name: of the model in mteb's results, "organisation/model".
-        revision: identity of its weights. mteb keeps results by name and revision, and does not
-          compute again what it has.
-        dimension: D.
-        max_length: tokens of the longest item.
-        """
         self._encode = encode
         self.instruction_template = None
         self.model_prompts = None
@@ -119,6 +120,9 @@ def batch_items(batch: Mapping[str, Sequence[Any]], instruction: str, name: str)
       instruction: put in front of the texts; "" for none.
       name: where the batch comes from, for errors.
 
+    Returns:
+      One item a row of the batch.
+
     Raises:
       ValueError: the batch has neither text nor image, but for example audio or video.
     """
@@ -141,12 +145,20 @@ def batch_items(batch: Mapping[str, Sequence[Any]], instruction: str, name: str)
 
 
 def content(text: str, has_image: bool, instruction: str) -> str:
-    """User content in the form of MMEB's rows.
+    r"""User content in the form of MMEB's rows.
 
     >>> content("", True, "")
-    '<image>\\nRepresent the given image.'
+    '<image>\nRepresent the given image.'
     >>> content("make it red", True, "Find an image with the described changes")
-    '<image>\\nFind an image with the described changes: make it red'
+    '<image>\nFind an image with the described changes: make it red'
+
+    Args:
+      text: of the item; "" for none.
+      has_image: whether it has an image.
+      instruction: put in front of the text; "" for none.
+
+    Returns:
+      The content, with a marker for the image.
     """
     body = ": ".join(part for part in (instruction.rstrip(" .:"), text) if part)
     if not has_image:
@@ -155,6 +167,11 @@ def content(text: str, has_image: bool, instruction: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+      argv: the command line without the program; None: the process's.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m llave_jax.evaluation.mteb_model",
         description="Score a model on tasks of mteb, which fetches their data.",

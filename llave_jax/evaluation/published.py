@@ -11,7 +11,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class MmebRow:
-    """Precision@1 averages of one model, in percent; None where the paper gives no number."""
+    """Precision@1 averages of one model, in percent; None where the paper gives no number.
+
+    Attributes:
+      model: its name.
+      classification, vqa, retrieval, grounding: averages over the datasets of a meta-task.
+      ind, ood: averages over the datasets in and out of the training distribution.
+      overall: average over all 36 datasets.
+    """
 
     model: str
     classification: float | None

@@ -48,7 +48,7 @@ def write_mmeb_report(
       path: the HTML file.
       results: of `evaluate_mmeb` on `data_dir`, with the same `images`.
       data_dir: of the benchmark.
-      images: as of `evaluate_mmeb`.
+      images: as for `evaluate_mmeb`.
       title, model: for the head of the page.
     """
     rows = sum(result.num_pred for result in results.datasets)
@@ -275,7 +275,7 @@ def write_retrieval_report(
         query = task.query_ids[row]
         ranking = list(enumerate(rankings[query], 1))
         found = [entry for entry in ranking if relevant(query, entry[1][0])]
-        # The best relevant document is shown whatever its rank.
+        # The best relevant document is shown at any rank.
         entries = ranking[:CANDIDATES] + [e for e in found[:1] if e[0] > CANDIDATES]
         return Example(
             query=_item_card(task.queries[row]),
@@ -308,7 +308,14 @@ def _item_card(item: Item) -> Card:
 
 
 def readable(text: str) -> str:
-    """User text without the markers that stand for images."""
+    """User text without the markers that stand for images.
+
+    Args:
+      text: user content.
+
+    Returns:
+      The text, stripped.
+    """
     for marker in ("<|image_1|>", "<image>"):
         text = text.replace(marker, "")
     return text.strip()

@@ -108,6 +108,9 @@ def thumbnail(image: ImageLike, name: str) -> str:
       image: a path, the bytes of a file or a decoded image.
       name: where it comes from, for errors.
 
+    Returns:
+      The data URI.
+
     Raises:
       ImageError: it cannot be read.
     """
@@ -144,7 +147,14 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
 
 
 def paragraph(text: str) -> str:
-    """A note in small grey type."""
+    """A note in small grey type.
+
+    Args:
+      text: plain text.
+
+    Returns:
+      HTML.
+    """
     return f'<p class="soft small">{escape(text)}</p>'
 
 
@@ -154,6 +164,9 @@ def table(rows: Sequence[Sequence[str]], own: Sequence[str] = ()) -> str:
     Args:
       rows: of cells, the heading first.
       own: first cells of the rows that are highlighted.
+
+    Returns:
+      HTML.
     """
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     lines = []
@@ -164,7 +177,15 @@ def table(rows: Sequence[Sequence[str]], own: Sequence[str] = ()) -> str:
 
 
 def folded(summary: str, content: str) -> str:
-    """Content that is folded away until the reader opens it."""
+    """Content that is folded away until the reader opens it.
+
+    Args:
+      summary: plain text, always shown.
+      content: HTML.
+
+    Returns:
+      HTML.
+    """
     return f"<details><summary>{escape(summary)}</summary>{content}</details>\n"
 
 
@@ -173,6 +194,9 @@ def tiles(values: Sequence[tuple[str, str, str]]) -> str:
 
     Args:
       values: (label, value, note), plain text.
+
+    Returns:
+      HTML.
     """
     return (
         '<div class="tiles">'
@@ -263,6 +287,9 @@ def gallery(name: str, note: str, groups: Mapping[str, Sequence[Example]], *, sh
       name, note: of the dataset.
       groups: heading ("Right", "Wrong") -> examples.
       shown: whether they are open from the start.
+
+    Returns:
+      HTML.
     """
     content = "".join(
         f"<h3>{escape(group)}</h3>" + "".join(_example(example) for example in examples)

@@ -99,7 +99,7 @@ def evaluate_retrieval(
     cache = EmbeddingCache() if cache is None else cache
     queries = embed(encode, len(task.queries), task.queries.__getitem__, cache)
     documents = embed(encode, len(task.documents), task.documents.__getitem__, cache)
-    names = metric_names(cutoffs)
+    names = _metric_names(cutoffs)
     values, ranking = np.zeros(len(names)), None
     if queries is not None and documents is not None:
         scores, indices = search(queries, documents, max(cutoffs))
@@ -118,7 +118,7 @@ def evaluate_retrieval(
     return result
 
 
-def metric_names(cutoffs: Sequence[int]) -> list[str]:
+def _metric_names(cutoffs: Sequence[int]) -> list[str]:
     """Names of the metrics of `ranking_metrics`, in its order."""
     return [
         "precision@1",
@@ -141,7 +141,7 @@ def ranking_metrics(
       cutoffs: of recall and nDCG.
 
     Returns:
-      The means by the names of `metric_names`, as fractions.
+      The means by the names of `_metric_names`, as fractions.
 
     Raises:
       ImportError: ir-measures is not installed.
@@ -159,7 +159,7 @@ def ranking_metrics(
     values = ir_measures.calc_aggregate(measures, qrels, run)
     return {
         name: float(values[measure])
-        for name, measure in zip(metric_names(cutoffs), measures, strict=True)
+        for name, measure in zip(_metric_names(cutoffs), measures, strict=True)
     }
 
 

@@ -1,4 +1,4 @@
-"""How far positives stand off from negatives: LLaVE's similarity analysis (its Fig. 1 and Table 1).
+"""How well similarities separate positives from negatives: LLaVE's Fig. 1 and Table 1.
 
 Each query has cosines with its positive, with its most similar and with its least similar negatives.
 Owns their distributions, means and overlaps, as numbers. The cosines come from `mmeb.py`, the picture
@@ -38,18 +38,36 @@ class SimilarityStats:
     easy: np.ndarray
 
     def mean(self, kind: str) -> float:
-        """Mean cosine of "positive", "hard" or "easy", as in the paper's Table 1."""
+        """Mean cosine of one kind, as in the paper's Table 1.
+
+        Args:
+          kind: one of KINDS.
+
+        Returns:
+          The mean.
+        """
         return float(np.mean(getattr(self, kind), dtype=np.float64))
 
     def overlap(self, first: str, second: str) -> float:
         """Overlap coefficient of two kinds: the area that their histograms have in common.
 
-        It is 0 if a threshold separates them, and 1 if their distributions are equal.
+        Args:
+          first, second: two of KINDS.
+
+        Returns:
+          0 if a threshold separates them, 1 if their distributions are equal.
         """
         return float(np.minimum(self.histogram(first), self.histogram(second)).sum())
 
     def histogram(self, kind: str) -> np.ndarray:
-        """Share of the cosines in each bin of EDGES: float64 [bins], sums to 1."""
+        """Share of the cosines in each bin of EDGES.
+
+        Args:
+          kind: one of KINDS.
+
+        Returns:
+          float64 [bins], sums to 1.
+        """
         values = getattr(self, kind)
         # Rounding can bring a cosine beyond 1 by an ulp or two.
         counts, _ = np.histogram(np.clip(values, EDGES[0], EDGES[-1]), EDGES)

@@ -40,7 +40,7 @@ def compare(
       FileNotFoundError: a dataset was not scored, or none in each of the evaluations.
     """
     if datasets is None:
-        scored = [set(scored_datasets(directory)) for directory in evaluations.values()]
+        scored = [set(_scored_datasets(directory)) for directory in evaluations.values()]
         datasets = sorted(set.intersection(*scored))
     if not datasets:
         places = ", ".join(map(str, evaluations.values()))
@@ -64,7 +64,7 @@ def compare(
     return table
 
 
-def scored_datasets(directory: str | os.PathLike) -> list[str]:
+def _scored_datasets(directory: str | os.PathLike) -> list[str]:
     """Names of the datasets that `evaluate_mmeb` scored into a directory, sorted."""
     return sorted(path.name[: -len(_SCORES)] for path in Path(directory).glob(f"*{_SCORES}"))
 

@@ -159,7 +159,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Loads str, bytes, numbers, list, tuple, dict and set. These need no import, so no code runs."""
 
     def find_class(self, module: str, name: str):
-        """Refuse whatever a pickle wants to import."""
+        """Refuses every import of a pickle."""
         raise pickle.UnpicklingError(
             f"refers to {module}.{name}; only text, numbers, lists, tuples and dicts are read"
         )
@@ -180,12 +180,12 @@ def load_plain_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         try:
             return _PlainUnpickler(file, encoding="utf-8", errors="replace").load()
-        except Exception as error:  # broken opcodes raise whatever they lead to
+        except Exception as error:  # broken opcodes can raise any exception
             raise ValueError(f"{path}: not a pickle of plain captions: {error}") from error
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """All files below a folder, in order, also those behind links, without hidden ones (as of macOS)."""
+    """All files below a folder, in order, links followed, without hidden files such as macOS's."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a directory")
     seen = set()
