@@ -21,7 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def settings_of(config: Config) -> BatchSettings:
-    """The numbers of a batch that the config sets by hand; None: to be planned."""
+    """The numbers of a batch that the config sets by hand.
+
+    Args:
+      config: of the run.
+
+    Returns:
+      The numbers; None for what is to be planned.
+    """
     batch = config.batch
     return BatchSettings(
         row_length=batch.row_length,
@@ -32,7 +39,7 @@ def settings_of(config: Config) -> BatchSettings:
     )
 
 
-def set_by_hand(config: Config) -> bool:
+def _set_by_hand(config: Config) -> bool:
     """Whether the config leaves nothing to plan."""
     settings = settings_of(config)
     return None not in (
@@ -50,9 +57,13 @@ def make_plan(
     """The shape of the run's batches: what the config sets by hand, and a plan of the rest.
 
     Args:
+      config: of the run.
       llave_config: the model that is trained.
       shards: devices that the batch is split over.
       measure: gives the sizes of a sample of the data; it is not called if there is nothing to plan.
+
+    Returns:
+      The budget of one shard of one micro-batch, and the expected fill.
 
     Raises:
       ValueError: the config's numbers do not go together, or leave no room for an item that the model's
@@ -61,8 +72,8 @@ def make_plan(
     pairs_per_group(config, shards)
     by_modality = config.data.order == "modality"
     if by_modality:
-        check_modality(config)
-    if set_by_hand(config):
+        _check_modality(config)
+    if _set_by_hand(config):
         plan = BatchPlan(batch_budget(config, shards), config.batch.fill)
     else:
         plan = plan_batch(
@@ -83,13 +94,17 @@ def make_plan(
 def total_steps(config: Config, rows: int, fill: float | None = None) -> int:
     """Optimiser steps of a run over `rows` pairs.
 
-    By modality an epoch has as many steps as full batches, or one. In the uniform order it has as many
-    as batches, and more if batches are not expected to be full. A step holds each row at most once.
+    By modality, an epoch has one step for each full batch, and at least one. In the uniform order it has one
+    step for each batch, and more if batches are not expected to be full. A step holds each row at most once.
 
     Args:
+      config: of the run.
       rows: pairs of the data.
       fill: share of `batch.pairs` that a step has on average, as planned; None: what the config says,
         or 1.
+
+    Returns:
+      The number of steps; `config.steps`, if that is set.
 
     Raises:
       ValueError: the fill is not a share, or `data.order` and `batch` do not go together.
@@ -100,7 +115,7 @@ def total_steps(config: Config, rows: int, fill: float | None = None) -> int:
     if not 0 < fill <= 1:
         raise ValueError(f"batch.fill is {fill}; expected more than 0 and at most 1")
     if config.data.order == "modality":
-        check_modality(config)
+        _check_modality(config)
         return config.steps or epochs * max(1, rows // batch.pairs)
     steps = math.ceil(rows * epochs / min(batch.pairs * fill, rows))
     if config.data.sub_batch == 1 and not config.data.weights:
@@ -108,8 +123,8 @@ def total_steps(config: Config, rows: int, fill: float | None = None) -> int:
     return config.steps or steps
 
 
-def check_modality(config: Config) -> None:
-    """Sees that a step by modality is meant to have all its pairs.
+def _check_modality(config: Config) -> None:
+    """Refuses a `batch.fill` below 1 by modality, where a step takes all its pairs.
 
     Raises:
       ValueError: `batch.fill` says otherwise.
@@ -140,6 +155,9 @@ def batch_budget(config: Config, shards: int) -> Budget:
       config: with `batch.row_length`, `tokens_per_pair` and `crops_per_pair`.
       shards: devices that the batch is split over.
 
+    Returns:
+      The budget.
+
     Raises:
       ValueError: the step's pairs do not divide over shards and micro-batches, or `data.order` and
         `batch` do not go together.
@@ -147,7 +165,7 @@ def batch_budget(config: Config, shards: int) -> Budget:
     batch, pairs = config.batch, pairs_per_group(config, shards)
     if config.data.order == "modality":
         # Slots to spare: a pair whose group does not fit joins another of its pool, or a later one.
-        check_modality(config)
+        _check_modality(config)
         slots = pairs + math.ceil(pairs / 4)
     else:
         slots = pairs
@@ -165,7 +183,11 @@ def pairs_per_group(config: Config, shards: int) -> int:
     """Pairs of a step for each shard of each micro-batch.
 
     Args:
+      config: of the run.
       shards: devices that the batch is split over.
+
+    Returns:
+      The number of pairs.
 
     Raises:
       ValueError: the step's pairs do not divide over shards and micro-batches, or into pools of more
@@ -190,7 +212,18 @@ def pairs_per_group(config: Config, shards: int) -> int:
 
 
 def dealing(config: Config, shards: int) -> dict[str, int]:
-    """What `packing_simulation.simulate` is told of `data.order`."""
+    """The arguments of `packing_simulation.simulate` that follow from `data.order`.
+
+    Args:
+      config: of the run.
+      shards: devices that the batch is split over.
+
+    Returns:
+      `group_size` and `micro_batches` by modality; nothing in the uniform order.
+
+    Raises:
+      ValueError: as for `pairs_per_group`.
+    """
     if config.data.order != "modality":
         return {}
     return {
@@ -200,18 +233,29 @@ def dealing(config: Config, shards: int) -> dict[str, int]:
 
 
 def check_budget(config: Config, llave_config: LlaveConfig, shards: int) -> None:
-    """`check_room` of the budget that a config sets by hand."""
+    """`check_room` of the budget that a config sets by hand.
+
+    Args:
+      config: of the run.
+      llave_config: the model that is trained.
+      shards: devices that the batch is split over.
+
+    Raises:
+      ValueError: as for `check_room` and `batch_budget`.
+    """
     check_room(config, llave_config, batch_budget(config, shards), shards)
 
 
 def check_room(config: Config, llave_config: LlaveConfig, budget: Budget, shards: int) -> None:
-    """Sees before the first step that a batch has room for any item that the model's inputs allow.
+    """Checks before the first step that a batch has room for any item that the model's inputs allow.
 
     With `data.on_error` "skip", rows that are too large are left out and counted. A budget too small for
     the largest possible item is then only warned about; so is one set by hand that is too small for a pair
     of such items.
 
     Args:
+      config: of the run.
+      llave_config: the model that is trained.
       budget: of one shard of one micro-batch.
       shards: devices that the batch is split over.
 

@@ -4,7 +4,7 @@
     WORKDIR/best/checkpoints/STEP/params                the best by a metric, a model of its own
 
 A checkpoint appears under its name only when all of it is written. Optimiser state is kept under names
-(optimizer/opt_state/adam/mu/PATH), so that a library that orders its fields anew swaps nothing.
+(optimizer/opt_state/adam/mu/PATH), so that no field is mistaken for another if a library reorders them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ BEST = "best"
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest kept."""
+    """The checkpoints of one run, newest kept.
+
+    Args:
+      workdir: the run's directory.
+      keep: how many checkpoints are kept.
+    """
 
     def __init__(self, workdir: Path, *, keep: int):
         self._manager = ocp.CheckpointManager(
@@ -38,16 +43,26 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def must_stop(self, step: int) -> bool:
-        """Whether the machines are about to be taken away (the same answer in all processes)."""
+        """Whether the machines are about to be taken away.
+
+        Args:
+          step: optimiser steps done.
+
+        Returns:
+          True if so, in all processes alike.
+        """
         return self._manager.reached_preemption(step)
 
     def save(self, state: TrainState, iterator: grain.DatasetIterator) -> None:
-        """Write a checkpoint of a state and of the iterator whose next batch comes after it.
+        """Writes a checkpoint. Returns when the arrays are copied; files are written in the background.
 
-        Returns when the arrays are copied; files are written in the background.
+        Args:
+          state: of the run.
+          iterator: its next batch is the one after `state`.
         """
         self._manager.save(
             int(state.step),
@@ -61,10 +76,14 @@ class Checkpoints:
         )
 
     def restore(self, target: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """The latest checkpoint, directly into its shards; the iterator continues where it was.
+        """Reads the latest checkpoint, every array directly into its shards.
 
         Args:
           target: shapes, dtypes and shardings of the state.
+          iterator: is set to continue where it was.
+
+        Returns:
+          The state.
 
         Raises:
           ValueError: the run had another number of processes or another optimiser.
@@ -99,7 +118,12 @@ class Checkpoints:
 
 
 class BestCheckpoint:
-    """The parameters that scored best by one metric, kept in `WORKDIR/best`."""
+    """The parameters that scored best by one metric, kept in `WORKDIR/best`.
+
+    Args:
+      workdir: the run's directory.
+      metric: name of the score; higher is better.
+    """
 
     def __init__(self, workdir: Path, metric: str):
         self._metric = metric
@@ -116,10 +140,15 @@ class BestCheckpoint:
                 self._value = record["value"]
 
     def offer(self, step: int, params: Any, scores: Mapping[str, float]) -> None:
-        """Keep these parameters if they score higher than any before.
+        """Keeps these parameters if they score higher than any before.
+
+        Args:
+          step: optimiser steps done.
+          params: the parameter tree.
+          scores: metric -> value.
 
         Raises:
-          KeyError: there is no such metric; it names those there are.
+          KeyError: the metric is not scored; the message names those that are.
         """
         if self._metric not in scores:
             raise KeyError(
@@ -135,6 +164,7 @@ class BestCheckpoint:
             write_text(self._record, json.dumps(record, indent=2) + "\n")
 
     def close(self) -> None:
+        """Closes the checkpoint's writer."""
         self._manager.close()
 
 

@@ -28,7 +28,17 @@ from llave_jax.training.metrics import MetricsWriter
 
 
 class TrainingEvaluation:
-    """`run` scores the parameters of one step; `report` sums the run up."""
+    """`run` scores the parameters of one step; `report` sums the run up.
+
+    Args:
+      config: the run's `config.eval`.
+      model, tokenizer: what is trained.
+      mesh: where its parameters lie.
+      workdir: the run's directory.
+      data_dir: the benchmark's directory, in MMEB's form; None: no evaluation.
+      infos: its datasets' meta-tasks, where it is not MMEB.
+      best: keeps the parameters that score best.
+    """
 
     def __init__(
         self,
@@ -41,15 +51,6 @@ class TrainingEvaluation:
         infos: Sequence[DatasetInfo] | None = None,
         best: BestCheckpoint | None = None,
     ):
-        """Args:
-        config: the run's `config.eval`.
-        model, tokenizer: what is trained.
-        mesh: where its parameters lie.
-        workdir: the run's.
-        data_dir: the benchmark's directory, in MMEB's form; None: no evaluation.
-        infos: its datasets' meta-tasks, where it is not MMEB.
-        best: keeps the parameters that score best.
-        """
         self._config = config
         self._data_dir = data_dir
         self._infos = infos
@@ -66,6 +67,10 @@ class TrainingEvaluation:
         Args:
           step: optimiser steps done.
           last_step: of the run.
+
+        Returns:
+          True at step 0, at the last step and every `eval.every` steps, if there is a benchmark and the
+          step has no scores yet.
         """
         if self._data_dir is None:
             return False
@@ -114,7 +119,7 @@ class TrainingEvaluation:
         """
         if self._data_dir is None or jax.process_index() != 0:
             return
-        # Where the benchmark joined a run that was continued, the untrained model has no scores.
+        # If the benchmark was added when the run was continued, the untrained model has no scores.
         first = json.loads(self._summary(0).read_text()) if self._summary(0).exists() else {}
         last = json.loads(self._summary(last_step).read_text())
         rows = [["dataset", "meta-task", "chance", "untrained", "trained"]]

@@ -15,8 +15,13 @@ from llave_jax.common.files import write_text
 class MetricsWriter:
     """Appends to `directory/metrics.jsonl` and TensorBoard files beside it.
 
-    Lines of steps after `first_step` that an earlier, interrupted run left behind are removed, so
-    that every step is there once. `enabled=False` writes nothing (processes other than the first).
+    Lines of steps after `first_step` that an earlier, interrupted run left behind are removed, so that every
+    step is there once.
+
+    Args:
+      directory: of the run.
+      first_step: steps done before this process began.
+      enabled: False writes nothing, as on processes other than the first.
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0, enabled: bool = True):
@@ -31,6 +36,12 @@ class MetricsWriter:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line.
+
+        Args:
+          step: optimiser steps done.
+          values: metric -> value.
+        """
         if not self._enabled:
             return
         line = {"step": step, "time": round(time.time(), 3), **values}
@@ -40,12 +51,20 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Writes what TensorBoard's writer still holds."""
         if self._enabled:
             self._board.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:
-    """All lines of a run's metrics file."""
+    """All lines of a run's metrics file.
+
+    Args:
+      directory: of the run.
+
+    Returns:
+      metric -> value for each line, in order.
+    """
     with open(directory / "metrics.jsonl") as file:
         return [json.loads(line) for line in file]
 

@@ -98,7 +98,7 @@ FIXED: dict[str, tuple[str, ...]] = {
 }
 # Fields of `batch` that are planned where they are left open.
 PLANNED = ("row_length", "tokens_per_pair", "crops_per_pair", "taps", "fill")
-# Pools of one device have as many pairs as the number of devices leaves them.
+# With pools of one device, the number of devices decides how many pairs a pool has.
 FIXED_WITH_DEVICE_POOLS = ("mesh.data", "mesh.fsdp")
 
 
@@ -116,7 +116,14 @@ def keep_batch(config: Config, before: Mapping[str, Any]) -> None:
 
 
 def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """ "KEY: OLD -> NEW" of each key that differs and may not; both configs as read from JSON."""
+    """The changes of a config with which its run cannot be continued.
+
+    Args:
+      before, now: the run's config and the new one, as read from JSON.
+
+    Returns:
+      "KEY: OLD -> NEW" of each key that differs and may not.
+    """
     before, now = dict(leaves(before)), dict(leaves(now))
     may_change = {key for keys in MAY_CHANGE.values() for key in keys}
     if now.get("loss.pool") == "device":
@@ -129,7 +136,15 @@ def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("optim.learning_rate", 1e-5), ..."""
+    """The fields of a nested config.
+
+    Args:
+      values: nested dict.
+      prefix: in front of the keys.
+
+    Yields:
+      (key, value), such as ("optim.learning_rate", 1e-5).
+    """
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""What a run keeps of itself in WORKDIR, besides checkpoints, metrics and scores.
+"""The files of a run in WORKDIR beside checkpoints, metrics and scores.
 
 config.json             the config, which decides whether the run may be continued (`resume.py`)
 batch_plan.json         the shape of batches: what was set by hand, and what was planned
@@ -36,7 +36,15 @@ MODEL = "model"
 
 
 def skip_file(workdir: Path, process: int | str) -> Path:
-    """The file in which a process lists the rows that it skips."""
+    """The file in which a process lists the rows that it skips.
+
+    Args:
+      workdir: the run's directory.
+      process: index of the process; "*" for a pattern of all.
+
+    Returns:
+      The path.
+    """
     return workdir / f"skipped_{process}.jsonl"
 
 
@@ -46,6 +54,10 @@ def record_config(config: Config, workdir: Path) -> None:
     A run that ended before its first checkpoint, as with a mistyped path, has nothing to continue, and
     any config may follow. Where a run is continued, numbers of a batch that `config` leaves open are set
     as the run began with them.
+
+    Args:
+      config: of the run.
+      workdir: the run's directory.
 
     Raises:
       ValueError: the run in `workdir` cannot go on with this config; it names the keys.
@@ -80,10 +92,15 @@ def record_batch_plan(
     expected fill stays, since it decides how many steps the run has.
 
     Args:
-      llave_config, shards, measure: as of `batch_shape.make_plan`.
+      config: of the run.
+      llave_config, shards, measure: as for `batch_shape.make_plan`.
+      workdir: the run's directory.
+
+    Returns:
+      The plan, the same in every process.
 
     Raises:
-      ValueError: as of `batch_shape.make_plan`.
+      ValueError: as for `batch_shape.make_plan`.
     """
     plan: BatchPlan | None = None
 
@@ -116,8 +133,10 @@ def record_model(
     """Keeps with the run what makes its checkpoints a model: config, tokenizer, source files.
 
     Args:
+      config: of the run.
       llave_config: the model that the run trains.
       tokenizer_path: its tokenizer, where `config.model.path` has none.
+      workdir: the run's directory.
 
     Raises:
       ValueError: the run that is continued has another model or tokenizer.

@@ -56,7 +56,17 @@ DIGITS = "digits"
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
-    """The mesh of all the job's devices, as `config.mesh` divides them."""
+    """The mesh of all the job's devices, as `config.mesh` divides them.
+
+    Args:
+      config: of the run.
+
+    Returns:
+      The mesh.
+
+    Raises:
+      ValueError: the sizes do not use all devices.
+    """
     mesh = sharding.make_mesh(dict(config.mesh))
     log.info("mesh %s, %s", dict(mesh.shape), jax.devices()[0].device_kind)
     return mesh
@@ -65,8 +75,14 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
 def with_local_model(config: Config) -> Config:
     """The config with `model.path` as a model directory or a run, for the functions below.
 
+    Args:
+      config: of the run; `model.path` may also be a Hugging Face checkpoint or its name on the hub.
+
+    Returns:
+      A copy of the config, or `config` itself without `model.path`.
+
     Raises:
-      CheckpointError: `model.path` is no model (`resolve_model`).
+      CheckpointError: `model.path` is not a model (`resolve_model`).
     """
     if config.model.path is None:
         return config
@@ -80,6 +96,10 @@ def with_local_model(config: Config) -> Config:
 
 def locate_data(config: Config, workdir: Path) -> tuple[Path, Path | None]:
     """Where training data and tokenizer are; builds the digits benchmark if the config names it.
+
+    Args:
+      config: of the run.
+      workdir: the run's directory; digits are built in it.
 
     Returns:
       The data's directory or file, and the tokenizer's directory if the config names one.
@@ -107,7 +127,11 @@ def load_tokenizer(config: Config, tokenizer_path: Path | None) -> Any:
     """The tokenizer of the model directory, or of a model trained from scratch.
 
     Args:
+      config: of the run.
       tokenizer_path: as `locate_data` returned it.
+
+    Returns:
+      A `transformers` tokenizer.
 
     Raises:
       ValueError: a model trained from scratch has none.
@@ -129,7 +153,11 @@ def open_training_source(config: Config, data_path: Path) -> PairSource:
     """The pairs that the run trains on.
 
     Args:
+      config: of the run.
       data_path: as `locate_data` returned it.
+
+    Returns:
+      The pairs, without those held out.
 
     Raises:
       ValueError, OSError: the data is not there, or not in a form that is read.
@@ -158,7 +186,16 @@ def open_training_source(config: Config, data_path: Path) -> PairSource:
 
 
 def measure_data(config: Config, source: PairSource, builder: SequenceBuilder) -> PairSizes:
-    """Sizes of a sample of the data's pairs, by which batches are planned."""
+    """Sizes of a sample of the data's pairs, by which batches are planned.
+
+    Args:
+      config: of the run.
+      source: the pairs.
+      builder: of the model's sequences.
+
+    Returns:
+      The sizes.
+    """
     sides = 3 if config.loss.hard_negatives else 2
     weights = dict(config.data.weights) or None
     return measure_source(source, builder, sides=sides, weights=weights)
@@ -175,7 +212,15 @@ def make_iterator(
     """An endless iterator of the `TrainBatch`es of this process's shards.
 
     Args:
+      config: of the run.
+      source: the pairs.
+      builder: of the model's sequences.
       budget: of one shard of one micro-batch.
+      mesh: the devices.
+      workdir: the run's directory.
+
+    Returns:
+      The iterator, at its beginning.
     """
     data, process = config.data, jax.process_index()
     return train_iterator(
@@ -201,6 +246,12 @@ def make_iterator(
 
 def model_config(config: Config) -> LlaveConfig:
     """Sizes and input settings of the model that the run trains.
+
+    Args:
+      config: of the run.
+
+    Returns:
+      Those of `model.path` or `model.preset`, with the changes of `model.inputs`.
 
     Raises:
       ValueError: neither `model.path` nor `model.preset` is set, or there is no such preset.
@@ -229,6 +280,9 @@ def canvases(pinpoints: Sequence[Any], tile: int) -> tuple[tuple[int, int], ...]
     Args:
       pinpoints: (rows, columns) in tiles, or a sequence of canvases in pixels.
       tile: pixels of a side of the vision tower's crops.
+
+    Returns:
+      (height, width) of each canvas, in pixels.
 
     Raises:
       ValueError: it is neither, or a canvas is not made of whole tiles.
@@ -269,9 +323,13 @@ def build_training(
     """The model, schedule and step that a config describes.
 
     Args:
-      llave_config: as of `model_config`.
+      config: of the run.
+      llave_config: what `model_config` returned.
       mesh: of real devices, or of a topology's to compile for.
       total_steps: optimiser steps of the whole run, over which the learning rate decays.
+
+    Returns:
+      What the run consists of.
 
     Raises:
       ValueError: a name that the config gives for a loss, a pool, an implementation of attention or
@@ -300,8 +358,14 @@ def make_model(
     """The module, with attention kernels that suit the mesh's devices.
 
     Args:
-      lr_multipliers: as of `optim.lr_multipliers`; through a vision tower that is frozen as a whole
-        no gradients are computed.
+      config: of the run.
+      llave_config: the model that is trained.
+      mesh: the devices.
+      lr_multipliers: what `optim.lr_multipliers` returned. If the vision tower is frozen as a whole,
+        gradients stop at it.
+
+    Returns:
+      The module.
     """
     tower = [rate for path, rate in lr_multipliers.items() if path.startswith("vision_tower/")]
     return Llave(
@@ -330,7 +394,14 @@ def make_state(
     Every array is made or read directly in its shards.
 
     Args:
+      config: of the run.
+      training: what the run consists of.
+      mesh: the devices.
+      checkpoints: the run's checkpoints.
       iterator: is set to the checkpoint's position in the data.
+
+    Returns:
+      The state, in its shards.
 
     Raises:
       ValueError: the checkpoint does not suit this run (`Checkpoints.restore`).
@@ -359,7 +430,17 @@ def make_evaluation(
     mesh: jax.sharding.Mesh,
     workdir: Path,
 ) -> TrainingEvaluation:
-    """What scores the run's parameters: on MMEB's form of a directory, or on digits.
+    """What scores the run's parameters: on a directory in MMEB's form, or on digits.
+
+    Args:
+      config: of the run.
+      model: the module that is trained.
+      tokenizer: the model's.
+      mesh: the devices.
+      workdir: the run's directory.
+
+    Returns:
+      The evaluation; without `eval.benchmark` it scores nothing.
 
     Raises:
       ValueError: the config asks for the best parameters by a benchmark that it does not name.

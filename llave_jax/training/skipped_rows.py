@@ -1,4 +1,4 @@
-"""Rows that a run skips: all processes stop at the same step when they are too many together."""
+"""Rows that a run skips: if the processes together skip too many, all stop at the same step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,12 @@ def check_skipped_rows(
 
 
 def report_skipped_rows(skipped: Sequence[str], workdir: Path) -> None:
-    """Says at the end of a run how many rows this process skipped, and where they are listed."""
+    """Says at the end of a run how many rows this process skipped, and where they are listed.
+
+    Args:
+      skipped: pair ids of the rows.
+      workdir: the run's directory.
+    """
     if skipped:
         log.info(
             "this process skipped %d rows that cannot be used (%s), listed in %s",

@@ -52,6 +52,7 @@ def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> Any:
 
     Args:
       abstract: shapes and dtypes of the state.
+      mesh: the devices.
 
     Returns:
       A TrainState of shardings: optimiser moments lie beside their parameters, scalars are

@@ -6,7 +6,7 @@ same program.
 The whole batch goes through the model in micro-batches; the loss sees one pool of pairs, the whole
 batch (`pool="global"`, exact gradients), each micro-batch by itself (`pool="micro"`, the authors'
 gradient accumulation) or each device's part of a micro-batch (`pool="device"`, no negatives from
-other devices). The loss is the mean over all pairs of the step, whatever pool they are in.
+other devices). The loss is the mean over all pairs of the step, in every kind of pool.
 """
 
 from __future__ import annotations
@@ -33,6 +33,18 @@ POOLS = ("global", "micro", "device")
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
+    """The settings of the loss, `config.loss` without `hard_negatives`.
+
+    Attributes:
+      kind, alpha, temperature, margin: as for `loss.cross_device.contrastive_loss`.
+      pool: which pairs are each other's negatives, one of POOLS: all of a step, those of one micro-batch,
+        or those of one device's part of it.
+      mask_false_negatives: targets of equal content are not negatives of each other's queries.
+
+    Raises:
+      ValueError: `kind` or `pool` is unknown.
+    """
+
     kind: str = "hardness"
     alpha: float = 9.0
     temperature: float = 0.02
@@ -64,14 +76,22 @@ class PoolEmbeddings(NamedTuple):
 def make_loss(
     model: Llave, mesh: jax.sharding.Mesh, config: LossConfig
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """`loss(params, batch, target_ids=None) -> (scalar, metrics)`.
+    """The loss of a step as a function of the parameters.
 
-    Batch arrays are [M, S, ...] with M micro-batches; `target_ids` int32 [M, S, Z - 1, G] are needed
-    with `mask_false_negatives`. Sides beyond query and target are hard negatives, which every query
-    of the pool sees.
+    Args:
+      model: the module.
+      mesh: the devices.
+      config: the settings.
+
+    Returns:
+      `loss(params, batch, target_ids=None) -> (scalar, metrics)`. Batch arrays are [M, S, ...] with M
+      micro-batches; `target_ids` int32 [M, S, Z - 1, G] are needed with `mask_false_negatives`. Sides beyond
+      query and target are hard negatives, which every query of the pool sees.
 
     Raises:
-      ValueError: the model's `remat` is no key of `models.remat.REMATS`.
+      ValueError: the model's `remat` is not a key of `models.remat.REMATS`.
+
+    References: LLaVE (arXiv 2503.04812), section 3; GradCache (arXiv 2101.06983) for the pool "global".
     """
 
     def embed(params: Any, micro_batch: PackedBatch) -> jax.Array:
@@ -157,7 +177,8 @@ class TrainStep:
 
     Attributes:
       run: `(state, batch, target_ids) -> (state, metrics)`, jitted with the shardings of a mesh; the state
-        that is given is used up. Batch and target ids as of `make_loss`; target ids may be None.
+        that is given is donated: its arrays must not be used again. Batch and target ids are those of
+        the loss of `make_loss`; target ids may be None.
       init: `params -> state`, jitted: the state before the first step, made in its shards.
       state: shapes, dtypes and shardings of the state.
     """
@@ -177,11 +198,17 @@ def build_step(
     """The training step of a model on a mesh, of real devices or of a topology.
 
     Args:
+      model: the module.
+      mesh: the devices.
       optimizer: over the flat dict of trainable parameters.
       lr_multipliers: path -> learning-rate multiplier of each parameter; None where it is frozen.
+      loss_config: the settings of the loss.
+
+    Returns:
+      The compiled step, and what begins a run.
 
     Raises:
-      ValueError: as of `make_loss`.
+      ValueError: as for `make_loss`.
     """
 
     def init(params: Any) -> TrainState:
@@ -208,7 +235,13 @@ def abstract_batch(
     """Shapes, dtypes and shardings of a batch of a budget and of its target ids.
 
     Args:
+      model: the module.
+      mesh: the devices.
+      budget: of one shard of one micro-batch.
       leading: axes in front of the shards: (micro_batches,) for training, () for embedding.
+
+    Returns:
+      The batch, and target ids int32 [*leading, S, Z - 1, G], as `jax.ShapeDtypeStruct`.
     """
     vision = model.config.vision
     batch = empty_batch(budget, 1, vision.crop)

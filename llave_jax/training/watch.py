@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: a progress bar, metrics, and an end if the loss is not finite."""
+"""What a run shows while it trains: a progress bar and metrics. A loss that is not finite ends the run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ class Watch:
     """Checks, writes and shows the metrics of each step.
 
     It stays one step behind the device, so that the device never waits for the host to read a metric.
+
+    Args:
+      config: of the run.
+      writer: of the metrics.
+      schedule: step -> learning rate.
+      total_steps: of the whole run.
+      start: steps done before this process began.
     """
 
     def __init__(
@@ -29,12 +36,6 @@ class Watch:
         total_steps: int,
         start: int,
     ):
-        """Args:
-        writer: of the metrics.
-        schedule: step -> learning rate.
-        total_steps: of the whole run.
-        start: steps done before this process began.
-        """
         self.progress = Progress(
             total_steps,
             "training",
@@ -54,6 +55,7 @@ class Watch:
         """Takes the metrics of a step that the device may still be computing.
 
         Args:
+          step: optimiser steps done.
           metrics: scalars on the device, as the step returned them.
           batch: what the step read.
 
