@@ -155,7 +155,7 @@ def default_config() -> Config:
 
 
 def paper_config() -> Config:
-    """`default_config` with the data and inputs of the paper's models, whatever the base model says.
+    """`default_config` with the data and inputs of the paper's models, in place of the base model's.
 
     The base models have 36 canvases up to 6 x 6, sequences of 32 768 tokens and other newlines or none
     said. The authors' training overrides all of these.

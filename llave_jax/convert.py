@@ -23,6 +23,14 @@ from llave_jax.weights.to_hf import convert_to_hf
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the flags.
+
+    Args:
+      argv: the command line without the program; None: the process's.
+
+    Returns:
+      The flags' values.
+    """
     parser = command_line.Parser("tools/convert_hf.py", __doc__)
     parser.add_argument(
         "--input", required=True, help="what to convert: a directory, or a name on the hub"
@@ -51,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def convert(args: argparse.Namespace) -> None:
+def _convert(args: argparse.Namespace) -> None:
     command_line.set_up_logging(args)
     # A terminated conversion cleans up like one stopped with Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -74,7 +82,15 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command_line.run(convert, parse_args(argv))
+    """Runs the command.
+
+    Args:
+      argv: as for `parse_args`.
+
+    Returns:
+      The exit status.
+    """
+    return command_line.run(_convert, parse_args(argv))
 
 
 if __name__ == "__main__":

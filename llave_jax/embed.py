@@ -31,6 +31,14 @@ from llave_jax.weights.resolve import resolve_model
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the flags.
+
+    Args:
+      argv: the command line without the program; None: the process's.
+
+    Returns:
+      The flags' values.
+    """
     parser = command_line.Parser("llave_jax.embed", __doc__)
     command_line.add_model_argument(parser)
     parser.add_argument("--input", required=True, help="JSON-lines file of items")
@@ -48,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def command(args: argparse.Namespace) -> None:
+def _command(args: argparse.Namespace) -> None:
     processes.initialize(args)
     first = jax.process_index() == 0
     command_line.set_up_logging(args, first=first)
@@ -73,7 +81,15 @@ def command(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command_line.run(command, parse_args(argv))
+    """Runs the command.
+
+    Args:
+      argv: as for `parse_args`.
+
+    Returns:
+      The exit status.
+    """
+    return command_line.run(_command, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,14 @@ BENCHMARKS = ("mmeb", "digits", "retrieval", *video_data.READERS)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the flags.
+
+    Args:
+      argv: the command line without the program; None: the process's.
+
+    Returns:
+      The flags' values.
+    """
     parser = command_line.Parser("llave_jax.evaluate", __doc__)
     command_line.add_model_argument(parser)
     parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
@@ -64,7 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def command(args: argparse.Namespace) -> None:
+def _command(args: argparse.Namespace) -> None:
     processes.initialize(args)
     first = jax.process_index() == 0
     command_line.set_up_logging(args, first=first)
@@ -75,11 +83,25 @@ def command(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command_line.run(command, parse_args(argv))
+    """Runs the command.
+
+    Args:
+      argv: as for `parse_args`.
+
+    Returns:
+      The exit status.
+    """
+    return command_line.run(_command, parse_args(argv))
 
 
 def evaluate(args: argparse.Namespace) -> str:
-    """What the command line asks for. Returns the table.
+    """Does what the command line asks for.
+
+    Args:
+      args: of `parse_args`.
+
+    Returns:
+      The table of scores.
 
     Raises:
       ValueError, OSError: model or data are not what they should be.
@@ -97,11 +119,11 @@ def evaluate(args: argparse.Namespace) -> str:
         return embedder.encode(items, batch_size=args.batch_size, show_progress=first)
 
     if args.benchmark in video_data.READERS:
-        table = evaluate_videos(encode, cache, args, run)
+        table = _evaluate_videos(encode, cache, args, run)
     elif args.benchmark == "retrieval":
-        table = evaluate_own_corpus(encode, cache, args, run)
+        table = _evaluate_own_corpus(encode, cache, args, run)
     else:
-        table = evaluate_rows(encode, cache, args, run)
+        table = _evaluate_rows(encode, cache, args, run)
     return f"{table}\n\nModel: {_computed_by(run)}." if run is not None else table
 
 
@@ -109,7 +131,9 @@ def _computed_by(run: dict[str, Any]) -> str:
     return f"{run['model']} in {run['dtype']}"
 
 
-def evaluate_rows(encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run) -> str:
+def _evaluate_rows(
+    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run
+) -> str:
     """MMEB, or the bundled benchmark in its form. Returns the table."""
     output = Path(args.output)
     datasets = [name.strip() for name in args.subsets.split(",")] if args.subsets else None
@@ -135,7 +159,7 @@ def evaluate_rows(encode: Encode, cache: EmbeddingCache, args: argparse.Namespac
     return results.table()
 
 
-def evaluate_videos(
+def _evaluate_videos(
     encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run
 ) -> str:
     """Text-video retrieval. Returns the table."""
@@ -148,7 +172,7 @@ def evaluate_videos(
     return result.table()
 
 
-def evaluate_own_corpus(
+def _evaluate_own_corpus(
     encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run
 ) -> str:
     """Retrieval in BEIR's layout. Returns the table."""

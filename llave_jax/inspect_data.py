@@ -30,7 +30,21 @@ _SIMULATED_STEPS = 20
 
 
 def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: int) -> str:
-    """Measures the data of a config and writes the page; returns the printed report."""
+    """Measures the data of a config and writes the page.
+
+    Args:
+      config: of a run.
+      workdir: where the page is written.
+      rows: rows to measure in each subset.
+      samples: pairs of each subset on the page.
+      shards: devices that a batch is split over.
+
+    Returns:
+      The printed report.
+
+    Raises:
+      ValueError, OSError: the config does not describe a run, or its data cannot be read.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     config = setup.with_local_model(config)
     data_path, tokenizer_path = setup.locate_data(config, workdir)
@@ -44,7 +58,7 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
         measured, _SIMULATED_STEPS * config.batch.pairs, weights=dict(config.data.weights) or None
     )
     left_out = f"left out, as {EMPTY_SIDE}: {by_subset(listed(source.left_out))}"
-    plan = find_plan(config, llave_config, shards, sizes)
+    plan = _find_plan(config, llave_config, shards, sizes)
     packing = packing_report(
         sizes,
         plan.budget,
@@ -61,7 +75,7 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
     return report
 
 
-def find_plan(
+def _find_plan(
     config: Config, llave_config: LlaveConfig, shards: int, sizes: PairSizes
 ) -> BatchPlan:
     """The batches that training would make; also those, set by hand, that it would refuse."""
@@ -76,6 +90,14 @@ def find_plan(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the flags.
+
+    Args:
+      argv: the command line without the program; None: the process's.
+
+    Returns:
+      The flags' values.
+    """
     parser = command_line.Parser("llave_jax.inspect_data", __doc__, takes_config=True)
     parser.add_argument(
         "--workdir",
@@ -101,7 +123,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def command(args: argparse.Namespace) -> None:
+def _command(args: argparse.Namespace) -> None:
     command_line.set_up_logging(args, first=False)
     print(
         inspect(args.config, args.workdir, rows=args.rows, samples=args.samples, shards=args.shards)
@@ -110,7 +132,15 @@ def command(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command_line.run(command, parse_args(argv))
+    """Runs the command.
+
+    Args:
+      argv: as for `parse_args`.
+
+    Returns:
+      The exit status.
+    """
+    return command_line.run(_command, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,14 @@ from llave_jax.evaluation.similarity_comparison import compare
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the flags.
+
+    Args:
+      argv: the command line without the program; None: the process's.
+
+    Returns:
+      The flags' values.
+    """
     parser = command_line.Parser("llave_jax.similarity", __doc__)
     parser.add_argument(
         "--evaluations",
@@ -33,7 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def show(args: argparse.Namespace) -> None:
+def _show(args: argparse.Namespace) -> None:
     command_line.set_up_logging(args)
     pairs = [entry.partition("=") for entry in args.evaluations]
     subsets = args.subsets.split(",") if args.subsets else None
@@ -41,7 +49,15 @@ def show(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command_line.run(show, parse_args(argv))
+    """Runs the command.
+
+    Args:
+      argv: as for `parse_args`.
+
+    Returns:
+      The exit status.
+    """
+    return command_line.run(_show, parse_args(argv))
 
 
 if __name__ == "__main__":

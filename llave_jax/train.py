@@ -38,6 +38,7 @@ def train(config: Config, workdir: Path) -> bool:
     """Runs, or continues, the training that `config` describes.
 
     Args:
+      config: of the run.
       workdir: where the run is kept; made if it is not there.
 
     Returns:
@@ -83,7 +84,7 @@ def train(config: Config, workdir: Path) -> bool:
 
     watch = Watch(config, writer, training.schedule, total_steps, start)
     skipped: tuple[str, ...] = ()
-    # However the loop ends, a checkpoint that is being written is completed.
+    # A checkpoint that is being written is completed, also after an error.
     with (
         contextlib.closing(checkpoints),
         watch.progress,
@@ -124,6 +125,14 @@ def train(config: Config, workdir: Path) -> bool:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the flags.
+
+    Args:
+      argv: the command line without the program; None: the process's.
+
+    Returns:
+      The flags' values.
+    """
     parser = command_line.Parser("llave_jax.train", __doc__, takes_config=True)
     parser.add_argument(
         "--workdir", required=True, type=Path, help="where the run is kept; continued if it exists"
@@ -132,15 +141,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def command(args: argparse.Namespace) -> int:
+def _command(args: argparse.Namespace) -> int:
     processes.initialize(args)
     command_line.set_up_logging(args, first=jax.process_index() == 0, times=True)
     return 0 if train(args.config, args.workdir) else processes.STOPPED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      argv: as for `parse_args`.
+
+    Returns:
+      The exit status.
+    """
     user_errors = (ValueError, OSError, FloatingPointError, TooManySkips)
-    return command_line.run(command, parse_args(argv), user_errors)
+    return command_line.run(_command, parse_args(argv), user_errors)
 
 
 if __name__ == "__main__":

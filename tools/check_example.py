@@ -32,7 +32,13 @@ TOLERANCE = 0.01
 
 
 class Published(NamedTuple):
-    """Cosines that the authors print, each for ANIMALS in their order."""
+    """Cosines that the authors print, each for ANIMALS in their order.
+
+    Attributes:
+      hidden_size: of the model: the dimension of its embeddings.
+      image_to_text: of the picture with each text.
+      text_to_image: of each caption with the picture.
+    """
 
     hidden_size: int
     image_to_text: tuple[float, float]
@@ -46,7 +52,7 @@ PUBLISHED = {
 }
 
 
-class Row(NamedTuple):
+class _Row(NamedTuple):
     query: str
     target: str
     cosine: float
@@ -58,10 +64,16 @@ class Row(NamedTuple):
 
 
 def size_of(hidden_size: int) -> str:
-    """Which released model has embeddings of this size.
+    """Finds the released model whose embeddings have a size.
+
+    Args:
+      hidden_size: D.
+
+    Returns:
+      A key of PUBLISHED.
 
     Raises:
-      ValueError: none.
+      ValueError: there is none.
     """
     for size, published in PUBLISHED.items():
         if published.hidden_size == hidden_size:
@@ -73,7 +85,7 @@ def size_of(hidden_size: int) -> str:
     )
 
 
-def compare(model: Embedder, image: str, published: Published) -> list[Row]:
+def _compare(model: Embedder, image: str, published: Published) -> list[_Row]:
     """The example's cosines, published and of `model`."""
     captions = [CAPTION.format(animals) for animals in ANIMALS]
     question, picture, *texts = model.encode(
@@ -86,17 +98,17 @@ def compare(model: Embedder, image: str, published: Published) -> list[Row]:
     )
     answers, queries = texts[: len(ANIMALS)], texts[len(ANIMALS) :]
     rows = [
-        Row("the picture, what is in it", text, float(question @ answer), cosine)
+        _Row("the picture, what is in it", text, float(question @ answer), cosine)
         for text, answer, cosine in zip(ANIMALS, answers, published.image_to_text, strict=True)
     ]
     rows += [
-        Row(f"caption: {text}", "the picture", float(query @ picture), cosine)
+        _Row(f"caption: {text}", "the picture", float(query @ picture), cosine)
         for text, query, cosine in zip(ANIMALS, queries, published.text_to_image, strict=True)
     ]
     return rows
 
 
-def table(rows: list[Row]) -> str:
+def _table(rows: list[_Row]) -> str:
     lines = [f"{'query':28}{'target':20}{'cosine':>8}{'published':>11}{'difference':>12}"]
     lines += [
         f"{row.query:28}{row.target:20}{row.cosine:8.4f}{row.published:11.4f}"
@@ -107,6 +119,14 @@ def table(rows: list[Row]) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the flags.
+
+    Args:
+      argv: the command line without the program; None: the process's.
+
+    Returns:
+      The flags' values.
+    """
     parser = command_line.Parser("tools/check_example.py", __doc__)
     command_line.add_model_argument(parser)
     parser.add_argument("--image", required=True, metavar="PHOTO", help="the authors' picture")
@@ -124,19 +144,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace) -> int:
     directory = resolve_model(args.model)
     size = args.size or size_of(model_dir.load_config(directory).text.hidden_size)
     model = Embedder.from_pretrained(directory, dtype=args.dtype)
-    rows = compare(model, args.image, PUBLISHED[size])
-    print(f"{args.model} in {args.dtype}, beside LLaVE-{size} as published\n\n{table(rows)}\n")
+    rows = _compare(model, args.image, PUBLISHED[size])
+    print(f"{args.model} in {args.dtype}, beside LLaVE-{size} as published\n\n{_table(rows)}\n")
     agrees = all(row.agrees for row in rows)
     print("agrees" if agrees else f"differs by more than {TOLERANCE}")
     return 0 if agrees else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command_line.run(check, parse_args(argv))
+    """Runs the command.
+
+    Args:
+      argv: as for `parse_args`.
+
+    Returns:
+      The exit status.
+    """
+    return command_line.run(_check, parse_args(argv))
 
 
 if __name__ == "__main__":

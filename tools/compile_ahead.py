@@ -25,6 +25,7 @@ from llave_jax.training import setup
 
 
 def parse_args() -> argparse.Namespace:
+    """The flags' values, with the config loaded."""
     parser = command_line.Parser("tools/compile_ahead.py", __doc__, takes_config=True)
     parser.add_argument(
         "--topology",
@@ -41,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace) -> int:
     command_line.set_up_logging(args)
     training = args.program == "train"
     compile_step = (
@@ -63,4 +64,4 @@ def report(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(report, parse_args()))
+    sys.exit(command_line.run(_report, parse_args()))

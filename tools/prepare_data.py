@@ -21,6 +21,14 @@ from llave_jax.data.sources import MmebSource, open_source
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the flags.
+
+    Args:
+      argv: the command line without the program; None: the process's.
+
+    Returns:
+      The flags' values.
+    """
     parser = command_line.Parser("tools/prepare_data.py", __doc__)
     parser.add_argument("--input", type=Path, required=True, help="rows: a folder or a JSON file")
     parser.add_argument("--output", type=Path, required=True, help="where records are written")
@@ -42,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_records(args: argparse.Namespace) -> None:
+def _write_records(args: argparse.Namespace) -> None:
     command_line.set_up_logging(args)
     source = open_source(
         args.input,
@@ -76,7 +84,15 @@ def write_records(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command_line.run(write_records, parse_args(argv), (ValueError, OSError, TooManySkips))
+    """Runs the command.
+
+    Args:
+      argv: as for `parse_args`.
+
+    Returns:
+      The exit status.
+    """
+    return command_line.run(_write_records, parse_args(argv), (ValueError, OSError, TooManySkips))
 
 
 if __name__ == "__main__":
