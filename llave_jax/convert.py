@@ -3,9 +3,10 @@
     python tools/convert_hf.py --input HF --output DIR
     python tools/convert_hf.py --to-hf {llave,onevision} --input DIR --output HF_DIR
 
-HF is a directory, or a name on the Hugging Face hub (org/name or org/name@revision), of a checkpoint in the layout of the authors' code (LlavaQwenForCausalLM: the released LLaVE
-models, LLaVA-OneVision and Aquila-VL, and what was fine-tuned from them) or of transformers'
-LlavaOnevision. In the other direction DIR is a model directory or a training run.
+HF is a checkpoint's directory, or its name on the Hugging Face hub (org/name or org/name@revision). The
+checkpoint has the layout of the authors' code (LlavaQwenForCausalLM: the released LLaVE models,
+LLaVA-OneVision, Aquila-VL, and what was fine-tuned from them) or of transformers' LlavaOnevision. With
+--to-hf, DIR is a model directory or a training run.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def ranking_metrics(
       cutoffs: of recall and nDCG.
 
     Returns:
-      The means by the names of `_metric_names`, as fractions.
+      Metric -> mean, as a fraction: precision@1, recall and nDCG at each cutoff, MRR at the largest.
 
     Raises:
       ImportError: ir-measures is not installed.
