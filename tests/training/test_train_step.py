@@ -60,8 +60,8 @@ def recorded(reference, kind, config):
     found = []
     for key in reference.numbers.files:
         if key.startswith(f"{kind}/"):
-            hit = hf_names.match(key.removeprefix(f"{kind}/"), "llave")
-            array = hf_names.to_ours(hit.weight, reference.numbers[key], config)
+            hit = hf_names.find_tensor(key.removeprefix(f"{kind}/"), "llave")
+            array = hf_names.from_hf(hit.weight, reference.numbers[key], config)
             found.append((hit.weight.path, hit.layer, array))
     assert found
     return found
