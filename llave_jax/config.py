@@ -79,9 +79,14 @@ def default_config() -> Config:
     config.data.held_out = 0.0
 
     # Pairs of a step, over all devices. They go through the model in `micro_batches` parts: more parts
-    # take less memory.
+    # take less memory. pairs None: `max_pairs`, or half of it, a quarter and so on, until an epoch has 8
+    # steps and the step fits into the devices' memory. micro_batches None: as few as fit. Memory is
+    # measured by compiling the step (`llave_jax.training.batch_search`).
     config.batch = ConfigDict()
+    config.batch.pairs = placeholder(int)
     config.batch.pairs = 256
+    config.batch.max_pairs = 256
+    config.batch.micro_batches = placeholder(int)
     config.batch.micro_batches = 1
     # The room of a batch. None: planned from a sample of the data (`llave_jax.data.batch_plan`). What was
     # planned is in WORKDIR/batch_plan.json; `llave_jax.inspect_data` shows it before a run. Tokens of a

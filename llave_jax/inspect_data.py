@@ -85,8 +85,7 @@ def _find_plan(
         batch = config.batch
         if None in (batch.row_length, batch.tokens_per_pair, batch.crops_per_pair):
             raise
-        fill = 1.0 if batch.fill is None else batch.fill
-        return BatchPlan(batch_shape.batch_budget(config, shards), fill)
+        return batch_shape.plan_by_hand(config, shards)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

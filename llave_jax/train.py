@@ -26,6 +26,7 @@ from llave_jax.inputs.chat import check_vocabulary
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.parallel import processes, sharding
 from llave_jax.training import batch_shape, run_files, setup
+from llave_jax.training.batch_search import BatchSearch, with_batch
 from llave_jax.training.checkpoint import Checkpoints
 from llave_jax.training.metrics import MetricsWriter
 from llave_jax.training.skipped_rows import check_skipped_rows, report_skipped_rows
@@ -64,16 +65,17 @@ def train(config: Config, workdir: Path) -> bool:
     source = setup.open_training_source(config, data_path)
     builder = SequenceBuilder(tokenizer, llave_config.input_spec)
     measure = functools.partial(setup.measure_data, config, source, builder)
-    shards = sharding.num_shards(mesh)
-    plan = run_files.record_batch_plan(config, llave_config, shards, measure, workdir)
+    search = BatchSearch(config, llave_config, mesh, len(source), measure)
+    plan = run_files.record_batch_plan(config, sharding.num_shards(mesh), search.find, workdir)
+    config = with_batch(config, plan.pairs, plan.micro_batches)
     total_steps = batch_shape.total_steps(config, len(source), plan.fill)
     log.info(
         "%d pairs, %d steps of about %d", len(source), total_steps, config.batch.pairs * plan.fill
     )
     log.info("a device and micro-batch has %s", plan)
 
-    iterator = setup.make_iterator(config, source, builder, plan.budget, mesh, workdir)
-    training = setup.build_training(config, llave_config, mesh, total_steps)
+    iterator = setup.make_iterator(config, source, builder, plan, mesh, workdir)
+    training = search.training(config, plan, total_steps)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     state = setup.make_state(config, training, mesh, checkpoints, iterator)
     start = int(state.step)

@@ -61,14 +61,20 @@ class BatchPlan:
 
     Attributes:
       budget: of one shard of one micro-batch.
+      pairs: of a step, over all devices and micro-batches, as they were asked for.
+      micro_batches: parts in which a step goes through the model.
       fill: pairs that a step has on average, as a share of those asked for.
+      order_slots: slots of a batch of the uniform order, which decide what row comes when.
       tokens: filled share of the rows' tokens, by simulation; None: all numbers were set by hand.
       crops: filled share of the room for crops, likewise.
       carried: share of the pairs that wait for a later batch, likewise.
     """
 
     budget: Budget
+    pairs: int
+    micro_batches: int
     fill: float
+    order_slots: int
     tokens: float | None = None
     crops: float | None = None
     carried: float | None = None
@@ -171,7 +177,8 @@ class _Search:
     ):
         """`pairs`: of one shard of one micro-batch."""
         self._settings = settings
-        self._pairs = pairs
+        self._pairs, self._micro_batches = pairs, micro_batches
+        self._step = pairs * shards * micro_batches
         self._sides = sizes.lengths.shape[1]
         self._shards = min(shards, _SIMULATED_SHARDS)
         self._dealing = {}
@@ -253,7 +260,10 @@ class _Search:
         fill = 1.0 if self._dealing else min(1.0, per_shard / self._pairs)
         plan = BatchPlan(
             budget=budget,
+            pairs=self._step,
+            micro_batches=self._micro_batches,
             fill=fill if self._settings.fill is None else self._settings.fill,
+            order_slots=self._step // self._pairs * self._slots,
             tokens=float(packing.tokens),
             crops=float(packing.crops),
             carried=packing.carried,

@@ -60,6 +60,7 @@ def train_iterator(
     epochs: int | None = None,
     composition: Composition = UNIFORM,
     group_size: int | None = None,
+    order_slots: int | None = None,
     on_error: str = "raise",
     skip_file: str | os.PathLike | None = None,
     max_skip_share: float = 0.01,
@@ -86,6 +87,8 @@ def train_iterator(
       composition: uniform shuffle, sub-batches of one subset, weights, or by modality.
       group_size: pairs that the modality order deals to one shard of one micro-batch; the budget
         should have room for more, since not every group fits. None: as many as the budget has slots.
+      order_slots: slots of a batch of the uniform shuffle, a multiple of the processes. They decide which
+        row comes when, so a run that goes on with another budget keeps them. None: those of the budget.
       on_error: "raise" or "skip" rows that cannot be used.
       skip_file: lists rows that are skipped, and on the first process those that the source leaves
         out: one JSON object a line. Needed with "skip".
@@ -139,7 +142,7 @@ def train_iterator(
         batches = functools.partial(ModalityIterator, part=part)
     elif composition.is_shuffle:
         starts = np.array([rows.start for rows in source.subsets.values()])
-        batch_size = parts * budget.groups
+        batch_size = order_slots or parts * budget.groups
         uniform = UniformOrder(contents, starts, num_slots=batch_size, seed=seed)
         part = UniformPart(uniform, epochs=epochs, **process)
         order = grain.MapDataset.source(part)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -91,6 +92,23 @@ def from_first_process(array: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return array
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def json_from_first_process(values: Any) -> Any:
+    """The first process's values, on every process.
+
+    Args:
+      values: what JSON can hold; read on the first process only.
+
+    Returns:
+      The values, as JSON gives them back.
+    """
+    if jax.process_count() == 1:
+        return json.loads(json.dumps(values))
+    text = json.dumps(values).encode() if jax.process_index() == 0 else b""
+    size = int(from_first_process(np.array(len(text), np.int32)))
+    sent = np.frombuffer(text.ljust(size), np.uint8)
+    return json.loads(from_first_process(sent).tobytes())
 
 
 def on_first_process(action: Callable[[], int | None]) -> int:

@@ -105,9 +105,8 @@ def lower_train_step(
     # The number of steps is one constant of the schedule. It does not matter which.
     training = setup.build_training(config, llave_config, mesh, config.steps or 1000)
     budget = _plan(config, llave_config, mesh).budget
-    leading = (config.batch.micro_batches,)
-    batch = train_step.abstract_batch(training.model, mesh, budget, leading)
-    return training.step.run.lower(training.step.state, *batch), training, budget
+    lowered = setup.lower_step(training, mesh, budget, config.batch.micro_batches)
+    return lowered, training, budget
 
 
 def compile_embedding_step(config: Config, topology: str) -> Compiled:

@@ -27,6 +27,7 @@ from llave_jax.planning.chips import GIB, KERNEL_RATES, LINKS_SHARE, Gpu
 from llave_jax.planning.collectives import layer_shapes, purpose
 from llave_jax.planning.compile_ahead import SAMPLE, Compiled
 from llave_jax.training import batch_shape
+from llave_jax.training.memory import step_bytes
 
 # Shards for which one process packs: the chips of a TPU host, or half the GPUs of one.
 SHARDS_PER_PROCESS = 4
@@ -77,16 +78,7 @@ def predict(compiled: Compiled, *, training: bool) -> dict[str, Any]:
         "collectives_waited_for": sum(c["seconds"] for c in collectives if not c["hidden"]),
     }
     step = sum(seconds.values())
-    memory = compiled.program.memory_analysis()
-    if memory is None:
-        raise RuntimeError("this version of jax does not say how much memory the program needs")
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    peak, memory = step_bytes(compiled.program), compiled.program.memory_analysis()
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(model)))
     return {
         "program": "training step" if training else "embedding step",

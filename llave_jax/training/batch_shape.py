@@ -6,6 +6,7 @@ by `data/batch_plan.py`; how pairs are packed into a batch is `inputs/packing.py
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def make_plan(
     if by_modality:
         _check_modality(config)
     if _set_by_hand(config):
-        plan = BatchPlan(batch_budget(config, shards), config.batch.fill)
+        plan = plan_by_hand(config, shards)
     else:
         plan = plan_batch(
             measure(),
@@ -89,6 +90,23 @@ def make_plan(
         )
     check_room(config, llave_config, plan.budget, shards)
     return plan
+
+
+def plan_by_hand(config: Config, shards: int) -> BatchPlan:
+    """The batch of a config that leaves nothing to plan, or only `batch.taps` and `batch.fill`.
+
+    Arguments and errors are those of `batch_budget`.
+    """
+    batch = config.batch
+    fill = 1.0 if batch.fill is None else batch.fill
+    budget = batch_budget(config, shards)
+    return BatchPlan(
+        budget=budget,
+        pairs=batch.pairs,
+        micro_batches=batch.micro_batches,
+        fill=fill,
+        order_slots=shards * batch.micro_batches * budget.groups,
+    )
 
 
 def total_steps(config: Config, rows: int, fill: float | None = None) -> int:
@@ -249,9 +267,9 @@ def check_budget(config: Config, llave_config: LlaveConfig, shards: int) -> None
 def check_room(config: Config, llave_config: LlaveConfig, budget: Budget, shards: int) -> None:
     """Checks before the first step that a batch has room for any item that the model's inputs allow.
 
-    With `data.on_error` "skip", rows that are too large are left out and counted. A budget too small for
-    the largest possible item is then only warned about; so is one set by hand that is too small for a pair
-    of such items.
+    With `data.on_error` "skip", rows that are too large are left out and counted. A budget set by hand that
+    is too small for the largest possible item is then only warned about; so is one that is too small for a
+    pair of such items.
 
     Args:
       config: of the run.
@@ -291,12 +309,15 @@ def check_room(config: Config, llave_config: LlaveConfig, budget: Budget, shards
             f"batches are too small for items of this model: {'; '.join(short)}. If your data has no such "
             "items, --config.data.on_error=skip leaves out and counts what is too large, should it come"
         )
-    for problem in short:
+    by_hand = any(value is not None for value in dataclasses.astuple(settings_of(config)))
+    for problem in short if by_hand else ():
         log.warning("%s. Rows that are too large will be left out", problem)
     sides = budget.sides
     together = budget.rows * (budget.row_length // inputs.max_length)
-    by_hand = config.batch.tokens_per_pair is not None or config.batch.crops_per_pair is not None
-    if by_hand and not short and (together < sides or sides * crops > budget.crops):
+    room_by_hand = (
+        config.batch.tokens_per_pair is not None or config.batch.crops_per_pair is not None
+    )
+    if room_by_hand and not short and (together < sides or sides * crops > budget.crops):
         log.warning(
             "a device and micro-batch has %d row(s) of %d tokens and %d crops: too small for a pair whose "
             "items all have %d tokens and %d crops (batch.tokens_per_pair, batch.crops_per_pair)",

@@ -78,6 +78,7 @@ FIXED: dict[str, tuple[str, ...]] = {
     ),
     "what a step learns from its pairs": (
         "batch.pairs",
+        "batch.max_pairs",
         "batch.micro_batches",
         "loss.kind",
         "loss.alpha",

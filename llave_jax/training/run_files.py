@@ -14,12 +14,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import jax
 
 from llave_jax.common.files import write_text
 from llave_jax.config import Config
 from llave_jax.data.batch_plan import BatchPlan
-from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.models.config import LlaveConfig
 from llave_jax.parallel import processes
 from llave_jax.training import batch_shape, resume
@@ -30,8 +29,6 @@ from llave_jax.weights.tokenizer_files import same_tokenizer_files
 
 CONFIG = "config.json"
 BATCH_PLAN = "batch_plan.json"
-# Room for a plan in JSON, in bytes.
-_MOST_BYTES = 1024
 MODEL = "model"
 
 
@@ -79,52 +76,44 @@ def record_config(config: Config, workdir: Path) -> None:
 
 
 def record_batch_plan(
-    config: Config,
-    llave_config: LlaveConfig,
-    shards: int,
-    measure: Callable[[], PairSizes],
-    workdir: Path,
+    config: Config, shards: int, find: Callable[[int | None], BatchPlan], workdir: Path
 ) -> BatchPlan:
     """The shape of the run's batches, kept with the run. All processes of a job call this.
 
-    The first process plans, or reads what it planned when the run began; the others get its numbers. On
-    another number of devices, or with other numbers set by hand, the room of a batch is planned anew. The
-    expected fill stays, since it decides how many steps the run has.
+    A run that is continued keeps the plan that it began with. On another number of devices, or with other
+    numbers set by hand, micro-batches and the room of a batch are planned anew. The pairs, the expected fill
+    and the slots of the order stay: they decide how many steps the run has, and which rows come when.
 
     Args:
       config: of the run.
-      llave_config, shards, measure: as for `batch_shape.make_plan`.
+      shards: devices that the batch is split over.
+      find: plans the batch, given the pairs of a step where they are known; all processes call it.
       workdir: the run's directory.
 
     Returns:
       The plan, the same in every process.
 
     Raises:
-      ValueError: as for `batch_shape.make_plan`.
+      ValueError: as for `find`.
     """
-    plan: BatchPlan | None = None
-
-    def find() -> None:
-        nonlocal plan
-        path = workdir / BATCH_PLAN
-        settings = dataclasses.asdict(batch_shape.settings_of(config))
-        asked = {"shards": shards, "set_by_hand": settings}
-        begun = json.loads(path.read_text()) if path.exists() and has_checkpoint(workdir) else None
-        if begun is not None and begun["asked"] == asked:
-            plan = BatchPlan.from_dict(begun["plan"])
-            return
-        plan = batch_shape.make_plan(config, llave_config, shards, measure)
-        if begun is not None:
-            plan = dataclasses.replace(plan, fill=begun["plan"]["fill"])
+    path = workdir / BATCH_PLAN
+    settings = dataclasses.asdict(batch_shape.settings_of(config))
+    asked = {"shards": shards, "set_by_hand": settings}
+    begun = None
+    if jax.process_index() == 0 and path.exists() and has_checkpoint(workdir):
+        begun = json.loads(path.read_text())
+    begun = processes.json_from_first_process(begun)
+    if begun is None:
+        plan = find(None)
+    else:
+        plan = BatchPlan.from_dict(begun["plan"])
+        if begun["asked"] == asked:
+            return plan
+        again = find(plan.pairs)
+        plan = dataclasses.replace(again, fill=plan.fill, order_slots=plan.order_slots)
+    if jax.process_index() == 0:
         write_text(path, json.dumps({"asked": asked, "plan": plan.to_dict()}, indent=2) + "\n")
-
-    processes.on_first_process(find)
-    sent = np.zeros(_MOST_BYTES, np.uint8)
-    if plan is not None:
-        text = json.dumps(plan.to_dict()).encode()
-        sent[: len(text)] = np.frombuffer(text, np.uint8)
-    received = processes.from_first_process(sent).tobytes().rstrip(b"\0")
-    return BatchPlan.from_dict(json.loads(received))
+    return plan
 
 
 def record_model(

@@ -20,6 +20,7 @@ import transformers
 from jax.experimental import multihost_utils
 
 from llave_jax.config import Config
+from llave_jax.data.batch_plan import BatchPlan
 from llave_jax.data.measure import measure_source
 from llave_jax.data.order import Composition
 from llave_jax.data.packing_simulation import PairSizes
@@ -175,7 +176,7 @@ def open_training_source(config: Config, data_path: Path) -> PairSource:
         read = len(rows) + len(source.left_out.get(name, ()))
         if data.max_rows and read >= data.max_rows and name not in MMEB_TRAIN_SUBSETS:
             log.warning(
-                "%s: the first %d rows and no more, as data.max_rows says (configs/own_data.py takes all)",
+                "%s: the first %d rows and no more, as data.max_rows says (configs/finetune.py takes all)",
                 name,
                 data.max_rows,
             )
@@ -205,17 +206,17 @@ def make_iterator(
     config: Config,
     source: PairSource,
     builder: SequenceBuilder,
-    budget: Budget,
+    plan: BatchPlan,
     mesh: jax.sharding.Mesh,
     workdir: Path,
 ) -> grain.DatasetIterator:
     """An endless iterator of the `TrainBatch`es of this process's shards.
 
     Args:
-      config: of the run.
+      config: of the run, with the plan's pairs and micro-batches.
       source: the pairs.
       builder: of the model's sequences.
-      budget: of one shard of one micro-batch.
+      plan: of the run's batches.
       mesh: the devices.
       workdir: the run's directory.
 
@@ -226,7 +227,7 @@ def make_iterator(
     return train_iterator(
         source,
         builder,
-        budget,
+        plan.budget,
         seed=config.seed,
         num_shards=len(sharding.local_shards(mesh)),
         micro_batches=config.batch.micro_batches,
@@ -235,6 +236,7 @@ def make_iterator(
         num_workers=data.num_workers,
         composition=Composition(data.sub_batch, dict(data.weights) or None, data.order),
         group_size=batch_shape.pairs_per_group(config, sharding.num_shards(mesh)),
+        order_slots=plan.order_slots,
         on_error=data.on_error,
         skip_file=skip_file(workdir, process),
         max_skip_share=data.max_skip_share,
@@ -347,6 +349,21 @@ def build_training(
     loss = train_step.LossConfig(**_without(config.loss, "hard_negatives"))
     step = train_step.build_step(model, mesh, optimizer, multipliers, loss)
     return Training(model, schedule, step)
+
+
+def lower_step(
+    training: Training, mesh: jax.sharding.Mesh, budget: Budget, micro_batches: int
+) -> jax.stages.Lowered:
+    """The program of a training step, before XLA compiles it.
+
+    Once it is compiled, the first call of `training.step.run` with such a batch does not compile again.
+
+    Args:
+      budget: of one shard of one micro-batch.
+      micro_batches: of a step.
+    """
+    batch = train_step.abstract_batch(training.model, mesh, budget, (micro_batches,))
+    return training.step.run.lower(training.step.state, *batch)
 
 
 def make_model(

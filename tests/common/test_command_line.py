@@ -160,7 +160,7 @@ def test_what_a_library_raised_says_so(capsys):
 
 
 def test_training_ends_with_one_line_and_a_status(tmp_path):
-    command = [sys.executable, "-m", "llave_jax.train", "--config", "own_data"]
+    command = [sys.executable, "-m", "llave_jax.train", "--config", "finetune"]
     command += ["--workdir", tmp_path / "run", "--config.data.path=/nowhere"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
