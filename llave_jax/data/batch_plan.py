@@ -180,7 +180,7 @@ class _Search:
         self._pairs, self._micro_batches = pairs, micro_batches
         self._step = pairs * shards * micro_batches
         self._sides = sizes.lengths.shape[1]
-        self._shards = min(shards, _SIMULATED_SHARDS)
+        self._all_shards, self._shards = shards, min(shards, _SIMULATED_SHARDS)
         self._dealing = {}
         if by_modality:
             self._dealing = {"group_size": pairs, "micro_batches": micro_batches}
@@ -263,12 +263,17 @@ class _Search:
             pairs=self._step,
             micro_batches=self._micro_batches,
             fill=fill if self._settings.fill is None else self._settings.fill,
-            order_slots=self._step // self._pairs * self._slots,
+            order_slots=self._order_slots(),
             tokens=float(packing.tokens),
             crops=float(packing.crops),
             carried=packing.carried,
         )
         return plan, per_shard if not self._dealing else self._pairs
+
+    def _order_slots(self) -> int:
+        """As many as the step has, but for the rounding of each micro-batch's share."""
+        spare = 0 if self._slots == self._pairs else math.ceil(self._step / 4)
+        return -(-(self._step + spare) // self._all_shards) * self._all_shards
 
     def _budget(self, tokens: int, crops: int) -> Budget:
         """The budget whose room is `_STEP` to the power of these, times what pairs take on average."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
-import numpy as np
 
 from llave_jax.config import Config
 from llave_jax.data.batch_plan import BatchPlan
@@ -156,10 +155,10 @@ class BatchSearch:
     def _fits(self, sizes: tuple[int, int]) -> bool:
         if sizes not in self.tried:
             self._compile(sizes)
-        needed, enough = self.tried[sizes], False
-        if jax.process_index() == 0:
-            enough = needed is not None and needed <= self._limit()
-        enough = bool(processes.from_first_process(np.array(enough)))
+        needed = self.tried[sizes]
+        enough = bool(
+            processes.on_first_process(lambda: needed is not None and needed <= self._limit())
+        )
         if not enough:
             log.info(
                 "%d pairs a step in %d micro-batch(es) need %s a device, more than there are", *sizes,

@@ -98,7 +98,10 @@ FIXED: dict[str, tuple[str, ...]] = {
     ),
 }
 # Fields of `batch` that are planned where they are left open.
-PLANNED = ("row_length", "tokens_per_pair", "crops_per_pair", "taps", "fill")
+PLANNED = (
+    *("pairs", "micro_batches"),
+    *("row_length", "tokens_per_pair", "crops_per_pair", "taps", "fill"),
+)
 # With pools of one device, the number of devices decides how many pairs a pool has.
 FIXED_WITH_DEVICE_POOLS = ("mesh.data", "mesh.fsdp")
 

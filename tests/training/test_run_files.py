@@ -13,7 +13,7 @@ from llave_jax.config import default_config
 from llave_jax.data.batch_plan import BatchPlan
 from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.models.config import PRESETS
-from llave_jax.training import run_files
+from llave_jax.training import batch_shape, run_files
 
 MODEL = PRESETS["tiny"]
 SHARDS = 2
@@ -47,7 +47,12 @@ def unread():
 
 def plan(config, workdir, measure=lambda: sizes(1), shards=SHARDS):
     run_files.record_config(config, workdir)
-    return run_files.record_batch_plan(config, MODEL, shards, measure, workdir)
+
+    def find(pairs):
+        assert pairs in (None, 16)
+        return batch_shape.make_plan(config, MODEL, shards, measure)
+
+    return run_files.record_batch_plan(config, shards, find, workdir)
 
 
 def save_checkpoint(workdir):
@@ -81,6 +86,7 @@ def test_on_other_devices_the_expected_fill_stays(config, tmp_path):
     moved = plan(config, tmp_path, shards=4)
     assert moved.budget.groups < first.budget.groups
     assert moved.fill == 0.75
+    assert moved.order_slots == first.order_slots
     assert plan(config, tmp_path, unread, shards=4) == moved
 
 
