@@ -78,7 +78,9 @@ def predict(compiled: Compiled, *, training: bool) -> dict[str, Any]:
         "collectives_waited_for": sum(c["seconds"] for c in collectives if not c["hidden"]),
     }
     step = sum(seconds.values())
-    peak, memory = step_bytes(compiled.program), compiled.program.memory_analysis()
+    peak = step_bytes(compiled.program)
+    memory = compiled.program.memory_analysis()
+    assert memory is not None  # or `step_bytes` would have raised
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(model)))
     return {
         "program": "training step" if training else "embedding step",

@@ -22,7 +22,9 @@ class Device:
 def test_an_accelerator_says_what_it_has():
     stats = {"bytes_limit": 60 * GIB, "bytes_in_use": 10 * GIB}
     assert memory.device_limit(Device(stats)) == int(0.9 * 50 * GIB)
-    with pytest.raises(ValueError, match=r"a device does not say .* set --config\.batch\.pairs and"):
+    with pytest.raises(
+        ValueError, match=r"a device does not say .* set --config\.batch\.pairs and"
+    ):
         memory.device_limit(Device(None))
 
 
@@ -66,9 +68,7 @@ def test_control_groups_of_version_2(machine):
     proc, sys = machine("0::/a/b\n")
     write_group(sys / "a/b", {"memory.max": "max"})
     stat = f"anon {GIB}\ninactive_file {2 * GIB}"
-    write_group(
-        sys / "a", {"memory.max": 8 * GIB, "memory.current": 5 * GIB, "memory.stat": stat}
-    )
+    write_group(sys / "a", {"memory.max": 8 * GIB, "memory.current": 5 * GIB, "memory.stat": stat})
     assert memory.available_host_memory(proc, sys) == 5 * GIB
 
 
