@@ -21,7 +21,8 @@ from llave_jax.models.llave import Llave, abstract_params, param_shardings
 from llave_jax.parallel import sharding
 from llave_jax.planning import workload
 from llave_jax.planning.chips import CHIPS, Gpu, Tpu, topology_devices
-from llave_jax.training import batch_shape, setup, train_step
+from llave_jax.training import batch_shape, memory, setup, train_step
+from llave_jax.training.batch_search import BatchSearch, with_batch
 
 # Pairs drawn from the assumed data. Their sizes stand for all, and their packing is simulated.
 SAMPLE = 4000
@@ -82,6 +83,7 @@ def compile_train_step(config: Config, topology: str) -> Compiled:
     """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
+    config = _with_known_batch(config, mesh, kind)
     lowered, training, budget = lower_train_step(config, mesh)
     return Compiled(_compile(lowered), mesh, kind, budget, training.model, config)
 
@@ -126,6 +128,7 @@ def compile_embedding_step(config: Config, topology: str) -> Compiled:
     """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
+    config = _with_known_batch(config, mesh, kind)
     model = setup.build_training(config, setup.model_config(config), mesh, 1000).model
     model = model.clone(param_dtype=model.dtype)
     params = abstract_params(model)
@@ -136,6 +139,25 @@ def compile_embedding_step(config: Config, topology: str) -> Compiled:
         sharding.with_shardings(params, shardings), batch
     )
     return Compiled(_compile(lowered), mesh, kind, budget, model, config)
+
+
+def _with_known_batch(config: Config, mesh: jax.sharding.Mesh, kind: str) -> Config:
+    """The config with its pairs and micro-batches; what it leaves open is planned for the chip's memory."""
+    if None not in (config.batch.pairs, config.batch.micro_batches):
+        return config
+    llave_config = setup.model_config(config)
+    rows = sum(subset.rows for subset in workload.SUBSETS.values())
+    limit = int(memory.ACCELERATOR_SHARE * CHIPS[kind].hbm)
+    search = BatchSearch(
+        config,
+        llave_config,
+        mesh,
+        rows,
+        lambda: workload.sample_pairs(llave_config.input_spec, SAMPLE),
+        lambda: limit,
+    )
+    plan = search.find()
+    return with_batch(config, plan.pairs, plan.micro_batches)
 
 
 def _plan(config: Config, llave_config: LlaveConfig, mesh: jax.sharding.Mesh) -> BatchPlan:
