@@ -75,7 +75,7 @@ def default_config() -> Config:
     # they are more than `max_skip_share` of the run's rows.
     config.data.on_error = "raise"
     config.data.max_skip_share = 0.01
-    # Share of the rows kept from training, by the hash of their content.
+    # Share of the rows kept from training, by the hash of their content. They are scored (`eval`).
     config.data.held_out = 0.0
 
     # Pairs of a step, over all devices. They go through the model in `micro_batches` parts: more parts
@@ -145,16 +145,26 @@ def default_config() -> Config:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 1000
     config.checkpoint.keep = 2
-    # Score by which the best parameters are kept in WORKDIR/best ("average/overall"); None: not kept.
+    # Score by which the best parameters are kept in WORKDIR/best: of the benchmark ("average/overall") or
+    # of held-out pairs ("validation/recall@1"). Of a loss ("validation/loss") the smallest is the best.
+    # None: not kept.
     config.checkpoint.best_metric = placeholder(str)
     config.log_every = 10
+    # Project of Weights & Biases that gets the metrics too (extra `wandb`); None: none.
+    config.log = ConfigDict({"wandb": placeholder(str)})
 
-    # Evaluation at the start and the end of the run, and every `every` steps (0: no). `benchmark`
-    # "digits", or a directory in MMEB's form; None: no evaluation.
+    # Evaluation at the start and the end of the run, and every `every` steps (0: no), on the benchmark and on
+    # the pairs of `data.held_out`. `benchmark` "digits", a directory in MMEB's form (of `datasets`; empty: all),
+    # or one with queries.jsonl, corpus.jsonl and qrels.tsv; None: no benchmark.
     config.eval = ConfigDict()
     config.eval.benchmark = placeholder(str)
     config.eval.datasets = ()
     config.eval.every = 0
+    # Held-out pairs are candidates of each other in one pool of at most so many; None: of all.
+    config.eval.max_pairs = 1000
+    # The run ends when `checkpoint.best_metric` has not become better in so many evaluations in a row; None: it
+    # never ends early. A run that has ended so goes on if it is run again with more patience.
+    config.eval.patience = placeholder(int)
     # From here on a field that is not there is an error, not a new field.
     return config.lock()
 

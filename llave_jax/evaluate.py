@@ -25,7 +25,8 @@ from llave_jax.embedding.run_info import settings_of
 from llave_jax.evaluation import report, video_data, video_retrieval
 from llave_jax.evaluation.cache import EmbeddingCache, Encode
 from llave_jax.evaluation.mmeb import evaluate_mmeb
-from llave_jax.evaluation.retrieval import evaluate_retrieval, read_task
+from llave_jax.evaluation.retrieval import check_installed, evaluate_retrieval, read_task
+from llave_jax.inputs import video_decode
 from llave_jax.parallel import processes
 from llave_jax.weights.fingerprint import model_fingerprint
 from llave_jax.weights.resolve import resolve_model
@@ -106,6 +107,10 @@ def evaluate(args: argparse.Namespace) -> str:
     Raises:
       ValueError, OSError: model or data are not what they should be.
     """
+    if args.benchmark == "retrieval":
+        check_installed()
+    elif args.benchmark in video_data.READERS:
+        video_decode.check_installed()
     first = jax.process_index() == 0
     model = resolve_model(args.model)
     embedder = Embedder.from_pretrained(model, dtype=args.dtype, max_length=args.max_length)

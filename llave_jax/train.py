@@ -28,7 +28,6 @@ from llave_jax.parallel import processes, sharding
 from llave_jax.training import batch_shape, run_files, setup
 from llave_jax.training.batch_search import BatchSearch, with_batch
 from llave_jax.training.checkpoint import Checkpoints
-from llave_jax.training.metrics import MetricsWriter
 from llave_jax.training.skipped_rows import check_skipped_rows, report_skipped_rows
 from llave_jax.training.watch import Watch
 
@@ -62,7 +61,7 @@ def train(config: Config, workdir: Path) -> bool:
     check_vocabulary(tokenizer, llave_config.text.vocab_size)
     if first_process:
         run_files.record_model(config, llave_config, tokenizer_path, workdir)
-    source = setup.open_training_source(config, data_path)
+    source, held_out = setup.open_sources(config, data_path)
     builder = SequenceBuilder(tokenizer, llave_config.input_spec)
     measure = functools.partial(setup.measure_data, config, source, builder)
     search = BatchSearch(config, llave_config, mesh, len(source), measure)
@@ -79,9 +78,11 @@ def train(config: Config, workdir: Path) -> bool:
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     state = setup.make_state(config, training, mesh, checkpoints, iterator)
     start = int(state.step)
-    writer = MetricsWriter(workdir, first_step=start, enabled=first_process)
-    evaluation = setup.make_evaluation(config, training.model, tokenizer, mesh, workdir)
-    if evaluation.due(start, total_steps):
+    writer = setup.make_writer(config, workdir, start if checkpoints.latest_step else -1)
+    evaluation = setup.make_evaluation(
+        config, training.model, tokenizer, mesh, workdir, held_out, start
+    )
+    if not evaluation.has_stopped and evaluation.due(start, total_steps):
         evaluation.run(state.params, start, writer)
 
     watch = Watch(config, writer, training.schedule, total_steps, start)
@@ -92,7 +93,7 @@ def train(config: Config, workdir: Path) -> bool:
         watch.progress,
         processes.sigterm_asks_to_stop() as asked_to_stop,
     ):
-        for step in range(start + 1, total_steps + 1):
+        for step in range(start + 1, start + 1 if evaluation.has_stopped else total_steps + 1):
             batch = next(iterator)
             skipped = batch.skipped
             arrays = (batch.packed, batch.target_ids)
@@ -115,14 +116,22 @@ def train(config: Config, workdir: Path) -> bool:
                 watch.drain()
                 evaluation.run(state.params, step, writer)
                 watch.restart_clock()
+            if evaluation.has_stopped:
+                if checkpoints.latest_step != step:
+                    checkpoints.save(state, iterator)
+                break
+        watch.drain()
+    watch.close()
     evaluation.close()
     writer.close()
     if waiting := len(iterator.get_state()["carry"]):
         log.info("%d pairs that this process has read had no room before the last step", waiting)
     report_skipped_rows(skipped, workdir)
-    complete = int(state.step) == total_steps
+    last_step = int(state.step)
+    complete = last_step == total_steps or evaluation.has_stopped
     if complete:
-        evaluation.report(total_steps)
+        evaluation.report(last_step)
+    log.info("%d of %d steps done: %s", last_step, total_steps, watch.last_loss or "nothing to do")
     return complete
 
 

@@ -37,6 +37,7 @@ class Progress:
         self._total, self._label, self._unit = total, label, unit
         self._initial = self._done = initial
         self._start = self._last = time.monotonic()
+        self._note = ""
         self._plain = enabled and not sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
@@ -53,7 +54,7 @@ class Progress:
     def __exit__(self, *exc) -> None:
         self._bar.close()
         if self._plain:
-            self._line()
+            self._line(self._note)
 
     def skip(self, count: int) -> None:
         """Count units that an earlier run has done: they do not enter the rate.
@@ -80,6 +81,7 @@ class Progress:
         """
         self._done += count
         self._bar.update(count)
+        self._note = note
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         now = time.monotonic()

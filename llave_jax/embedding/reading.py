@@ -7,8 +7,9 @@ laid out, is `inputs/`.
 from __future__ import annotations
 
 import collections
+import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -48,7 +49,8 @@ class ItemReader:
         """Read and lay out this process's share of the items.
 
         Args:
-          items: all items of the job, the same in each process.
+          items: all items of the job, the same in each process. Of a sequence this process looks at its
+            own items only, so that one may read files when it is asked for an item.
 
         Yields:
           (index of the item, its sequence), in order.
@@ -77,12 +79,9 @@ class ItemReader:
     def _groups(self, items: Iterable[ItemLike]) -> Iterator[list[tuple[int, Item]]]:
         """This process's items in tasks for threads: several texts, or one other item."""
         texts: list[tuple[int, Item]] = []
-        for index, value in enumerate(items):
-            self.count = index + 1
-            if index % jax.process_count() != jax.process_index():
-                continue
+        for index, get in self._own(items):
             try:
-                item = as_item(value, f"item {index}")
+                item = as_item(get(), f"item {index}")
             except ValueError as error:
                 self._fail(index, error)
                 continue
@@ -95,6 +94,19 @@ class ItemReader:
                 texts = []
         if texts:
             yield texts
+
+    def _own(self, items: Iterable[ItemLike]) -> Iterator[tuple[int, Callable[[], ItemLike]]]:
+        """The index of each item of this process, and what gives the item."""
+        process, step = jax.process_index(), jax.process_count()
+        if isinstance(items, Sequence):
+            self.count = len(items)
+            for index in range(process, len(items), step):
+                yield index, functools.partial(items.__getitem__, index)
+            return
+        for index, value in enumerate(items):
+            self.count = index + 1
+            if index % step == process:
+                yield index, functools.partial(_same, value)
 
     def _lay_out(self, group: list[tuple[int, Item]]) -> list[tuple[int, TokenSequence]]:
         sequences = []
@@ -109,3 +121,7 @@ class ItemReader:
         if self._stop:
             raise error
         self.failures[index] = shortened(str(error))
+
+
+def _same(value: ItemLike) -> ItemLike:
+    return value

@@ -40,10 +40,7 @@ def write_histograms(stats: Mapping[str, SimilarityStats], path: str | os.PathLi
 
     Reference: LLaVE (arXiv 2503.04812), Fig. 1.
     """
-    figure = _draw(stats)
-    with atomic_file(path) as temporary:
-        # The entry "Software" is matplotlib's version. With it, equal numbers would not give equal files.
-        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+    write_png(_draw(stats), path)
 
 
 def histograms_svg(stats: Mapping[str, SimilarityStats]) -> str:
@@ -58,9 +55,33 @@ def histograms_svg(stats: Mapping[str, SimilarityStats]) -> str:
     Raises:
       ValueError: `stats` is empty.
     """
+    return figure_svg(_draw(stats))
+
+
+def write_png(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a figure as a PNG. Equal figures give equal files.
+
+    Args:
+      figure: of matplotlib.
+      path: the file.
+    """
+    with atomic_file(path) as temporary:
+        # The entry "Software" is matplotlib's version. With it, equal numbers would not give equal files.
+        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+
+
+def figure_svg(figure: Figure) -> str:
+    """A figure as an <svg> element. Equal figures give equal text.
+
+    Args:
+      figure: of matplotlib.
+
+    Returns:
+      The element, with its texts as text; it loads nothing.
+    """
     import matplotlib
 
-    figure, buffer = _draw(stats), io.StringIO()
+    buffer = io.StringIO()
     # Without a fixed salt the ids in the file are random.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llave_jax"}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -76,7 +97,9 @@ def _draw(stats: Mapping[str, SimilarityStats]) -> Figure:
         raise ValueError("nothing to draw: give at least one label with its statistics")
     columns = 2 if len(stats) == 4 else min(len(stats), 3)
     rows = -(-len(stats) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.5 * rows + 0.5), layout="constrained")
+    figure = Figure(
+        figsize=(4.6 * columns, 3.5 * rows + (0.9 if columns == 1 else 0.5)), layout="constrained"
+    )
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     for axes, (label, values) in zip(grid, stats.items(), strict=False):
         _draw_panel(axes, label, values)
@@ -91,7 +114,10 @@ def _draw(stats: Mapping[str, SimilarityStats]) -> Figure:
             axes.set_xlabel("cosine similarity")
             axes.tick_params(labelbottom=True)
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=3, frameon=False)
+    # One panel is too narrow for a legend of one line.
+    ncols = 1 if columns == 1 else 3
+    place = "outside lower center"
+    figure.legend(handles[::-1], labels[::-1], loc=place, ncols=ncols, frameon=False)
     return figure
 
 
@@ -114,7 +140,7 @@ def _draw_panel(axes: Axes, label: str, stats: SimilarityStats) -> None:
         transform=axes.transAxes,
         ha="center",
         va="bottom",
-        fontsize=8.5,
+        fontsize=9,
         color="#444444",
     )
     axes.yaxis.set_major_locator(ticker.MaxNLocator(steps=[1, 2, 5, 10]))

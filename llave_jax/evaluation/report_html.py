@@ -49,7 +49,25 @@ summary { cursor: pointer; font-weight: 600; } summary span { font-weight: 400; 
 .positive { border-color: var(--good); } .chosen-wrong { border-color: var(--bad); }
 .score { display: block; margin-top: .15rem; color: var(--soft); font-variant-numeric: tabular-nums; }
 .score.good { color: var(--good); font-weight: 600; } .score.bad { color: var(--bad); font-weight: 600; }
-@media (max-width: 700px) { .example { grid-template-columns: 1fr; } }
+.bars { --values: 2; max-width: 66rem; }
+.bar { display: grid; grid-template-columns: 11.5rem 1fr repeat(var(--values), 4.6rem);
+       column-gap: .5rem; align-items: center; margin: .3rem 0; }
+.label, .value { text-align: right; font-size: .86rem; font-variant-numeric: tabular-nums; }
+.label { overflow-wrap: anywhere; }
+.track { position: relative; height: 1.05rem; background: repeating-linear-gradient(
+         to right, var(--line) 0 1px, var(--fill) 1px 20%); border-right: 1px solid var(--line); }
+.track i { position: absolute; left: 0; top: .1rem; bottom: .1rem; border-radius: 2px; background: var(--bar); }
+.track b { position: absolute; top: -.15rem; bottom: -.15rem; width: 2px; margin-left: -1px; background: var(--ink); }
+.track b.published { width: 3px; background: #d95f02; }
+.track.none { height: 0; background: none; border: 0; }
+.axis { position: relative; height: 1.2rem; font-size: .8rem; color: var(--soft); }
+.axis span { position: absolute; transform: translateX(-50%); }
+@media (max-width: 700px) {
+  .example { grid-template-columns: 1fr; }
+  .bar { grid-template-columns: 1fr repeat(var(--values), 4.6rem); }
+  .bar .label { text-align: left; }
+  .track, .axis { grid-row: 2; grid-column: 1 / -1; }
+}
 """
 
 
@@ -229,55 +247,46 @@ class Bar:
 def bars(groups: Mapping[str, Sequence[Bar]]) -> str:
     """Horizontal bars from 0 to 100 percent. A dark tick marks chance, an orange one the published value.
 
+    On a narrow screen a bar lies below its label, so that the text keeps its size.
+
     Args:
       groups: heading -> bars below it.
-
-    Returns:
-      An <svg> element.
     """
-    left, width, step = 190, 700, 24
-    columns = {"this run": left + width + 70, "published": left + width + 150}
+    columns = ["this run", "published"]
     if all(bar.published is None for entries in groups.values() for bar in entries):
-        del columns["published"]
-    parts, y = [], 8
-    for heading, x in columns.items():
-        parts.append(f'<text x="{x}" y="12" text-anchor="end">{heading}</text>')
+        columns.remove("published")
+    heading = "".join(f'<span class="value soft">{column}</span>' for column in columns)
+    parts = [
+        f'<div class="bar"><span class="label"></span><span class="track none"></span>{heading}</div>'
+    ]
     for group, entries in groups.items():
-        parts.append(f'<text x="0" y="{y + 14}" style="font-weight:600">{escape(group)}</text>')
-        y += step
+        parts.append(f"<h3>{escape(group)}</h3>")
         for bar in entries:
-            parts.append(
-                f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(bar.label)}</text>'
-                f'<rect x="{left}" y="{y}" width="{width * bar.value / 100:.1f}" height="16" rx="2" '
-                f'fill="#3b6fb5"/>'
-            )
-            parts.append(_tick(left + width * bar.chance / 100, y, "#1c2430", 2))
             values = {"this run": bar.value, "published": bar.published}
+            cells = "".join(
+                f'<span class="value">{_number(values[column])}</span>' for column in columns
+            )
+            ticks = _tick("chance", bar.chance)
             if bar.published is not None:
-                parts.append(_tick(left + width * bar.published / 100, y, "#d95f02", 3))
-            for heading, x in columns.items():
-                value = "-" if values[heading] is None else f"{values[heading]:.1f}"
-                parts.append(f'<text x="{x}" y="{y + 12}" text-anchor="end">{value}</text>')
-            y += step
-        y += 8
-    grid = []
-    for share in range(0, 101, 20):
-        x = left + width * share / 100
-        grid.append(
-            f'<line x1="{x}" y1="20" x2="{x}" y2="{y}" stroke="#e8ecf0"/>'
-            f'<text x="{x}" y="{y + 14}" text-anchor="middle">{share}%</text>'
-        )
-    return (
-        f'<svg viewBox="0 0 {left + width + 160} {y + 20}" role="img" '
-        f'aria-label="Precision at 1 by dataset">{"".join(grid + parts)}</svg>\n'
+                ticks += _tick("published", bar.published)
+            parts.append(
+                f'<div class="bar"><span class="label">{escape(bar.label)}</span>'
+                f'<span class="track"><i style="width:{bar.value:.1f}%"></i>{ticks}</span>{cells}</div>'
+            )
+    axis = "".join(f'<span style="left:{share}%">{share}</span>' for share in range(0, 101, 20))
+    parts.append(
+        f'<div class="bar"><span class="label"></span><span class="axis">{axis}</span></div>'
     )
+    style = "" if len(columns) > 1 else ' style="--values:1"'
+    return f'<div class="bars"{style}>{"".join(parts)}</div>\n'
 
 
-def _tick(x: float, y: float, colour: str, width: int) -> str:
-    return (
-        f'<line x1="{x:.1f}" y1="{y - 3}" x2="{x:.1f}" y2="{y + 19}" stroke="{colour}" '
-        f'stroke-width="{width}"/>'
-    )
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _tick(kind: str, value: float) -> str:
+    return f'<b class="{kind}" style="left:{value:.1f}%"></b>'
 
 
 def gallery(name: str, note: str, groups: Mapping[str, Sequence[Example]], *, shown: bool) -> str:

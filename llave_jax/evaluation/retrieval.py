@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llave_jax.common import extras
 from llave_jax.common.files import write_text
 from llave_jax.common.tables import align
 from llave_jax.embedding.run_info import record_run
@@ -30,6 +31,7 @@ from llave_jax.inputs.item import Item, as_item
 from llave_jax.parallel.processes import from_first_process, only_on_first
 
 CUTOFFS = (1, 5, 10, 100)
+_SCORE = "retrieval_score.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,15 +146,12 @@ def ranking_metrics(
       Metric -> mean, as a fraction: precision@1, recall and nDCG at each cutoff, MRR at the largest.
 
     Raises:
-      ImportError: ir-measures is not installed.
+      MissingPackage: ir-measures is not installed.
     """
-    try:
-        import ir_measures
-        from ir_measures import RR, P, R, nDCG
-    except ImportError as error:
-        raise ImportError(
-            "retrieval metrics need ir-measures: pip install 'llave_jax[retrieval]'"
-        ) from error
+    check_installed()
+    import ir_measures
+    from ir_measures import RR, P, R, nDCG
+
     # trec_eval sorts by score and breaks ties by document id. Negative ranks as scores leave no ties.
     run = {q: {doc: -float(rank) for rank, doc in enumerate(docs)} for q, docs in order.items()}
     measures = [P @ 1, *(R @ k for k in cutoffs), *(nDCG @ k for k in cutoffs), RR]
@@ -161,6 +160,15 @@ def ranking_metrics(
         name: float(values[measure])
         for name, measure in zip(_metric_names(cutoffs), measures, strict=True)
     }
+
+
+def check_installed() -> None:
+    """Looks for the package that computes the metrics.
+
+    Raises:
+      MissingPackage: it is not installed.
+    """
+    extras.require("ir_measures", "retrieval metrics")
 
 
 def read_task(data_dir: str | os.PathLike) -> RetrievalTask:
@@ -255,8 +263,20 @@ def _read_qrels(
     return qrels
 
 
+def read_metrics(output_dir: str | os.PathLike) -> dict[str, float]:
+    """The metrics that `evaluate_retrieval` wrote.
+
+    Args:
+      output_dir: the directory it wrote to.
+
+    Returns:
+      Fractions by name.
+    """
+    return json.loads((Path(output_dir) / _SCORE).read_text())
+
+
 def _write(output_dir: Path, result: RetrievalResult) -> None:
-    write_text(output_dir / "retrieval_score.json", json.dumps(result.metrics, indent=2) + "\n")
+    write_text(output_dir / _SCORE, json.dumps(result.metrics, indent=2) + "\n")
     lines = [
         f"{query} Q0 {document} {rank} {score:.7f} llave_jax\n"
         for query, row in only_on_first(result.ranking).items()

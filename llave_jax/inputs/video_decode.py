@@ -14,6 +14,7 @@ from typing import Any
 
 import PIL.Image
 
+from llave_jax.common import extras
 from llave_jax.inputs.images import ImageError
 
 try:
@@ -25,6 +26,16 @@ av: Any = _av
 
 # (number of frames, average frames per second) -> indices of the frames to read, ascending.
 IndicesFn = Callable[[int, float], Collection[int]]
+
+
+def check_installed() -> None:
+    """Looks for the package that reads video files.
+
+    Raises:
+      MissingPackage: it is not installed.
+    """
+    if av is None:
+        raise extras.missing("av", "video files")
 
 
 def decode_frames(
@@ -45,10 +56,9 @@ def decode_frames(
 
     Raises:
       ImageError: missing or unreadable file, no video stream, no frame that decodes.
-      ImportError: PyAV is not installed.
+      MissingPackage: PyAV is not installed.
     """
-    if av is None:
-        raise ImportError("reading video files needs PyAV: pip install 'llave_jax[video]'")
+    check_installed()
     path = os.fspath(path)
     where = f"{name} ({path})" if name and path not in name else path
     if not os.path.isfile(path):

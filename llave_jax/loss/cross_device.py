@@ -107,7 +107,8 @@ def contrastive_loss(
 
     References: LLaVE (arXiv 2503.04812), section 3.2, cross-device negative sample gathering.
     """
-    formula = _formula(kind, alpha, temperature, margin)
+    formula = make_formula(kind, alpha, temperature, margin)
+    formula = jax.tree.map(lambda number: jnp.asarray(number, jnp.float32), formula)
     batch = {"embedding": target, "valid": valid, "ids": target_ids}
     extra = {"embedding": extra_targets, "valid": extra_valid, "ids": extra_ids}
     if tile_size is not None and tile_size < 1:
@@ -131,8 +132,18 @@ def contrastive_loss(
     return sharded(query, batch, extra, formula)
 
 
-def _formula(kind: str, alpha: Number, temperature: Number, margin: Number) -> Formula:
-    """The formula of this kind; its numbers are checked and become float32 arrays."""
+def make_formula(kind: str, alpha: Number, temperature: Number, margin: Number) -> Formula:
+    """The formula of a kind of loss.
+
+    Args:
+      kind, alpha, temperature, margin: as of `contrastive_loss`.
+
+    Returns:
+      The formula with these numbers.
+
+    Raises:
+      ValueError: there is no such kind, or a number is out of range.
+    """
     formulas: dict[str, Formula] = {
         "hardness": Hardness(alpha, temperature),
         "focal": Focal(margin, temperature),
@@ -140,7 +151,7 @@ def _formula(kind: str, alpha: Number, temperature: Number, margin: Number) -> F
     if kind not in formulas:
         raise ValueError(f"kind is {kind!r}; expected one of {KINDS}")
     formulas[kind].check()
-    return jax.tree.map(lambda number: jnp.asarray(number, jnp.float32), formulas[kind])
+    return formulas[kind]
 
 
 def _loss_from_matrix(

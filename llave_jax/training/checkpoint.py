@@ -132,31 +132,24 @@ class BestCheckpoint:
             (workdir / BEST / CHECKPOINTS).resolve(),
             options=ocp.CheckpointManagerOptions(max_to_keep=1),
         )
-        self._value = -math.inf
+        self._value: float | None = None
         if self._record.exists():
             record = json.loads(self._record.read_text())
             # Another metric's value says nothing about this one's.
             if record["metric"] == metric:
                 self._value = record["value"]
 
-    def offer(self, step: int, params: Any, scores: Mapping[str, float]) -> None:
-        """Keeps these parameters if they score higher than any before.
+    def offer(self, step: int, params: Any, value: float) -> None:
+        """Keeps the parameters of a step if their score is better than any before.
 
         Args:
           step: optimiser steps done.
           params: the parameter tree.
-          scores: metric -> value.
-
-        Raises:
-          KeyError: the metric is not scored; the message names those that are.
+          value: of the metric.
         """
-        if self._metric not in scores:
-            raise KeyError(
-                f"checkpoint.best_metric {self._metric!r} is not scored; there are {sorted(scores)}"
-            )
-        if scores[self._metric] <= self._value:
+        if self._value is not None and not is_better(self._metric, value, self._value):
             return
-        self._value = scores[self._metric]
+        self._value = value
         self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
@@ -166,6 +159,22 @@ class BestCheckpoint:
     def close(self) -> None:
         """Closes the checkpoint's writer."""
         self._manager.close()
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Whether a score is better than another.
+
+    Args:
+      metric: its name; one that ends in "loss" is better the smaller it is.
+      value: the score.
+      than: the other.
+
+    Returns:
+      True if it is better. NaN is worst.
+    """
+    if math.isnan(than):
+        return not math.isnan(value)
+    return value < than if metric.endswith("loss") else value > than
 
 
 def _check_processes(folder: Path) -> None:

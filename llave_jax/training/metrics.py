@@ -1,4 +1,4 @@
-"""Where metrics go: one JSON line a step in `metrics.jsonl`, and TensorBoard."""
+"""Where metrics go: one JSON line a step in `metrics.jsonl`, TensorBoard, and Weights & Biases if asked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 import tensorboardX
 
 from llave_jax.common.files import write_text
+from llave_jax.training.weights_and_biases import WandbLog
+
+FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
@@ -21,14 +24,24 @@ class MetricsWriter:
     Args:
       directory: of the run.
       first_step: steps done before this process began.
+        -1: it begins anew, and no line is kept.
       enabled: False writes nothing, as on processes other than the first.
+      wandb: takes the metrics too.
     """
 
-    def __init__(self, directory: Path, *, first_step: int = 0, enabled: bool = True):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        first_step: int = 0,
+        enabled: bool = True,
+        wandb: WandbLog | None = None,
+    ):
         self._enabled = enabled
         if not enabled:
             return
-        self._path = directory / "metrics.jsonl"
+        self._wandb = wandb
+        self._path = directory / FILE
         if self._path.exists():
             _drop_after(self._path, first_step)
         self._board = tensorboardX.SummaryWriter(
@@ -49,15 +62,21 @@ class MetricsWriter:
             file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
 
     def close(self) -> None:
-        """Writes what TensorBoard's writer still holds."""
+        """Writes what TensorBoard and Weights & Biases still hold."""
         if self._enabled:
             self._board.close()
+            if self._wandb is not None:
+                self._wandb.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:
-    """All lines of a run's metrics file.
+    """All lines of a run's metrics file; none if the run has not written one.
+
+    A line that a killed run did not finish is left out.
 
     Args:
       directory: of the run.
@@ -65,16 +84,14 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
     Returns:
       metric -> value for each line, in order.
     """
-    with open(directory / "metrics.jsonl") as file:
-        return [json.loads(line) for line in file]
+    path = directory / FILE
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _drop_after(path: Path, step: int) -> None:
     """Keep the complete lines up to `step`: an interrupted write leaves a torn one."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n"):
-            continue
-        if json.loads(line)["step"] <= step:
-            kept.append(line)
-    write_text(path, "".join(kept))
+    lines = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -19,12 +19,14 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "remat",
         "data.num_workers",
         "log_every",
+        "log.wandb",
         "checkpoint.every",
         "checkpoint.keep",
         "checkpoint.best_metric",
         "eval.benchmark",
         "eval.datasets",
         "eval.every",
+        "eval.patience",
     ),
     "how pairs share batches: none is lost or repeated": (
         "batch.row_length",
@@ -70,6 +72,7 @@ FIXED: dict[str, tuple[str, ...]] = {
         "data.sub_batch",
         "data.weights",
         "data.held_out",
+        "eval.max_pairs",
     ),
     "the number of steps, over which the learning rate decays": (
         "steps",

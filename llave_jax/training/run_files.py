@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,9 +139,12 @@ def record_model(
     else:
         _check_same_model(config, llave_config, tokenizer_path, kept)
     if config.checkpoint.best_metric is not None:
-        best = workdir / BEST / MODEL
-        if not has_checkpoint(workdir) or not model_dir.is_model_dir(best):
-            model_dir.write_model_dir(best, llave_config, source=kept, overwrite=True)
+        best = workdir / BEST
+        if not has_checkpoint(workdir):
+            # The run begins anew, perhaps with other data: what was best before it is not this run's.
+            shutil.rmtree(best, ignore_errors=True)
+        if not model_dir.is_model_dir(best / MODEL):
+            model_dir.write_model_dir(best / MODEL, llave_config, source=kept, overwrite=True)
 
 
 def _check_same_model(

@@ -7,6 +7,7 @@ the config's fields mean is `config.py`; the shape of batches is `batch_shape.py
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,18 +36,24 @@ from llave_jax.data.sources import (
 )
 from llave_jax.digits import dataset as digits
 from llave_jax.digits import tokenizer as digits_tokenizer
+from llave_jax.embedding.embedder import Embedder
 from llave_jax.inputs.batch import Budget
 from llave_jax.inputs.config import grid_pinpoints
 from llave_jax.inputs.sequence import SequenceBuilder
+from llave_jax.loss.cross_device import make_formula
 from llave_jax.models.config import PRESETS, LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params, example_batch
 from llave_jax.ops import attention
 from llave_jax.parallel import sharding
 from llave_jax.training import batch_shape, optim, train_step
+from llave_jax.training.benchmark import open_benchmark
 from llave_jax.training.checkpoint import BestCheckpoint, Checkpoints
 from llave_jax.training.evaluation import TrainingEvaluation
+from llave_jax.training.metrics import MetricsWriter
 from llave_jax.training.run_files import skip_file
 from llave_jax.training.state import TrainState
+from llave_jax.training.validation import Validation
+from llave_jax.training.weights_and_biases import WandbLog
 from llave_jax.weights import model_dir
 from llave_jax.weights.resolve import resolve_model
 from llave_jax.weights.tokenizer_files import check_tokenizer_files
@@ -161,6 +168,22 @@ def open_training_source(config: Config, data_path: Path) -> PairSource:
       The pairs, without those held out.
 
     Raises:
+      ValueError, OSError: as of `open_sources`.
+    """
+    return open_sources(config, data_path)[0]
+
+
+def open_sources(config: Config, data_path: Path) -> tuple[PairSource, PairSource | None]:
+    """The pairs that the run trains on, and those that are held out, if any are.
+
+    Args:
+      config: of the run.
+      data_path: as `locate_data` returned it.
+
+    Returns:
+      The pairs of training, and those held out; None if `data.held_out` is 0.
+
+    Raises:
       ValueError, OSError: the data is not there, or not in a form that is read.
     """
     data = config.data
@@ -183,7 +206,7 @@ def open_training_source(config: Config, data_path: Path) -> PairSource:
     if source.left_out:
         left_out = listed(source.left_out)
         log.info("skipped %d rows: %s (%s)", len(left_out), EMPTY_SIDE, by_subset(left_out))
-    return split_held_out(source, data.held_out)[0] if data.held_out else source
+    return split_held_out(source, data.held_out) if data.held_out else (source, None)
 
 
 def measure_data(config: Config, source: PairSource, builder: SequenceBuilder) -> PairSizes:
@@ -437,7 +460,29 @@ def make_state(
     return jax.jit(from_seed, out_shardings=shardings)(jax.random.key(config.seed))
 
 
-# Evaluation on the way.
+# Metrics, and evaluation on the way.
+
+
+def make_writer(config: Config, workdir: Path, first_step: int) -> MetricsWriter:
+    """Where the run's metrics go; on processes other than the first, nowhere.
+
+    Args:
+      config: of the run.
+      workdir: the run's directory.
+      first_step: as of `MetricsWriter`.
+
+    Returns:
+      The writer.
+
+    Raises:
+      ValueError: Weights & Biases is asked for and is not there, or cannot begin a run.
+    """
+    if jax.process_index() != 0:
+        return MetricsWriter(workdir, enabled=False)
+    project, wandb = config.log.wandb, None
+    if project:
+        wandb = WandbLog(project, workdir, json.loads(config.to_json()))
+    return MetricsWriter(workdir, first_step=first_step, wandb=wandb)
 
 
 def make_evaluation(
@@ -446,8 +491,10 @@ def make_evaluation(
     tokenizer: Any,
     mesh: jax.sharding.Mesh,
     workdir: Path,
+    held_out: PairSource | None,
+    start: int,
 ) -> TrainingEvaluation:
-    """What scores the run's parameters: on a directory in MMEB's form, or on digits.
+    """What scores the run's parameters: on a benchmark, and on held-out pairs.
 
     Args:
       config: of the run.
@@ -455,20 +502,39 @@ def make_evaluation(
       tokenizer: the model's.
       mesh: the devices.
       workdir: the run's directory.
+      held_out: as of `open_sources`.
+      start: steps done before this process began.
 
     Returns:
-      The evaluation; without `eval.benchmark` it scores nothing.
+      The evaluation; with neither benchmark nor held-out pairs it scores nothing.
 
     Raises:
-      ValueError: the config asks for the best parameters by a benchmark that it does not name.
+      ValueError, OSError: the benchmark is not what it should be or needs a package that is not installed,
+        or the config asks for a score that there is not.
     """
-    benchmark, best_metric = config.eval.benchmark, config.checkpoint.best_metric
-    directory, infos = None, None
-    if benchmark == DIGITS:
-        directory, infos = workdir / DIGITS / "eval", digits.INFOS
-    elif benchmark is not None:
-        directory = Path(benchmark)
-    elif best_metric is not None:
-        raise ValueError("config.checkpoint.best_metric needs config.eval.benchmark")
-    best = BestCheckpoint(workdir, best_metric) if best_metric is not None else None
-    return TrainingEvaluation(config.eval, model, tokenizer, mesh, workdir, directory, infos, best)
+    name, loss = config.eval.benchmark, config.loss
+    benchmark, validation = None, None
+    if name == DIGITS:
+        directory = workdir / DIGITS / "eval"
+        benchmark = open_benchmark(directory, config.eval.datasets, digits.INFOS)
+    elif name:
+        benchmark = open_benchmark(Path(name), config.eval.datasets, None)
+    if held_out is not None and len(held_out) < 2:
+        log.warning("%d pairs are held out: too few to validate (data.held_out)", len(held_out))
+    elif held_out is not None:
+        validation = Validation(
+            held_out,
+            make_formula(loss.kind, loss.alpha, loss.temperature, loss.margin),
+            max_pairs=config.eval.max_pairs,
+            skip_unusable=config.data.on_error == "skip",
+        )
+    metric = config.checkpoint.best_metric
+    return TrainingEvaluation(
+        config,
+        Embedder(model, None, tokenizer, mesh),
+        workdir,
+        start,
+        benchmark,
+        validation,
+        BestCheckpoint(workdir, metric) if metric is not None else None,
+    )

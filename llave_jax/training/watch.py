@@ -45,6 +45,9 @@ class Watch:
         )
         self._log_every, self._writer, self._schedule = config.log_every, writer, schedule
         self._pending: collections.deque = collections.deque()
+        # Of the last step, if they are not written.
+        self._unwritten: tuple[int, dict[str, float]] | None = None
+        self.last_loss = ""
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -75,6 +78,11 @@ class Watch:
         while self._pending:
             self._finish(*self._pending.popleft())
 
+    def close(self) -> None:
+        """Writes the metrics of the last step, wherever the logging interval ends. Call after `drain`."""
+        if self._unwritten is not None:
+            self._write(*self._unwritten)
+
     def _finish(self, step: int, metrics: dict[str, jax.Array], batch: TrainBatch) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
@@ -85,10 +93,15 @@ class Watch:
             )
         values["epoch"] = batch.epoch
         self._pairs += int(values["pairs"])
+        self.last_loss = f"loss {values['loss']:.4f}, InfoNCE {values['infonce_loss']:.4f}"
         self.progress.update(1, f"loss {values['loss']:.4f}")
+        self._unwritten = step, values
         if step % self._log_every == 0:
-            now = time.monotonic()
-            values["pairs_per_second"] = self._pairs / (now - self._since)
-            values["learning_rate"] = np.asarray(self._schedule(step - 1)).item()
-            self._pairs, self._since = 0, now
-            self._writer.write(step, values)
+            self._write(step, values)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        now = time.monotonic()
+        values["pairs_per_second"] = self._pairs / (now - self._since)
+        values["learning_rate"] = np.asarray(self._schedule(step - 1)).item()
+        self._pairs, self._since, self._unwritten = 0, now, None
+        self._writer.write(step, values)

@@ -30,6 +30,7 @@ def get_config():
     config.log_every = 1
     config.eval.benchmark = None
     config.checkpoint.every = 1000
+    config.data.held_out = 0.01
     return config
 """
 ENCODE = """
@@ -94,6 +95,9 @@ def train(tmp, name, mesh, devices, processes=1):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == STEPS
+    for name in ("loss", "infonce_loss"):
+        losses += [line[f"validation/{name}"] for line in lines if f"validation/{name}" in line]
+    assert len(losses) == STEPS + 4
     params = model_dir.load_params(
         workdir, mesh=sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     )
