@@ -2,15 +2,16 @@
 
     python -m llave_jax.inspect_data --config NAME [--workdir DIR] [--rows 200]
 
-Prints rows, lengths, image sizes, tokens, and how well batches of the config's budget would be
-filled; writes WORKDIR/data.html with pairs as the model sees them.
+Prints rows, lengths, image sizes, tokens, how well batches of the config's budget would be filled, and
+the flags that set this budget by hand; writes WORKDIR/data.html with pairs as the model sees them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llave_jax.common import command_line
@@ -24,12 +25,18 @@ from llave_jax.data.rows import EMPTY_SIDE
 from llave_jax.data.skips import by_subset, listed
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.config import LlaveConfig
+from llave_jax.parallel import sharding
 from llave_jax.training import batch_shape, setup
+from llave_jax.training.batch_search import BatchSearch, with_batch
 
 _SIMULATED_STEPS = 20
+# Devices of the paper's runs.
+_SHARDS = 8
 
 
-def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: int) -> str:
+def inspect(
+    config: Config, workdir: Path, *, rows: int, samples: int, shards: int | None = None
+) -> str:
     """Measures the data of a config and writes the page.
 
     Args:
@@ -37,7 +44,8 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
       workdir: where the page is written.
       rows: rows to measure in each subset.
       samples: pairs of each subset on the page.
-      shards: devices that a batch is split over.
+      shards: devices that a batch is split over. None: those of this machine where pairs or
+        micro-batches are planned by their memory, otherwise 8.
 
     Returns:
       The printed report.
@@ -54,11 +62,13 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
     source = setup.open_training_source(config, data_path)
     sides = 3 if config.loss.hard_negatives else 2
     measured = measure_subsets(source, builder, rows, sides)
+    measure = functools.cache(functools.partial(setup.measure_data, config, source, builder))
+    config, shards = _with_known_batch(config, llave_config, len(source), measure, shards)
     sizes = mixed_sizes(
         measured, _SIMULATED_STEPS * config.batch.pairs, weights=dict(config.data.weights) or None
     )
     left_out = f"left out, as {EMPTY_SIDE}: {by_subset(listed(source.left_out))}"
-    plan = _find_plan(config, llave_config, shards, sizes)
+    plan = _find_plan(config, llave_config, shards, measure)
     packing = packing_report(
         sizes,
         plan.budget,
@@ -68,19 +78,47 @@ def inspect(config: Config, workdir: Path, *, rows: int, samples: int, shards: i
         micro_batches=config.batch.micro_batches,
         group_size=batch_shape.dealing(config, shards).get("group_size"),
     )
-    shape = f"a device and micro-batch has {plan}"
-    parts = [subset_report(measured), *([left_out] if source.left_out else []), "", shape, packing]
+    parts = [
+        subset_report(measured),
+        *([left_out] if source.left_out else []),
+        "",
+        f"{plan.pairs} pairs a step in {plan.micro_batches} micro-batch(es); a device has {plan} in each",
+        packing,
+        "the same by hand:",
+        *batch_shape.flags_by_hand(config, llave_config, shards, plan, measure),
+    ]
     report = "\n".join(parts)
     write_page(workdir / "data.html", report, source, builder, samples)
     return report
 
 
+def _with_known_batch(
+    config: Config,
+    llave_config: LlaveConfig,
+    rows: int,
+    measure: Callable[[], PairSizes],
+    shards: int | None,
+) -> tuple[Config, int]:
+    """The config with the pairs and micro-batches that training would have here, and the shards."""
+    if None not in (config.batch.pairs, config.batch.micro_batches):
+        return config, shards or _SHARDS
+    mesh = setup.make_mesh(config)
+    here = sharding.num_shards(mesh)
+    if shards not in (None, here):
+        raise ValueError(
+            f"--shards is {shards}: config.batch.pairs and micro_batches are planned by the memory of the "
+            f"devices, of which there are {here} here; set both, or leave --shards out"
+        )
+    plan = BatchSearch(config, llave_config, mesh, rows, measure).find()
+    return with_batch(config, plan.pairs, plan.micro_batches), here
+
+
 def _find_plan(
-    config: Config, llave_config: LlaveConfig, shards: int, sizes: PairSizes
+    config: Config, llave_config: LlaveConfig, shards: int, measure: Callable[[], PairSizes]
 ) -> BatchPlan:
     """The batches that training would make; also those, set by hand, that it would refuse."""
     try:
-        return batch_shape.make_plan(config, llave_config, shards, lambda: sizes)
+        return batch_shape.make_plan(config, llave_config, shards, measure)
     except ValueError:
         batch = config.batch
         if None in (batch.row_length, batch.tokens_per_pair, batch.crops_per_pair):
@@ -117,7 +155,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="pairs of each subset on the page (default: %(default)s)",
     )
     parser.add_argument(
-        "--shards", type=int, default=8, help="devices a batch is split over (default: %(default)s)"
+        "--shards",
+        type=int,
+        help="devices a batch is split over (default: 8; where pairs or micro-batches are planned, "
+        "the devices of this machine)",
     )
     return parser.parse_args(argv)
 

@@ -71,25 +71,31 @@ def make_plan(
         inputs allow.
     """
     pairs_per_group(config, shards)
-    by_modality = config.data.order == "modality"
-    if by_modality:
+    if config.data.order == "modality":
         _check_modality(config)
     if _set_by_hand(config):
         plan = plan_by_hand(config, shards)
     else:
-        plan = plan_batch(
-            measure(),
-            llave_config.input_spec,
-            pairs=config.batch.pairs,
-            shards=shards,
-            micro_batches=config.batch.micro_batches,
-            by_modality=by_modality,
-            settings=settings_of(config),
-            # Where too large an item is skipped, the sample decides what a batch has room for.
-            for_any_item=config.data.on_error == "raise",
-        )
+        plan = _plan_rest(config, llave_config, shards, measure())
     check_room(config, llave_config, plan.budget, shards)
     return plan
+
+
+def _plan_rest(
+    config: Config, llave_config: LlaveConfig, shards: int, sizes: PairSizes
+) -> BatchPlan:
+    """A plan of what the config does not set by hand."""
+    return plan_batch(
+        sizes,
+        llave_config.input_spec,
+        pairs=config.batch.pairs,
+        shards=shards,
+        micro_batches=config.batch.micro_batches,
+        by_modality=config.data.order == "modality",
+        settings=settings_of(config),
+        # Where too large an item is skipped, the sample decides what a batch has room for.
+        for_any_item=config.data.on_error == "raise",
+    )
 
 
 def plan_by_hand(config: Config, shards: int) -> BatchPlan:
@@ -107,6 +113,50 @@ def plan_by_hand(config: Config, shards: int) -> BatchPlan:
         fill=fill,
         order_slots=shards * batch.micro_batches * budget.groups,
     )
+
+
+def flags_by_hand(
+    config: Config,
+    llave_config: LlaveConfig,
+    shards: int,
+    plan: BatchPlan,
+    measure: Callable[[], PairSizes],
+) -> list[str]:
+    """The flags that set a planned batch by hand: the same rows and crops.
+
+    Set by hand, a batch has no slots for more pairs than asked for, so that its expected fill is another.
+
+    Args:
+      config: of the run, with its pairs and micro-batches.
+      llave_config: the model that is trained.
+      shards: devices that the batch is split over.
+      plan: of the batch.
+      measure: as for `make_plan`.
+
+    Returns:
+      `--config.batch.KEY=VALUE`, one for each number.
+    """
+    budget, group = plan.budget, plan.pairs // (shards * plan.micro_batches)
+
+    def share(room: int) -> float:
+        """Room divided by pairs, rounded so that it makes the same room again."""
+        return math.floor(10_000 * room / group) / 10_000
+
+    numbers = {
+        "pairs": plan.pairs,
+        "micro_batches": plan.micro_batches,
+        "row_length": budget.row_length,
+        "tokens_per_pair": share(budget.rows * budget.row_length),
+        "crops_per_pair": share(budget.crops),
+        "taps": budget.taps,
+    }
+    fill = config.batch.fill
+    if fill is None:
+        by_hand = config.copy_and_resolve_references()
+        by_hand.batch.update(numbers)
+        fill = _plan_rest(by_hand, llave_config, shards, measure()).fill
+    numbers["fill"] = math.floor(1000 * fill) / 1000
+    return [f"--config.batch.{key}={value}" for key, value in numbers.items()]
 
 
 def total_steps(config: Config, rows: int, fill: float | None = None) -> int:

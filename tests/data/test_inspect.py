@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from llave_jax import config as config_lib
+from llave_jax.common.command_line import load_config
 from llave_jax.data.inspection_page import write_page
 from llave_jax.data.measure import LayoutBuilder, measure_subset, mixed_sizes
 from llave_jax.data.sources import open_source
 from llave_jax.digits.tokenizer import build_tokenizer
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.inspect_data import inspect
+from llave_jax.training import batch_shape
 from tests.data.mmeb_tree import TEMPLATES, make_tree
 
 ROWS = 12
@@ -122,3 +124,33 @@ def test_a_budget_that_is_too_small_is_said(tree, tokenizer, tmp_path):
     config.batch.crops_per_pair = 0.5
     report = inspect(config, tmp_path, rows=4, samples=0, shards=2)
     assert re.search(r"TOO SMALL .* need crops \d+", report)
+
+
+def test_a_planned_batch_is_shown_with_the_flags_that_set_it_by_hand(tree, tokenizer, tmp_path):
+    config = run_config(tree, tokenizer)
+    for field in (
+        "pairs",
+        "micro_batches",
+        "row_length",
+        "tokens_per_pair",
+        "crops_per_pair",
+        "fill",
+    ):
+        config.batch[field] = None
+    config.model.inputs.max_length = 512
+    config.data.on_error = "skip"
+    report = inspect(config, tmp_path, rows=4, samples=0)
+    pairs = re.search(r"^(\d+) pairs a step in 1 micro-batch", report, re.MULTILINE)
+    room = re.search(r"has (\d+) row\(s\) of (\d+) tokens, (\d+) crops", report)
+    flags = re.findall(r"^--config\.batch\.\w+=[\d.]+$", report, re.MULTILINE)
+    assert len(flags) == 7
+    by_hand = tmp_path / "by_hand.py"
+    by_hand.write_text("from llave_jax.config import default_config as get_config")
+    batch = load_config(str(by_hand), flags).batch
+    budget = batch_shape.batch_budget(load_config(str(by_hand), flags), 8)
+    # 84 rows make ten steps of 8 pairs, and one pair for each of the 8 devices here.
+    assert batch.pairs == int(pairs.group(1)) == 8
+    assert [budget.rows, budget.row_length, budget.crops] == [int(n) for n in room.groups()]
+    assert 0.5 < batch.fill <= 1
+    with pytest.raises(ValueError, match=r"--shards is 3: .* there are 8 here"):
+        inspect(config, tmp_path, rows=4, samples=0, shards=3)

@@ -57,7 +57,7 @@ def test_rows_of_which_none_can_be_used(uri, tmp_path, golden_model, capsys, kin
         "no row": ([], "have no rows"),
     }[kind]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    config = ["--config", "own_data", f"--config.model.path={golden_model.directory}"]
+    config = ["--config", "finetune", f"--config.model.path={golden_model.directory}"]
     config += [f"--config.data.path={tmp_path / 'rows.json'}", "--workdir", str(tmp_path / "look")]
     assert inspect_data.main(config) == 2
     error = capsys.readouterr().err.splitlines()[-1]
