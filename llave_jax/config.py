@@ -1,9 +1,10 @@
 """The configuration of a training run: every field with its default, and what it means.
 
 A config file (`configs/NAME.py`) calls `default_config()` and sets what differs; the command line
-overrides single fields (`--config.optim.learning_rate=2e-5`). A misspelt field is an error. Nothing is
-built here: `training/setup.py` makes a run's objects from these fields, `training/batch_shape.py` the shape
-of its batches.
+overrides single fields (`--config.optim.learning_rate=2e-5`); `--config.eval.benchmark=None`, or nothing
+behind the =, switches a field off. A misspelt field is an error; values with which no run can work are
+refused by `training/config_check.py`. Nothing is built here: `training/setup.py` makes a run's objects from
+these fields, `training/batch_shape.py` the shape of its batches.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def default_config() -> Config:
     """
     config: Config = ConfigDict()
     config.seed = 0
-    # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take.
+    # Optimiser steps of the run. None: as many as `data.epochs` passes over the data take. Warm-up and decay of
+    # the learning rate span all steps. A run that goes on with more of either takes the schedule of the new length
+    # from the step that it has reached.
     config.steps = placeholder(int)
 
     # A model directory, another run, a Hugging Face checkpoint or its name on the hub (org/name or
@@ -128,6 +131,8 @@ def default_config() -> Config:
     config.optim.beta2 = 0.999
     config.optim.epsilon = 1e-8
     config.optim.weight_decay = 0.0
+    # Gradients with a larger norm are scaled down to it; None: never.
+    config.optim.clip_norm = placeholder(float)
     config.optim.clip_norm = 1.0
     config.optim.rates = (("vision_tower/.*", None), (".*", 1.0))
 
@@ -161,6 +166,7 @@ def default_config() -> Config:
     config.eval.datasets = ()
     config.eval.every = 0
     # Held-out pairs are candidates of each other in one pool of at most so many; None: of all.
+    config.eval.max_pairs = placeholder(int)
     config.eval.max_pairs = 1000
     # The run ends when `checkpoint.best_metric` has not become better in so many evaluations in a row; None: it
     # never ends early. A run that has ended so goes on if it is run again with more patience.

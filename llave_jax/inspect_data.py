@@ -28,6 +28,7 @@ from llave_jax.models.config import LlaveConfig
 from llave_jax.parallel import sharding
 from llave_jax.training import batch_shape, setup
 from llave_jax.training.batch_search import BatchSearch, with_batch
+from llave_jax.training.config_check import check_config
 
 _SIMULATED_STEPS = 20
 # Devices of the paper's runs.
@@ -53,6 +54,7 @@ def inspect(
     Raises:
       ValueError, OSError: the config does not describe a run, or its data cannot be read.
     """
+    check_config(config)
     workdir.mkdir(parents=True, exist_ok=True)
     config = setup.with_local_model(config)
     data_path, tokenizer_path = setup.locate_data(config, workdir)

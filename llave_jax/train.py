@@ -28,6 +28,7 @@ from llave_jax.parallel import processes, sharding
 from llave_jax.training import batch_shape, run_files, setup
 from llave_jax.training.batch_search import BatchSearch, with_batch
 from llave_jax.training.checkpoint import Checkpoints
+from llave_jax.training.config_check import check_config
 from llave_jax.training.skipped_rows import check_skipped_rows, report_skipped_rows
 from llave_jax.training.watch import Watch
 
@@ -50,6 +51,7 @@ def train(config: Config, workdir: Path) -> bool:
       FloatingPointError: the loss or the gradient of a step is not finite.
       TooManySkips: more rows cannot be used than `data.max_skip_share` allows.
     """
+    check_config(config)
     first_process = jax.process_index() == 0
     if first_process:
         run_files.record_config(config, workdir)
@@ -78,6 +80,11 @@ def train(config: Config, workdir: Path) -> bool:
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     state = setup.make_state(config, training, mesh, checkpoints, iterator)
     start = int(state.step)
+    if start > total_steps:
+        raise ValueError(
+            f"{workdir} holds a run of {start} steps, and the config asks for {total_steps}; raise "
+            "--config.steps or --config.data.epochs to train longer, or use another --workdir"
+        )
     writer = setup.make_writer(config, workdir, start if checkpoints.latest_step else -1)
     evaluation = setup.make_evaluation(
         config, training.model, tokenizer, mesh, workdir, held_out, start

@@ -138,7 +138,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
 
     Args:
       name: as for `find_config`.
-      overrides: `--config.KEY=VALUE` or `--config.KEY VALUE`.
+      overrides: `--config.KEY=VALUE` or `--config.KEY VALUE`. `None` or nothing as the value switches off
+        a field that may be None.
 
     Returns:
       What the file's `get_config` returns, with the overrides.
@@ -158,7 +159,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
     except TypeError as error:
         raise ValueError(f"--config {name}: get_config in {path}: {error}") from error
     config, values = make(*argument), flags.FlagValues()
-    command = ["", *overrides]
+    command = ["", *_switch_off(config, overrides)]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
         _, *rest = values(command)
@@ -172,6 +173,44 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
     if rest:
         raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
     return values["config"].value
+
+
+def _switch_off(config: Any, overrides: Sequence[str]) -> list[str]:
+    """Sets fields to None as overrides say, and returns the other overrides.
+
+    A field that may be None is one that the config holds by reference (`placeholder`). Of several overrides of
+    a field the last one counts.
+    """
+    rest: list[tuple[str, list[str]]] = []
+    waiting = list(overrides)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        words = [flag + equals + value]
+        takes_next = not equals and waiting and not waiting[0].startswith("--")
+        if takes_next:
+            value = waiting.pop(0)
+            words.append(value)
+        *path, name = flag.removeprefix("--config.").split(".")
+        if value in ("", "None") and (equals or takes_next) and _may_be_none(config, path, name):
+            rest = [(other, given) for other, given in rest if other != flag]
+            group = config
+            for part in path:
+                group = group[part]
+            group[name] = None
+        else:
+            rest.append((flag, words))
+    return [word for _, words in rest for word in words]
+
+
+def _may_be_none(config: Any, path: Sequence[str], name: str) -> bool:
+    from ml_collections import ConfigDict, FieldReference
+
+    for part in path:
+        config = config.get(part) if isinstance(config, ConfigDict) else None
+    if not isinstance(config, ConfigDict):
+        return False
+    fields = dict(config.items(preserve_field_references=True))
+    return isinstance(fields.get(name), FieldReference)
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:

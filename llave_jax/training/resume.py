@@ -28,6 +28,10 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "eval.every",
         "eval.patience",
     ),
+    "how long the run is: from here on the learning rate follows the schedule of the new length": (
+        "steps",
+        "data.epochs",
+    ),
     "how pairs share batches: none is lost or repeated": (
         "batch.row_length",
         "batch.tokens_per_pair",
@@ -74,11 +78,7 @@ FIXED: dict[str, tuple[str, ...]] = {
         "data.held_out",
         "eval.max_pairs",
     ),
-    "the number of steps, over which the learning rate decays": (
-        "steps",
-        "data.epochs",
-        "batch.fill",
-    ),
+    "how full steps are expected to be, and so how many an epoch has": ("batch.fill",),
     "what a step learns from its pairs": (
         "batch.pairs",
         "batch.max_pairs",

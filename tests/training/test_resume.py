@@ -166,8 +166,37 @@ CHANGES = {
 }
 
 
+# What makes a run of 4 steps, an epoch, one of 8.
+LONGER = {"steps": {"steps": 8}, "data.epochs": {"steps": None, "data.epochs": 2}}
+
+
+@pytest.mark.parametrize("key", LONGER)
+def test_a_finished_run_goes_on_longer_on_the_schedule_of_its_new_length(
+    key, runs, place, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(runs[0], workdir)
+    config = make_config(place, {**LONGER[key], "eval.benchmark": None})
+    train.train(config, workdir)
+    lines = [line for line in read_metrics(workdir) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    np.testing.assert_array_equal([line["loss"] for line in lines[:4]], losses(runs[0]))
+    # Cosines over all steps, without warm-up: of 4 steps up to the 4th, then of 8.
+    passed = [*np.arange(4) / 4, *np.arange(4, 8) / 8]
+    expected = config.optim.learning_rate * 0.5 * (1 + np.cos(np.pi * np.array(passed)))
+    np.testing.assert_allclose([line["learning_rate"] for line in lines], expected, rtol=1e-5)
+
+
+def test_fewer_steps_than_were_made_are_refused(runs, place, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"holds a run of 2 steps, and the config asks for 1; raise"
+    ):
+        continued(runs, place, tmp_path, steps=1)
+
+
 def test_every_key_that_may_change_is_tried_once():
-    assert sorted(key for changes, _ in CHANGES.values() for key in changes) == sorted(MAY_CHANGE)
+    tried = [key for changes, _ in CHANGES.values() for key in changes]
+    assert sorted([*tried, *LONGER]) == sorted(MAY_CHANGE)
 
 
 @pytest.mark.slow

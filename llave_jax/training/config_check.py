@@ -1,0 +1,180 @@
+"""Settings with which no run can work, refused before anything is read or built.
+
+Owns one table: field, which values it may have, and how an error says so. What depends on the data, the model
+or the devices is checked where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from llave_jax.config import Config
+from llave_jax.data.order import ORDERS
+from llave_jax.data.pipeline import POLICIES
+from llave_jax.inputs.config import NEWLINE_POSITIONS, POOL_MODES
+from llave_jax.loss.cross_device import KINDS
+from llave_jax.models.config import PRESETS
+from llave_jax.models.remat import REMATS
+from llave_jax.ops.attention import IMPLEMENTATIONS
+from llave_jax.training.train_step import POOLS
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Values(NamedTuple):
+    """The values that a field may have.
+
+    Attributes:
+      allow: says of a value that is not None whether it is one of them.
+      expected: what an error says was expected.
+      optional: None is one of them, too.
+    """
+
+    allow: Callable[[Any], bool]
+    expected: str
+    optional: bool = False
+
+    def or_none(self) -> Values:
+        """The same values, and None."""
+        return Values(self.allow, f"{self.expected}, or None", optional=True)
+
+
+def _number(allow: Callable[[float], bool], expected: str) -> Values:
+    """Finite numbers of which `allow` holds."""
+    return Values(lambda value: math.isfinite(value) and allow(value), expected)
+
+
+def _at_least(least: int) -> Values:
+    return _number(lambda value: value >= least, f"at least {least}")
+
+
+def _one_of(names: Sequence[str]) -> Values:
+    return Values(lambda value: value in names, f"one of {', '.join(names)}")
+
+
+def _are_weights(value: Any) -> bool:
+    return all(
+        isinstance(entry, Sequence)
+        and len(entry) == 2
+        and isinstance(entry[0], str)
+        and _is_number(entry[1])
+        and entry[1] > 0
+        for entry in value
+    )
+
+
+def _are_rates(value: Any) -> bool:
+    return len(value) > 0 and all(
+        isinstance(entry, Sequence)
+        and len(entry) == 2
+        and _is_regex(entry[0])
+        and (entry[1] is None or (_is_number(entry[1]) and entry[1] >= 0))
+        for entry in value
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return isinstance(value, str)
+
+
+_POSITIVE = _number(lambda value: value > 0, "more than 0, and finite")
+_NOT_NEGATIVE = _number(lambda value: value >= 0, "at least 0, and finite")
+_FINITE = _number(lambda value: True, "a finite number")
+_BETA = _number(lambda value: 0 <= value < 1, "at least 0 and less than 1")
+_SHARE = _number(lambda value: 0 <= value <= 1, "a share from 0 to 1")
+_AXIS = _number(lambda value: value == -1 or value >= 1, "at least 1, or -1 for the rest")
+
+TABLE: dict[str, Values] = {
+    "seed": _at_least(0),
+    "steps": _at_least(1).or_none(),
+    "model.preset": _one_of(tuple(PRESETS)).or_none(),
+    "model.inputs.anyres_max": _at_least(1).or_none(),
+    "model.inputs.newline_position": _one_of(NEWLINE_POSITIONS).or_none(),
+    "model.inputs.pool_mode": _one_of(POOL_MODES).or_none(),
+    "model.inputs.pool_stride": _at_least(1).or_none(),
+    "model.inputs.max_text_length": _at_least(1).or_none(),
+    "model.inputs.max_length": _at_least(1).or_none(),
+    "model.inputs.max_frames": _at_least(0).or_none(),
+    "model.inputs.frames_per_second": _at_least(1).or_none(),
+    "data.max_rows": _at_least(1).or_none(),
+    "data.epochs": _at_least(1),
+    "data.num_workers": _at_least(0),
+    "data.order": _one_of(ORDERS),
+    "data.sub_batch": _at_least(1),
+    "data.weights": Values(_are_weights, "(subset, weight) pairs with weights of more than 0"),
+    "data.on_error": _one_of(POLICIES),
+    "data.max_skip_share": _SHARE,
+    "data.held_out": _number(lambda value: 0 <= value < 1, "a share of at least 0 and less than 1"),
+    "batch.pairs": _at_least(1).or_none(),
+    "batch.max_pairs": _at_least(1),
+    "batch.micro_batches": _at_least(1).or_none(),
+    "batch.row_length": _at_least(1).or_none(),
+    "batch.tokens_per_pair": _POSITIVE.or_none(),
+    "batch.crops_per_pair": _NOT_NEGATIVE.or_none(),
+    "batch.taps": _at_least(1).or_none(),
+    "batch.fill": _number(lambda value: 0 < value <= 1, "more than 0 and at most 1").or_none(),
+    "loss.kind": _one_of(KINDS),
+    "loss.alpha": _FINITE,
+    "loss.margin": _FINITE,
+    "loss.temperature": _POSITIVE,
+    "loss.pool": _one_of(POOLS),
+    "optim.learning_rate": _NOT_NEGATIVE,
+    "optim.warmup_fraction": _SHARE,
+    "optim.beta1": _BETA,
+    "optim.beta2": _BETA,
+    "optim.epsilon": _POSITIVE,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.clip_norm": _POSITIVE.or_none(),
+    "optim.rates": Values(_are_rates, "(path regex, factor of at least 0 or None) pairs"),
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+    "dtype": _one_of(DTYPES),
+    "attention": _one_of(IMPLEMENTATIONS),
+    "vision_attention": _one_of(IMPLEMENTATIONS),
+    "remat": _one_of(tuple(REMATS)),
+    "checkpoint.every": _at_least(1),
+    "checkpoint.keep": _at_least(1),
+    "log_every": _at_least(1),
+    "eval.every": _at_least(0),
+    "eval.max_pairs": _at_least(2).or_none(),
+    "eval.patience": _at_least(1).or_none(),
+}
+
+
+def check_config(config: Config) -> None:
+    """Refuses a config with which no run can work.
+
+    Args:
+      config: of a run.
+
+    Raises:
+      ValueError: of every field that is wrong, its flag, its value and what is expected.
+    """
+    wrong = []
+    for field, values in TABLE.items():
+        value: Any = config
+        for name in field.split("."):
+            value = value[name]
+        is_allowed = values.optional if value is None else values.allow(value)
+        if not is_allowed:
+            wrong.append(f"--config.{field} is {value!r}; expected {values.expected}")
+    batch, pool = config.batch, config.loss.pool
+    if batch.micro_batches is None and pool != "global":
+        wrong.append(
+            f"--config.batch.micro_batches is None; with --config.loss.pool={pool} it decides how many pairs "
+            "a pool has, so expected a number"
+        )
+    if wrong:
+        raise ValueError(". ".join(wrong))
