@@ -274,7 +274,8 @@ case "$3 $4" in
       for pid in "$CLOUD"/host*/llave/train.pid; do
         [[ ! -e $pid ]] || kill -TERM "$(cat "$pid")" 2>/dev/null
       done
-      rm -rf "$CLOUD"/host*
+      # Again while a process that is ending still writes there.
+      until rm -rf "$CLOUD"/host* 2>/dev/null; do sleep .02; done
     fi
     ;;
   "tpu-vm scp")
