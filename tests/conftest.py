@@ -14,6 +14,8 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Most tests compile more than they compute. The slow ones run with all optimisations, see .ci/run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import dataclasses
 from typing import Any
@@ -66,3 +68,8 @@ def golden_model(golden, tmp_path_factory) -> GoldenModel:
         params=model_dir.load_params(directory),
         tokenizer=model_dir.load_tokenizer(directory),
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Starts with the files that take longest, so that at the end no process works on one alone."""
+    items.sort(key=lambda item: "training" not in item.path.parts)

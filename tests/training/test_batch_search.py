@@ -119,6 +119,7 @@ def measured():
     return {parts: needed for (_, parts), needed in found.tried.items()}
 
 
+@pytest.mark.slow
 def test_memory_decides_how_many_micro_batches_there_are(measured, caplog):
     assert measured[1] > measured[2] > measured[16] > 0
     caplog.set_level("INFO")
