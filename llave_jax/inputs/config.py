@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 
+from llave_jax.common.ranges import ConfigError, check_whole
 from llave_jax.inputs.crops import CropGeometry
 
 NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
 POOL_MODES = ("bilinear", "average", "max")
+# Far beyond any model, and small enough that no setting exhausts memory.
+MAX_TOKENS = 1 << 24
+MAX_PINPOINTS = 1024
+MAX_CANVAS_SIDE = 1 << 16
+MAX_VIDEO_FRAMES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +49,25 @@ class InputConfig:
     frames_per_second: int = 3
 
     def __post_init__(self):
-        if self.newline_position not in NEWLINE_POSITIONS:
-            raise ValueError(
-                f"newline_position is {self.newline_position!r}; expected one of {NEWLINE_POSITIONS}"
+        for key, allowed in (("newline_position", NEWLINE_POSITIONS), ("pool_mode", POOL_MODES)):
+            if getattr(self, key) not in allowed:
+                raise ConfigError(key, f"is {getattr(self, key)!r:.60}; expected one of {allowed}")
+        check_whole("pool_stride", self.pool_stride, 1, 1024)
+        check_whole("max_text_length", self.max_text_length, 1, MAX_TOKENS)
+        check_whole("max_length", self.max_length, 1, MAX_TOKENS)
+        check_whole("max_frames", self.max_frames, 0, MAX_VIDEO_FRAMES)
+        check_whole("frames_per_second", self.frames_per_second, 1, 1000)
+        if self.anyres_max is not None:
+            check_whole("anyres_max", self.anyres_max, 1, 10_000)
+        if len(self.pinpoints) > MAX_PINPOINTS:
+            raise ConfigError(
+                "pinpoints", f"has {len(self.pinpoints)} canvases; expected at most {MAX_PINPOINTS}"
             )
-        if self.pool_mode not in POOL_MODES:
-            raise ValueError(f"pool_mode is {self.pool_mode!r}; expected one of {POOL_MODES}")
+        for canvas in self.pinpoints:
+            if len(canvas) != 2:
+                raise ConfigError("pinpoints", f"has {canvas!r:.60}; expected pairs of pixels")
+            for side in canvas:
+                check_whole("pinpoints", side, 1, MAX_CANVAS_SIDE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from llave_jax.common.ranges import ConfigError, check_real, check_whole
 from llave_jax.inputs.config import InputConfig, InputSpec, grid_pinpoints
 from llave_jax.inputs.crops import CropGeometry
+
+# What a size may be: far beyond any model of this kind, and far below what would exhaust memory or time. A
+# config.json with other numbers is broken, or made to do harm.
+MAX_WIDTH = 65_536
+MAX_MLP_WIDTH = 1 << 20
+MAX_LAYERS = 1000
+MAX_VOCABULARY = 1 << 24
+MAX_IMAGE_SIZE = 4096
+# Tiles of one canvas. The checkpoints of LLaVA-OneVision have up to 6 x 6.
+MAX_TILES = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +45,16 @@ class VisionConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        _check_tower(self)
+        check_whole("image_size", self.image_size, 1, MAX_IMAGE_SIZE)
+        check_whole("patch_size", self.patch_size, 1, self.image_size)
+        check_real("layer_norm_eps", self.layer_norm_eps, 0, 0.1)
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                "hidden_size", f"{self.hidden_size} is not a multiple of {self.num_heads} heads"
+            )
 
     @property
     def crop(self) -> CropGeometry:
@@ -72,10 +93,36 @@ class TextConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
 
+    def __post_init__(self):
+        _check_tower(self)
+        check_whole("num_kv_heads", self.num_kv_heads, 1, self.num_heads)
+        check_whole("vocab_size", self.vocab_size, 1, MAX_VOCABULARY)
+        check_real("rope_theta", self.rope_theta, 1, 1e12)
+        check_real("rms_norm_eps", self.rms_norm_eps, 0, 0.1)
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ConfigError(
+                "tie_word_embeddings",
+                f"is {self.tie_word_embeddings!r:.60}; expected true or false",
+            )
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                "hidden_size",
+                f"{self.hidden_size}, {self.num_heads} query heads and {self.num_kv_heads} key and value heads do "
+                "not divide one another",
+            )
+
     @property
     def head_dim(self) -> int:
         """Size of a head."""
         return self.hidden_size // self.num_heads
+
+
+def _check_tower(config: VisionConfig | TextConfig) -> None:
+    """The fields that both towers have."""
+    check_whole("hidden_size", config.hidden_size, 1, MAX_WIDTH)
+    check_whole("num_layers", config.num_layers, 1, MAX_LAYERS)
+    check_whole("num_heads", config.num_heads, 1, MAX_WIDTH)
+    check_whole("intermediate_size", config.intermediate_size, 1, MAX_MLP_WIDTH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +144,30 @@ class LlaveConfig:
         """What `llave_jax.inputs` must know of the model."""
         return InputSpec(self.inputs, self.vision.crop, self.text.vocab_size)
 
+    def check(self) -> None:
+        """Refuses parts that do not fit together. What reads a model from a file calls it.
+
+        Raises:
+          ConfigError: heads of odd size; canvases that are not made of whole tiles, or of too many.
+        """
+        if self.text.head_dim % 2:
+            raise ConfigError(
+                "hidden_size",
+                f"{self.text.hidden_size} makes heads of {self.text.head_dim}; rotary embeddings need an even size",
+            )
+        tile = self.vision.image_size
+        for height, width in self.inputs.pinpoints:
+            if height % tile or width % tile:
+                raise ConfigError(
+                    "image_grid_pinpoints",
+                    f"has {height} x {width}; expected multiples of the tower's image size, {tile}",
+                )
+            if (height // tile) * (width // tile) > MAX_TILES:
+                raise ConfigError(
+                    "image_grid_pinpoints",
+                    f"has {height} x {width}; expected at most {MAX_TILES} tiles of {tile} x {tile}",
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Nested dict of all values, for JSON."""
         return dataclasses.asdict(self)
@@ -116,11 +187,13 @@ class LlaveConfig:
         """
         inputs = dict(values["inputs"])
         inputs["pinpoints"] = tuple(tuple(p) for p in inputs["pinpoints"])
-        return cls(
+        config = cls(
             vision=VisionConfig(**values["vision"]),
             text=TextConfig(**values["text"]),
             inputs=InputConfig(**inputs),
         )
+        config.check()
+        return config
 
 
 SIGLIP_SO400M = VisionConfig(
