@@ -17,7 +17,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import optax
-import transformers
 from jax.experimental import multihost_utils
 
 from llave_jax.config import Config
@@ -54,9 +53,8 @@ from llave_jax.training.run_files import skip_file
 from llave_jax.training.state import TrainState
 from llave_jax.training.validation import Validation
 from llave_jax.training.weights_and_biases import WandbLog
-from llave_jax.weights import model_dir
+from llave_jax.weights import model_dir, tokenizer_files
 from llave_jax.weights.resolve import resolve_model
-from llave_jax.weights.tokenizer_files import check_tokenizer_files
 
 log = logging.getLogger(__name__)
 
@@ -151,10 +149,7 @@ def load_tokenizer(config: Config, tokenizer_path: Path | None) -> Any:
             "config.model.preset trains from scratch and needs config.model.tokenizer: a directory "
             "with a Qwen2 tokenizer"
         )
-    check_tokenizer_files(tokenizer_path)
-    return transformers.AutoTokenizer.from_pretrained(
-        str(tokenizer_path), local_files_only=True, trust_remote_code=False
-    )
+    return tokenizer_files.load_tokenizer(Path(tokenizer_path))
 
 
 def open_training_source(config: Config, data_path: Path) -> PairSource:

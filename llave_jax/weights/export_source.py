@@ -14,11 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from llave_jax.models.parameters import EMBEDDING, LM_HEAD
+from llave_jax.common.paths import OutsideRoot, check_links, is_plain_name
+from llave_jax.models.parameters import EMBEDDING, LM_HEAD, num_layers
 from llave_jax.weights import hf_names, model_dir
-from llave_jax.weights.hf_names import HfTensor
+from llave_jax.weights.hf_names import LAYOUTS, HfTensor
 from llave_jax.weights.json_files import read_json
-from llave_jax.weights.safetensors_io import SafetensorsFile, parse_header
+from llave_jax.weights.safetensors_io import (
+    CheckpointError,
+    SafetensorsFile,
+    TensorInfo,
+    check_finite,
+    parse_header,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +58,17 @@ class ExportSource:
       path: the model directory or training run.
 
     Raises:
-      CheckpointError: it is neither, or has no weights.
+      CheckpointError: it is neither, or has no weights; a link leads out of it, or what it says of the
+        checkpoint that it came from does not fit the model.
     """
 
     def __init__(self, path: str | os.PathLike):
         self._params = model_dir.open_params(path)
         self.directory = model_dir.locate(path)
+        try:
+            check_links(self.directory)
+        except OutsideRoot as error:
+            raise CheckpointError(str(error)) from error
         self.config = model_dir.load_config(self.directory)
         self.origin = _read_origin(self.directory)
         # Parameters in a file are read, not mapped: mapped pages would stay in memory.
@@ -70,11 +82,10 @@ class ExportSource:
         self.carried = self._known(self._carried.tensors) if self._carried else {}
 
         self.dtypes = {path: np.dtype(array.dtype) for path, array in self._params.items()}
-        for file, header in self.origin.headers.items():
-            infos = parse_header(header, file)
-            for tensor, name in self._known(infos).items():
-                if tensor.weight.path:
-                    self.dtypes[tensor.weight.path] = infos[name].dtype
+        for name, info in self._original_tensors().items():
+            tensor = hf_names.find_tensor(name, str(self.origin.layout))
+            if tensor is not None and tensor.weight.path:
+                self.dtypes[tensor.weight.path] = info.dtype
 
     def read(self, tensor: HfTensor) -> np.ndarray:
         """A tensor in its Hugging Face shape.
@@ -90,9 +101,46 @@ class ExportSource:
           An array of `hf_names.hf_shape`, in the dtype in which it is kept here.
         """
         if self._carried is not None and tensor in self.carried:
-            return self._carried.read(self.carried[tensor])
+            name = self.carried[tensor]
+            array = self._carried.read(name)
+            check_finite(array, name, self._carried.path)
+            return array
         weight = EMBEDDING if tensor.weight == LM_HEAD else tensor.weight
-        return hf_names.to_hf(weight, self._parameter(weight.path, tensor.layer), self.config)
+        parameter = self._parameter(weight.path, tensor.layer)
+        check_finite(parameter, weight.path, self.directory)
+        return hf_names.to_hf(weight, parameter, self.config)
+
+    def _original_tensors(self) -> dict[str, TensorInfo]:
+        """The tensors that the original files had. They are checked before a file of their size is made."""
+        where = self.directory / model_dir.LAYOUT
+        tensors: dict[str, TensorInfo] = {}
+        for file, header in self.origin.headers.items():
+            for name, info in parse_header(header, f"{where}: {file}").items():
+                tensor = hf_names.find_tensor(name, str(self.origin.layout))
+                if tensor is None or name in tensors or not self._has(tensor, info.shape):
+                    raise CheckpointError(
+                        f"{where}: {file} has the tensor {name} {list(info.shape)}, which is not one of this model's"
+                    )
+                tensors[name] = info
+        if self.origin.layout is not None:
+            found = {hf_names.find_tensor(name, self.origin.layout) for name in tensors}
+            lost = [t for t in hf_names.parameter_tensors(self.config) if t not in found]
+            if lost:
+                raise CheckpointError(
+                    f"{where}: lists no tensor {hf_names.hf_name(lost[0], self.origin.layout)}"
+                )
+        return tensors
+
+    def _has(self, tensor: HfTensor, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape can be read here."""
+        if self._carried is not None and tensor in self.carried:
+            return self._carried.tensors[self.carried[tensor]].shape == shape
+        weight = EMBEDDING if tensor.weight == LM_HEAD else tensor.weight
+        layers = num_layers(weight, self.config) if weight.path else None
+        layer_exists = tensor.layer is None if layers is None else (tensor.layer or 0) < layers
+        return (
+            bool(weight.path) and layer_exists and hf_names.hf_shape(weight, self.config) == shape
+        )
 
     def _known(self, names: Iterable[str]) -> dict[HfTensor, str]:
         """Tensor -> name, of those names that the origin's layout knows."""
@@ -114,9 +162,27 @@ class ExportSource:
 def _read_origin(source: Path) -> Origin:
     if not (source / model_dir.LAYOUT).is_file():
         return Origin(None, {}, {})
-    values = read_json(source / model_dir.LAYOUT)
+    where = source / model_dir.LAYOUT
+    values = read_json(where)
+    entries = values.get("weights")
+    if values.get("layout") not in tuple(LAYOUTS) or not isinstance(entries, list):
+        raise CheckpointError(
+            f"{where}: expected a layout of {', '.join(LAYOUTS)} and its weight files"
+        )
+    headers: dict[str, str] = {}
+    for entry in entries:
+        file, header = (
+            entry.get(key) if isinstance(entry, dict) else None for key in ("file", "header")
+        )
+        # A file of this name is written: it must not lie anywhere else, or replace another.
+        named = is_plain_name(file) and str(file).endswith(".safetensors") and file not in headers
+        if not named or not isinstance(header, str):
+            raise CheckpointError(
+                f"{where}: lists the weight file {file!r:.100}; expected the name of a .safetensors file and its header"
+            )
+        headers[str(file)] = header
     return Origin(
         layout=values["layout"],
         config=read_json(source / model_dir.SOURCE / "config.json"),
-        headers={entry["file"]: entry["header"] for entry in values["weights"]},
+        headers=headers,
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from llave_jax.common.files import staged_directory
+from llave_jax.common.paths import OutsideRoot, check_links, is_plain_name
 from llave_jax.common.progress import Progress
 from llave_jax.inputs.chat import IMAGE_MARKER
 from llave_jax.models.config import LlaveConfig
@@ -25,15 +26,21 @@ from llave_jax.models.parameters import EMBEDDING, LM_HEAD, parameter_shapes
 from llave_jax.weights import hf_config, hf_names, model_dir
 from llave_jax.weights.hf_names import HfTensor
 from llave_jax.weights.hf_processor import check_image_processor
-from llave_jax.weights.json_files import read_json
+from llave_jax.weights.json_files import read_json, section
 from llave_jax.weights.safetensors_io import (
     DTYPE_NAMES,
     CheckpointError,
     SafetensorsFile,
     SafetensorsWriter,
+    check_finite,
     encode_header,
 )
-from llave_jax.weights.tokenizer_files import check_tokenizer_files, copy_tokenizer_files, token_ids
+from llave_jax.weights.tokenizer_files import (
+    check_tokenizer_files,
+    copy_tokenizer_files,
+    load_tokenizer,
+    token_ids,
+)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -108,6 +115,7 @@ def convert_from_hf(
       FileExistsError: `output` exists.
     """
     source, output = Path(source), Path(output)
+    check_source_links(source)
     weights = open_weights(source)
     model = hf_config.read_hf_model(
         source, weights.shapes(), Path(vision_config) if vision_config else None
@@ -119,14 +127,36 @@ def convert_from_hf(
     _warn_of_tokens_without_embedding(source, model.config)
     model_dir.check_output(output, overwrite=overwrite, keep=source)
     with staged_directory(output) as staged:
+        copy_tokenizer_files(source, staged / model_dir.TOKENIZER)
+        load_tokenizer(staged / model_dir.TOKENIZER)
         _write_parameters(staged / model_dir.WEIGHTS, weights, plan, model.config, show_progress)
         if plan.carried:
             _write_carried(staged / model_dir.CARRIED, weights, plan.carried)
         _copy_source_files(source, staged / model_dir.SOURCE, weights)
         _write_layout(staged / model_dir.LAYOUT, weights, model.layout, plan.tied)
-        copy_tokenizer_files(source, staged / model_dir.TOKENIZER)
         model_dir.write_config(staged, model.config)
     return model.config
+
+
+def check_source_links(directory: Path) -> None:
+    """Refuses a checkpoint in which a link leads out of it: what a conversion copies may be published later.
+
+    In the hub's cache all files are links to `blobs` of the same repository.
+
+    Args:
+      directory: the checkpoint.
+
+    Raises:
+      CheckpointError: there is no such directory, or a link leads out of it; it names the link.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    real = directory.resolve()
+    in_hub_cache = real.parent.name == "snapshots" and real.parents[1].name.startswith("models--")
+    try:
+        check_links(directory, real.parents[1] if in_hub_cache else real)
+    except OutsideRoot as error:
+        raise CheckpointError(str(error)) from error
 
 
 def open_weights(directory: Path) -> HfWeights:
@@ -146,7 +176,12 @@ def open_weights(directory: Path) -> HfWeights:
     index, single = directory / INDEX_FILE, directory / SINGLE_FILE
     present = {path.name for path in directory.glob("*.safetensors")}
     if index.is_file():
-        weight_map = read_json(index).get("weight_map", {})
+        weight_map = section(read_json(index), "weight_map", index)
+        odd = [name for name in weight_map.values() if not is_plain_name(name)]
+        if odd:
+            raise CheckpointError(
+                f"{index}: names {odd[0]!r:.100}; expected the name of a file in {directory}"
+            )
         expected = set(weight_map.values())
     elif single.is_file():
         weight_map, expected = None, {SINGLE_FILE}
@@ -312,6 +347,7 @@ def _write_parameters(
             if name not in plan.parameters.get(tensor.weight.path, ()):
                 continue
             array = weights.owner[name].read(name)
+            check_finite(array, name, weights.owner[name].path)
             writer.write(
                 tensor.weight.path, hf_names.from_hf(tensor.weight, array, config), tensor.layer
             )
@@ -325,7 +361,9 @@ def _write_carried(path: Path, weights: HfWeights, carried: list[str]) -> None:
     )
     with SafetensorsWriter(path, header) as writer:
         for name in carried:
-            writer.write(name, weights.owner[name].read(name))
+            array = weights.owner[name].read(name)
+            check_finite(array, name, weights.owner[name].path)
+            writer.write(name, array)
 
 
 def _copy_source_files(source: Path, target: Path, weights: HfWeights) -> None:

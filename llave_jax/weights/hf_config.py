@@ -8,20 +8,23 @@ settings.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llave_jax.common.paths import OutsideRoot, check_relative
+from llave_jax.common.ranges import ConfigError, check_real
 from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig, TextConfig, VisionConfig
 from llave_jax.models.parameters import EMBEDDING, LM_HEAD, PATCH_EMBEDDING, POSITION_EMBEDDING
 from llave_jax.weights import hf_names
 from llave_jax.weights.hf_inputs import read_inputs, tokenizer_limit
 from llave_jax.weights.hf_names import HfTensor
-from llave_jax.weights.json_files import read_json
+from llave_jax.weights.json_files import read_json, section
 from llave_jax.weights.safetensors_io import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -104,15 +107,38 @@ def read_hf_model(
                 f"{path} has a vision_config of its own; leave --vision-config away"
             )
         vision, tower_layers = _onevision_vision(values, str(path))
-        text = _text_config(values.get("text_config", {}), found, f"{path}: text_config")
+        text = _text_config(section(values, "text_config", path), found, f"{path}: text_config")
     inputs = read_inputs(values, layout, vision.image_size, str(path), tokenizer_limit(directory))
-    return HfModel(layout, LlaveConfig(vision, text, inputs), tower_layers)
+    config = LlaveConfig(vision, text, inputs)
+    with _named_as_theirs(str(path)):
+        config.check()
+    return HfModel(layout, config, tower_layers)
+
+
+# Our name of a field -> theirs.
+_THEIR_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+
+
+@contextlib.contextmanager
+def _named_as_theirs(where: str) -> Iterator[None]:
+    """Errors of our configuration name the file and its own fields."""
+    try:
+        yield
+    except ConfigError as error:
+        key = _THEIR_NAMES.get(error.key, error.key)
+        raise CheckpointError(f"{where}: {key} {error.reason}") from error
 
 
 def _layout(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
     """The layout that the tensors are named by; an error if the model's class is not that layout's."""
     layout = hf_names.layout_of(shapes)
     classes = values.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{path}: architectures is {classes!r:.60}; expected a list of names")
     model_type = values.get("model_type")
     described = f"architectures {json.dumps(classes)}, model_type {json.dumps(model_type)}"
     if layout is None:
@@ -158,46 +184,53 @@ def _text_config(values: Mapping[str, Any], found: Shapes, where: str) -> TextCo
     """Qwen2's settings, as transformers 4 or 5 writes them. The tensors decide vocabulary and tying."""
     expect(values, where, "hidden_act", "silu")
     expect(values, where, "use_sliding_window", False, None)
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = section(values, key, where)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise CheckpointError(
             f'{where}: the rotary embedding is of type {rope_type!r}; only "default" (no rope_scaling) '
             "is supported"
         )
-    full = _with_defaults(values, "Qwen2Config", _TEXT_SIZES)
+    full = _sizes(values, "Qwen2Config", _TEXT_SIZES, where)
     theta = rope.get("rope_theta", values.get("rope_theta"))
     if theta is None:
         defaults = _class_defaults("Qwen2Config")
         theta = (defaults.get("rope_parameters") or defaults)["rope_theta"]
     embedding = found.get(HfTensor(EMBEDDING), ())
-    text = TextConfig(
-        hidden_size=full["hidden_size"],
-        num_layers=full["num_hidden_layers"],
-        num_heads=full["num_attention_heads"],
-        num_kv_heads=full["num_key_value_heads"] or full["num_attention_heads"],
-        intermediate_size=full["intermediate_size"],
-        vocab_size=embedding[0] if len(embedding) == 2 else full["vocab_size"],
-        rope_theta=float(theta),
-        rms_norm_eps=full["rms_norm_eps"],
-        tie_word_embeddings=HfTensor(LM_HEAD) not in found,
-    )
-    if text.hidden_size % text.num_heads or text.num_heads % text.num_kv_heads:
-        raise CheckpointError(
-            f"{where}: hidden_size {text.hidden_size}, num_attention_heads {text.num_heads} and "
-            f"num_key_value_heads {text.num_kv_heads} do not divide one another"
+    with _named_as_theirs(where):
+        check_real("rope_theta", theta, 1, 1e12)
+        text = TextConfig(
+            hidden_size=full["hidden_size"],
+            num_layers=full["num_hidden_layers"],
+            num_heads=full["num_attention_heads"],
+            num_kv_heads=full["num_key_value_heads"],
+            intermediate_size=full["intermediate_size"],
+            vocab_size=embedding[0] if len(embedding) == 2 else full["vocab_size"],
+            rope_theta=float(theta),
+            rms_norm_eps=full["rms_norm_eps"],
+            tie_word_embeddings=HfTensor(LM_HEAD) not in found,
         )
     expect(values, where, "head_dim", text.head_dim, None)
     return text
 
 
-def _with_defaults(
-    values: Mapping[str, Any], class_name: str, keys: Sequence[str]
-) -> Mapping[str, Any]:
-    """Settings in which no key is missing: transformers writes none that has its class's default."""
+def _sizes(
+    values: Mapping[str, Any], class_name: str, keys: Sequence[str], where: str
+) -> dict[str, Any]:
+    """The settings of these keys, all of them numbers: transformers writes none that has its class's default."""
     if all(key in values for key in keys):
-        return values
-    return {**_class_defaults(class_name), **values}
+        full = {key: values[key] for key in keys}
+    else:
+        defaults = _class_defaults(class_name)
+        full = {key: values.get(key, defaults.get(key)) for key in keys}
+    if full.get("num_key_value_heads", 1) is None:
+        full["num_key_value_heads"] = full["num_attention_heads"]
+    for key, value in full.items():
+        if isinstance(value, bool) or not isinstance(value, float if key.endswith("_eps") else int):
+            kind = "number" if key.endswith("_eps") else "whole number"
+            raise CheckpointError(f"{where}: {key} is {value!r:.60}; expected a {kind}")
+    return full
 
 
 @functools.cache
@@ -213,22 +246,17 @@ def _vision_config(values: Mapping[str, Any], where: str) -> VisionConfig:
     expect(values, where, "model_type", "siglip_vision_model")
     expect(values, where, "hidden_act", "gelu_pytorch_tanh")
     expect(values, where, "num_channels", 3)
-    full = _with_defaults(values, "SiglipVisionConfig", _VISION_SIZES)
-    vision = VisionConfig(
-        hidden_size=full["hidden_size"],
-        num_layers=full["num_hidden_layers"],
-        num_heads=full["num_attention_heads"],
-        intermediate_size=full["intermediate_size"],
-        image_size=full["image_size"],
-        patch_size=full["patch_size"],
-        layer_norm_eps=full["layer_norm_eps"],
-    )
-    if vision.hidden_size % vision.num_heads:
-        raise CheckpointError(
-            f"{where}: hidden_size {vision.hidden_size} is not a multiple of "
-            f"num_attention_heads {vision.num_heads}"
+    full = _sizes(values, "SiglipVisionConfig", _VISION_SIZES, where)
+    with _named_as_theirs(where):
+        return VisionConfig(
+            hidden_size=full["hidden_size"],
+            num_layers=full["num_hidden_layers"],
+            num_heads=full["num_attention_heads"],
+            intermediate_size=full["intermediate_size"],
+            image_size=full["image_size"],
+            patch_size=full["patch_size"],
+            layer_norm_eps=full["layer_norm_eps"],
         )
-    return vision
 
 
 def _onevision_vision(values: Mapping[str, Any], where: str) -> tuple[VisionConfig, int]:
@@ -236,15 +264,19 @@ def _onevision_vision(values: Mapping[str, Any], where: str) -> tuple[VisionConf
     expect(values, where, "projector_hidden_act", "gelu")
     expect(values, where, "multimodal_projector_bias", True)
     expect(values, where, "vision_feature_select_strategy", "full")
-    tower = _vision_config(values.get("vision_config", {}), f"{where}: vision_config")
+    tower = _vision_config(section(values, "vision_config", where), f"{where}: vision_config")
     # An index into the hidden states: 0 is the embeddings, -1 the last layer's output.
     layer = values.get("vision_feature_layer", -1)
-    if not isinstance(layer, int) or not -tower.num_layers <= layer <= tower.num_layers:
+    if type(layer) is not int or not -tower.num_layers <= layer <= tower.num_layers:
         raise CheckpointError(
             f"{where}: vision_feature_layer is {layer}; expected one layer of a tower "
             f"of {tower.num_layers}"
         )
     running = layer if layer >= 0 else tower.num_layers + 1 + layer
+    if running == 0:
+        raise CheckpointError(
+            f"{where}: vision_feature_layer is {layer}; expected a layer that runs"
+        )
     return dataclasses.replace(tower, num_layers=running), tower.num_layers
 
 
@@ -283,7 +315,7 @@ def _llave_vision(
             "it with tools/convert_hf.py and name the tower's own config.json: --vision-config FILE"
         )
     tower = read_json(path)
-    tower = _vision_config(tower.get("vision_config", tower), str(path))
+    tower = _vision_config(section(tower, "vision_config", path) or tower, str(path))
     if tower.num_layers < 2:
         raise CheckpointError(
             f"{path}: num_hidden_layers is {tower.num_layers}; expected 2 or more, since the last "
@@ -292,7 +324,7 @@ def _llave_vision(
     return dataclasses.replace(tower, num_layers=tower.num_layers - 1), tower.num_layers
 
 
-def find_tower_config(directory: Path, tower: str | None) -> Path | None:
+def find_tower_config(directory: Path, tower: object) -> Path | None:
     """config.json of the vision tower that a checkpoint of the llave layout names.
 
     Args:
@@ -302,9 +334,16 @@ def find_tower_config(directory: Path, tower: str | None) -> Path | None:
     Returns:
       The file; None if it is in neither place.
     """
+    if not isinstance(tower, str):
+        return None
+    try:
+        # A checkpoint does not choose which other files of this machine are read.
+        check_relative(tower)
+    except OutsideRoot:
+        return None
     for base in (directory, directory.parent):
-        path = base / (tower or "") / "config.json"
-        if tower and path.is_file():
+        path = base / tower / "config.json"
+        if path.is_file():
             return path
     return None
 

@@ -14,6 +14,7 @@ from llave_jax.weights.hf_inputs import (
     onevision_inputs,
     with_inputs,
 )
+from llave_jax.weights.json_files import section
 
 # Settings that do not change embeddings. A change of layout keeps them.
 _TEXT_KEPT = (
@@ -57,8 +58,8 @@ def to_llave(config: LlaveConfig, source: dict[str, Any], dtype: str, tower: str
     values = {
         **fresh,
         **llave_inputs(config.inputs),
-        **source.get(LLAVE_KEY, {}),
-        **_text_values(config, source.get("text_config", {})),
+        **section(source, LLAVE_KEY, "config.json"),
+        **_text_values(config, section(source, "text_config", "config.json")),
         "architectures": ["LlavaQwenForCausalLM"],
         "mm_vision_tower": tower,
         "model_type": "llava_qwen",

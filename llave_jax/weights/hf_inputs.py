@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llave_jax.inputs.config import InputConfig, grid_pinpoints
-from llave_jax.weights.json_files import read_json, write_json
+from llave_jax.common.ranges import ConfigError, check_whole
+from llave_jax.inputs.config import MAX_PINPOINTS, MAX_TOKENS, InputConfig, grid_pinpoints
+from llave_jax.weights.json_files import read_json, section, write_json
 from llave_jax.weights.safetensors_io import CheckpointError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -42,39 +43,37 @@ def read_inputs(
     Raises:
       CheckpointError: a setting that is not supported.
     """
-    settings = values if layout == "llave" else values.get(LLAVE_KEY, {})
-    text = values if layout == "llave" else values.get("text_config", {})
+    settings = values if layout == "llave" else section(values, LLAVE_KEY, where)
+    text = values if layout == "llave" else section(values, "text_config", where)
     if layout == "llave":
         pinpoints = _llave_pinpoints(values.get("image_grid_pinpoints"), image_size, where)
         aspect_ratio = values.get("image_aspect_ratio")
     else:
-        pinpoints = tuple(
-            (int(height), int(width))
-            for height, width in values.get("image_grid_pinpoints") or grid_pinpoints(384, 6, 6)
-        )
+        listed = values.get("image_grid_pinpoints")
+        pinpoints = grid_pinpoints(384, 6, 6) if listed is None else _pairs(listed, where)
         aspect_ratio = values.get("vision_aspect_ratio", "anyres_max_9")
-    for height, width in pinpoints:
-        if height % image_size or width % image_size:
-            raise CheckpointError(
-                f"{where}: image_grid_pinpoints has {height} x {width}; expected multiples of the "
-                f"tower's image size, {image_size}"
-            )
-    max_length = settings.get("tokenizer_model_max_length") or text.get(
-        "max_position_embeddings", DEFAULT_POSITIONS
+
+    def setting(key: str, default: Any) -> Any:
+        return default if settings.get(key) is None else settings[key]
+
+    max_length = setting(
+        "tokenizer_model_max_length", text.get("max_position_embeddings", DEFAULT_POSITIONS)
     )
     anyres_max = _anyres_max(aspect_ratio, where)
     try:
+        check_whole("tokenizer_model_max_length", max_length, 1, MAX_TOKENS)
         return InputConfig(
             pinpoints=pinpoints,
             anyres_max=anyres_max,
-            newline_position=settings.get("mm_newline_position") or "one_token",
-            pool_mode=settings.get("mm_spatial_pool_mode") or "bilinear",
-            pool_stride=settings.get("mm_spatial_pool_stride") or 2,
+            newline_position=setting("mm_newline_position", "one_token"),
+            pool_mode=setting("mm_spatial_pool_mode", "bilinear"),
+            pool_stride=setting("mm_spatial_pool_stride", 2),
             max_length=max_length,
             max_text_length=_text_limit(text_limit, max_length),
         )
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    except ConfigError as error:
+        key = "image_grid_pinpoints" if error.key == "pinpoints" else error.key
+        raise CheckpointError(f"{where}: {key} {error.reason}") from error
 
 
 def tokenizer_limit(directory: Path) -> int | None:
@@ -89,14 +88,25 @@ def tokenizer_limit(directory: Path) -> int | None:
     Raises:
       CheckpointError: the file is missing or not JSON.
     """
-    limit = read_json(directory / TOKENIZER_CONFIG).get("model_max_length")
+    path = directory / TOKENIZER_CONFIG
+    limit = read_json(path).get("model_max_length")
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or limit != int(limit):
+        raise CheckpointError(f"{path}: model_max_length is {limit!r:.60}; expected a whole number")
     # transformers writes 1e30 for "no limit".
-    return None if limit is None or limit > 1e9 else int(limit)
+    if limit > 1e9:
+        return None
+    try:
+        check_whole("model_max_length", int(limit), 1, MAX_TOKENS)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return int(limit)
 
 
 def _text_limit(of_tokenizer: int | None, max_length: int) -> int:
     """`InputConfig.max_text_length` by the tokenizer's limit and `InputConfig.max_length`."""
-    return of_tokenizer or max(max_length, DEFAULT_POSITIONS)
+    return max(max_length, DEFAULT_POSITIONS) if of_tokenizer is None else of_tokenizer
 
 
 def _llave_pinpoints(listed: Any, image_size: int, where: str) -> tuple[tuple[int, int], ...]:
@@ -107,32 +117,51 @@ def _llave_pinpoints(listed: Any, image_size: int, where: str) -> tuple[tuple[in
     """
     original = listed
     if isinstance(listed, str):
-        ranged = [(int(w), int(h)) for w, h in re.findall(r"\((\d+)x(\d+)\)", listed)]
+        ranged = [(int(w), int(h)) for w, h in re.findall(r"\((\d{1,4})x(\d{1,4})\)", listed)]
         if ranged:
             (first_w, first_h), (last_w, last_h) = ranged[0], ranged[-1]
+            if (last_w - first_w + 1) * (last_h - first_h + 1) > MAX_PINPOINTS:
+                raise CheckpointError(
+                    f"{where}: image_grid_pinpoints is {original!r:.60}; expected at most {MAX_PINPOINTS} canvases"
+                )
             listed = [
                 (w * image_size, h * image_size)
                 for w in range(first_w, last_w + 1)
                 for h in range(first_h, last_h + 1)
             ]
         else:
-            listed = re.findall(r"[\[(]\s*(\d+)\s*,\s*(\d+)\s*[\])]", listed)
+            found = re.findall(r"[\[(]\s*(\d{1,9})\s*,\s*(\d{1,9})\s*[\])]", listed)
+            listed = [(int(width), int(height)) for width, height in found]
     if not listed:
         raise CheckpointError(
-            f"{where}: image_grid_pinpoints is {json.dumps(original)}; expected a list of "
+            f"{where}: image_grid_pinpoints is {json.dumps(original):.80}; expected a list of "
             '[width, height] or a range such as "(1x1),...,(2x2)"'
         )
-    return tuple((int(height), int(width)) for width, height in listed)
+    return tuple((height, width) for width, height in _pairs(listed, where))
 
 
-def _anyres_max(aspect_ratio: str | None, where: str) -> int | None:
+def _pairs(listed: Any, where: str) -> tuple[tuple[int, int], ...]:
+    """A list of pairs of numbers; what numbers they may be is `InputConfig`'s."""
+    if (
+        not isinstance(listed, list)
+        or not listed
+        or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in listed)
+    ):
+        raise CheckpointError(
+            f"{where}: image_grid_pinpoints is {listed!r:.80}; expected a list of pairs of pixels"
+        )
+    return tuple((first, second) for first, second in listed)
+
+
+def _anyres_max(aspect_ratio: Any, where: str) -> int | None:
     """The 9 of "anyres_max_9"; None for "anyres"."""
     if aspect_ratio == "anyres":
         return None
-    if found := re.fullmatch(r"anyres_max_(\d+)", aspect_ratio or ""):
+    text = aspect_ratio if isinstance(aspect_ratio, str) else ""
+    if found := re.fullmatch(r"anyres_max_(\d{1,9})", text):
         return int(found.group(1))
     raise CheckpointError(
-        f"{where}: images are laid out by {aspect_ratio!r}; expected anyres or anyres_max_N"
+        f"{where}: images are laid out by {aspect_ratio!r:.60}; expected anyres or anyres_max_N"
     )
 
 
@@ -157,7 +186,7 @@ def with_inputs(
         return values
     if layout == "llave":
         return {**values, **llave_inputs(inputs)}
-    settings = {**values.get(LLAVE_KEY, {}), **llave_inputs(inputs)}
+    settings = {**section(values, LLAVE_KEY, "config.json"), **llave_inputs(inputs)}
     return {**values, **onevision_inputs(inputs, image_size), LLAVE_KEY: settings}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from llave_jax.models.config import LlaveConfig
 from llave_jax.weights.hf_config import expect
 from llave_jax.weights.hf_inputs import onevision_inputs
-from llave_jax.weights.json_files import read_json
+from llave_jax.weights.json_files import read_json, section
 from llave_jax.weights.safetensors_io import CheckpointError
 
 # A conversation in the form that the model was trained with. Images come before the text of their turn.
@@ -52,16 +52,17 @@ def check_image_processor(directory: Path) -> None:
         if not path.is_file():
             continue
         values = read_json(path)
-        values = values.get("image_processor", values)
+        values = section(values, "image_processor", path) or values
         for key, only in (
             ("image_mean", [0.5, 0.5, 0.5]),
             ("image_std", [0.5, 0.5, 0.5]),
             ("resample", 3),
         ):
             expect(values, str(path), key, only)
-        if abs(values.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+        factor = values.get("rescale_factor", 1 / 255)
+        if not isinstance(factor, int | float) or not abs(factor - 1 / 255) <= 1e-9:
             raise CheckpointError(
-                f"{path}: rescale_factor is {values['rescale_factor']}; only 1/255 is supported"
+                f"{path}: rescale_factor is {factor!r:.60}; only 1/255 is supported"
             )
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llave_jax.common.json_text import parse_json
 from llave_jax.weights.safetensors_io import CheckpointError
+
+# The largest of these files is a tokenizer.json of about 10 MB.
+MAX_BYTES = 64 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -19,17 +25,43 @@ def read_json(path: Path) -> dict[str, Any]:
       key -> value.
 
     Raises:
-      CheckpointError: the file is missing, is not JSON, or holds something else.
+      CheckpointError: the file is missing, too large, is not JSON, or holds something else.
     """
+    # A pipe in its place would block without end.
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise CheckpointError(f"{path}: {size} bytes; expected at most {MAX_BYTES}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
+        values = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def section(values: Mapping[str, Any], key: str, where: str | os.PathLike) -> dict[str, Any]:
+    """An object within an object.
+
+    Args:
+      values: the outer object.
+      key: of the inner one.
+      where: the file, for the message.
+
+    Returns:
+      The inner object; an empty one if it is missing or null.
+
+    Raises:
+      CheckpointError: the value is something else.
+    """
+    inner = values.get(key)
+    if inner is None:
+        return {}
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{where}: {key} is {inner!r:.60}; expected an object")
+    return inner
 
 
 def write_json(path: Path, values: dict[str, Any], *, sort_keys: bool = True) -> None:

@@ -10,15 +10,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
 
 from llave_jax.models.config import LlaveConfig
 
 README = "README.md"
 # The card's name if the source has a README.md of its own.
 BESIDE_README = "MODEL_CARD.md"
+
+_MAX_CARD_BYTES = 1 << 20
+_CARD_LINE = re.compile(r"(?P<key>[a-z_]+):(?P<text>( [\w./:'\"() -]{1,200})?)\s*")
+_CARD_ENTRY = re.compile(r"\s*- (?P<text>[\w./:'\"() -]{1,200})\s*")
 
 # The licence of the authors' code and of all models that they publish.
 LICENSE = "apache-2.0"
@@ -146,13 +148,27 @@ def write_card(
 
 
 def _metadata(card: Path | None) -> dict[str, Any]:
-    """The front matter of a card; empty if there is none or it cannot be read."""
-    if card is None or not card.is_file():
+    """The front matter's texts, and lists of texts, by key; empty if there is none or it cannot be read.
+
+    YAML has references, types and much else that a card of unknown origin has no need of. Only lines `key: text`
+    and `- text` are read.
+    """
+    if card is None or not card.is_file() or card.stat().st_size > _MAX_CARD_BYTES:
         return {}
-    try:
-        return metadata_load(card) or {}
-    except (ValueError, yaml.YAMLError):
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines or lines[0].strip() != "---" or "---" not in map(str.strip, lines[1:]):
         return {}
+    known: dict[str, Any] = {}
+    key = ""
+    for line in lines[1:]:
+        if line.strip() == "---":
+            break
+        if found := _CARD_LINE.fullmatch(line):
+            key, text = found["key"], found["text"].strip().strip("\"'")
+            known[key] = text or []
+        elif (found := _CARD_ENTRY.fullmatch(line)) and isinstance(known.get(key), list):
+            known[key].append(found["text"].strip().strip("\"'"))
+    return {key: value for key, value in known.items() if value}
 
 
 def _published_name(config: dict[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ are the latest of RUN/checkpoints. The functions that load accept both.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,13 +23,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llave_jax.common.files import staged_directory
+from llave_jax.common.paths import OutsideRoot, check_links
+from llave_jax.common.ranges import ConfigError
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.parameters import parameter_shapes
-from llave_jax.weights.json_files import write_json
+from llave_jax.weights import tokenizer_files
+from llave_jax.weights.json_files import read_json, write_json
 from llave_jax.weights.safetensors_io import (
     CheckpointError,
     SafetensorsFile,
     SafetensorsWriter,
+    check_finite,
     encode_header,
 )
 from llave_jax.weights.tokenizer_files import check_tokenizer_files, copy_tokenizer_files
@@ -67,10 +72,9 @@ def is_model_dir(path: str | os.PathLike) -> bool:
     if not config.is_file():
         return False
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
+        return FORMAT_KEY in read_json(config)
+    except CheckpointError:
         return False
-    return isinstance(values, dict) and FORMAT_KEY in values
 
 
 def is_as_converted(weights: SafetensorsFile) -> bool:
@@ -125,15 +129,17 @@ def load_config(path: str | os.PathLike) -> LlaveConfig:
       CheckpointError: `path` is neither, or the configuration is of another version or broken.
     """
     file = locate(path) / CONFIG
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     version = values.pop(FORMAT_KEY)
     if version != FORMAT:
         raise CheckpointError(
-            f"{file}: {FORMAT_KEY} is {version}; this version reads {FORMAT}. "
+            f"{file}: {FORMAT_KEY} is {version!r:.60}; this version reads {FORMAT}. "
             "Convert the original checkpoint again."
         )
     try:
         return LlaveConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: not a model configuration: {error!r}") from error
 
@@ -164,11 +170,7 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     directory = locate(path) / TOKENIZER
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; expected the model's tokenizer")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(
-        str(directory), local_files_only=True, trust_remote_code=False
-    )
+    return tokenizer_files.load_tokenizer(directory)
 
 
 def open_params(path: str | os.PathLike) -> Mapping[str, np.ndarray | RunParam]:
@@ -238,7 +240,28 @@ def load_params(
 
         folder = run_params.latest_params(Path(path))
         return run_params.load_params(folder, sharding.unflatten(targets))
-    return sharding.unflatten({name: _place(arrays[name], targets[name]) for name in arrays})
+    where = locate(path) / WEIGHTS
+    return sharding.unflatten(
+        {name: _place(_Finite(arrays[name], name, where), targets[name]) for name in arrays}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finite:
+    """A tensor of a file. Slices of it are checked when they are read."""
+
+    array: Any
+    name: str
+    where: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        part = np.ascontiguousarray(self.array[index])
+        check_finite(part, self.name, self.where)
+        return part
 
 
 def _place(array: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
@@ -294,6 +317,10 @@ def write_model_dir(
 
 def _take_over(base: Path, target: Path) -> None:
     """Copy all files but config and weights from one model directory to another."""
+    try:
+        check_links(base)
+    except OutsideRoot as error:
+        raise CheckpointError(str(error)) from error
     shutil.copytree(base / TOKENIZER, target / TOKENIZER)
     if (base / SOURCE).is_dir():
         shutil.copytree(base / SOURCE, target / SOURCE)

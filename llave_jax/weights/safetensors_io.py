@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from llave_jax.common.json_text import RepeatedKey, parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -27,7 +30,11 @@ DTYPES: dict[str, np.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LENGTH_BYTES = 8
-_MAX_HEADER = 100_000_000  # the limit of the safetensors package
+# A model of 70 billion parameters has 100 kB and 1000 tensors. The safetensors package takes 100 MB, which as
+# Python objects are gigabytes.
+_MAX_HEADER = 16 << 20
+_MAX_TENSORS = 20_000
+_MAX_AXES, _MAX_AXIS = 8, 1 << 40
 
 
 class CheckpointError(ValueError):
@@ -97,18 +104,20 @@ def parse_header(text: str, where: str) -> dict[str, TensorInfo]:
       CheckpointError: not a header, an unknown dtype, or data with holes or overlaps.
     """
     try:
-        entries = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
-    except json.JSONDecodeError as error:
+        entries = parse_json(text)
+    except RepeatedKey as error:
+        raise CheckpointError(f"{where}: the header {error}") from error
+    except ValueError as error:
         raise CheckpointError(f"{where}: the header is not JSON ({error})") from error
+    if not isinstance(entries, dict) or len(entries) > _MAX_TENSORS:
+        raise CheckpointError(
+            f"{where}: the header is not a safetensors header: expected an object of at most {_MAX_TENSORS} tensors"
+        )
     tensors = {}
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{where}: tensor {name} has dtype {entry['dtype']}; expected one of "
-                f"{', '.join(DTYPES)}. Save the checkpoint in one of these first."
-            )
+        _check_entry(name, entry, where)
         start, end = entry["data_offsets"]
         info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
         if end - start != info.nbytes:
@@ -129,13 +138,58 @@ def parse_header(text: str, where: str) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise CheckpointError(f"{where}: the header names {key} twice")
-        values[key] = value
-    return values
+def _check_entry(name: str, entry: Any, where: str) -> None:
+    """Refuses a tensor's entry of a header that has another form than dtype, shape and offsets."""
+
+    def numbers(key: str, most: int) -> bool:
+        values = entry.get(key)
+        return (
+            isinstance(values, list)
+            and len(values) <= _MAX_AXES
+            and all(type(value) is int and 0 <= value <= most for value in values)
+        )
+
+    if not isinstance(entry, dict) or not (
+        isinstance(entry.get("dtype"), str)
+        and numbers("shape", _MAX_AXIS)
+        and numbers("data_offsets", 1 << 60)
+        and len(entry["data_offsets"]) == 2
+    ):
+        raise CheckpointError(
+            f"{where}: tensor {name:.100} is {entry!r:.120}; expected dtype, shape and data_offsets"
+        )
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{where}: tensor {name} has dtype {entry['dtype']:.20}; expected one of "
+            f"{', '.join(DTYPES)}. Save the checkpoint in one of these first."
+        )
+
+
+def check_finite(array: np.ndarray, name: str, where: str | os.PathLike) -> None:
+    """Refuses a tensor with NaN or infinite values: they would be in every embedding.
+
+    Args:
+      array: of one of DTYPES.
+      name: the tensor, for the message.
+      where: its file, for the message.
+
+    Raises:
+      CheckpointError: a value is not finite.
+    """
+    # A value whose exponent has all bits set is no number. Integers are compared: the temporary array is not
+    # larger than the piece, and bfloat16 needs no conversion.
+    unsigned = np.dtype(f"u{array.dtype.itemsize}")
+    exponent = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}[array.dtype.name]
+    flat = array.reshape(-1).view(unsigned)
+    for start in range(0, flat.size, 1 << 22):
+        found = (flat[start : start + (1 << 22)] & unsigned.type(exponent)) == exponent
+        if found.any():
+            place = start + int(found.argmax())
+            value = float(array.reshape(-1)[place])
+            raise CheckpointError(
+                f"{where}: tensor {name} has the value {value} (element {place} of {flat.size}); the checkpoint is "
+                "damaged, or its training has diverged"
+            )
 
 
 class SafetensorsFile:
@@ -148,7 +202,10 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        size = self.path.stat().st_size
+        status = self.path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{self.path}: is not a regular file")
+        size = status.st_size
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER):

@@ -27,7 +27,7 @@ from llave_jax.weights.export_source import ExportSource, Origin
 from llave_jax.weights.from_hf import INDEX_FILE, SINGLE_FILE
 from llave_jax.weights.hf_inputs import LLAVE_KEY, with_inputs, write_text_limit
 from llave_jax.weights.hf_names import LAYOUTS, HfTensor
-from llave_jax.weights.json_files import write_json
+from llave_jax.weights.json_files import section, write_json
 from llave_jax.weights.safetensors_io import (
     CheckpointError,
     SafetensorsWriter,
@@ -93,6 +93,11 @@ def _write_original(target: Path, model: ExportSource, show_progress: bool) -> b
         raise ValueError(f"{model.directory} was not converted from a Hugging Face directory")
     shutil.copytree(model.directory / model_dir.SOURCE, target, dirs_exist_ok=True)
     (target / model_dir.LAYOUT.name).unlink()
+    for file in origin.headers:
+        if (target / file).exists():
+            raise CheckpointError(
+                f"{model.directory / model_dir.SOURCE / file}: this name is taken by the weights; remove it"
+            )
     values = with_inputs(origin.config, origin.layout, config.inputs, config.vision.image_size)
     same = values == origin.config
     if not same:
@@ -102,10 +107,7 @@ def _write_original(target: Path, model: ExportSource, show_progress: bool) -> b
     for file, header in origin.headers.items():
         for name in parse_header(header, file):
             tensor = hf_names.find_tensor(name, origin.layout)
-            if tensor is None:
-                raise CheckpointError(
-                    f"{model.directory / model_dir.LAYOUT}: {name} is not in the table of weights"
-                )
+            assert tensor is not None, f"ExportSource takes only known tensors, not {name}"
             tensors[name] = tensor
     _write_weights(target, origin.headers, tensors, model, show_progress)
     return model.as_converted and same
@@ -303,7 +305,8 @@ def _tower_name(target: Path, config: LlaveConfig, origin: Origin) -> str:
     """
     if config.vision == SIGLIP_SO400M:
         usual = "google/siglip-so400m-patch14-384"
-        return origin.config.get(LLAVE_KEY, {}).get("mm_vision_tower", usual)
+        named = section(origin.config, LLAVE_KEY, "config.json").get("mm_vision_tower")
+        return named if isinstance(named, str) else usual
     name = "siglip_tower"
     (target / name).mkdir()
     write_json(target / name / "config.json", hf_config_export.tower_values(config.vision))
