@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llave_jax.common import interrupts
+
 if TYPE_CHECKING:
     from llave_jax.embedding.embedder import Embedder
 
 __all__ = ["Embedder"]
+
+interrupts.quiet_while_starting()
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,6 @@ LLaVA-OneVision, Aquila-VL, and what was fine-tuned from them) or of transformer
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -62,8 +61,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _convert(args: argparse.Namespace) -> None:
     command_line.set_up_logging(args)
-    # A terminated conversion cleans up like one stopped with Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if args.to_hf:
         convert_to_hf(
             resolve_model(args.input),

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import jax
 
-from llave_jax.common import command_line
+from llave_jax.common import command_line, interrupts
 from llave_jax.embedding.bulk import embed_file
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.run_info import record_run, settings_of
@@ -58,6 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _command(args: argparse.Namespace) -> None:
     processes.initialize(args)
+    interrupts.take_again()
     first = jax.process_index() == 0
     command_line.set_up_logging(args, first=first)
     model = resolve_model(args.model)

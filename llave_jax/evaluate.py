@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from llave_jax.common import command_line
+from llave_jax.common import command_line, interrupts
 from llave_jax.common.files import write_text
 from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
@@ -75,6 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _command(args: argparse.Namespace) -> None:
     processes.initialize(args)
+    interrupts.take_again()
     first = jax.process_index() == 0
     command_line.set_up_logging(args, first=first)
     table = evaluate(args)

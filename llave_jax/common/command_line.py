@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llave_jax.common.interrupts import Interrupted, interruptible
 from llave_jax.common.text import shortened
 
 PACKAGE = Path(__file__).parents[1]
@@ -276,10 +277,14 @@ def run(
       user_errors: exceptions whose message says what to do.
 
     Returns:
-      The exit status: USER_ERROR after one of `user_errors`.
+      The exit status: USER_ERROR after one of `user_errors`, 128 plus its number after a signal.
     """
     try:
-        return action(args) or 0
+        with interruptible():
+            return action(args) or 0
+    except Interrupted as interrupted:
+        print(f"{interrupted}; the same command goes on or starts again", file=sys.stderr)
+        return interrupted.status
     except user_errors as error:
         if args.verbose:
             raise

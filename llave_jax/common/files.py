@@ -1,13 +1,16 @@
 """Files and directories that appear whole or not at all.
 
 Content goes to a temporary name beside the target, is synced to the disk, and the temporary name is
-renamed. A job that dies leaves the target as it was. The temporary file of a killed job is
-overwritten by the next write to the same target. Formats of files belong to other modules.
+renamed. A job that dies leaves the target as it was. While a process writes, it holds a lock on the
+temporary name. What a killed job has left has no lock: it is overwritten or removed by the next write to the
+same target, and by `remove_abandoned`. A full disk is an error that names the target. Formats of files belong
+to other modules.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -18,6 +21,65 @@ from typing import Any
 
 import numpy as np
 
+from llave_jax.common.locks import is_same_file, try_lock
+from llave_jax.common.text import bytes_text
+
+_REPLACED = ".replaced"
+# What is said of a file that cannot grow. Libraries that raise errors of their own repeat the system's text.
+_FULL = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file must not grow so large here (ulimit -f, or the file system's limit)",
+}
+
+
+class DiskFull(OSError):
+    """A file that the disk has no room for. The message names the file, and what to do."""
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: str | os.PathLike, needed: int | None = None) -> Iterator[None]:
+    """Turns a block's error about a full disk, also one of a library, into one that names the file.
+
+    Args:
+      path: what the block writes.
+      needed: bytes of it, if they are known.
+
+    Raises:
+      DiskFull: there is no room, or a limit of the file's size.
+    """
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        reason = _reason_of_full_disk(error)
+        if reason is None:
+            raise
+        size = f" ({_room(Path(path), needed)})"
+        raise DiskFull(
+            f"{os.fspath(path)}: {reason}{size}; make room and run the same command again: what is complete stays"
+        ) from error
+
+
+def _reason_of_full_disk(error: BaseException | None) -> str | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return _FULL[error.errno]
+        for number, reason in _FULL.items():
+            if os.strerror(number) in str(error):
+                return reason
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _room(path: Path, needed: int | None) -> str:
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = f"{bytes_text(shutil.disk_usage(folder).free)} are free in {folder}"
+    return free if needed is None else f"needs {bytes_text(needed)}, {free}"
+
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
@@ -27,19 +89,39 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
       path: the file to make or replace; its directory is made.
 
     Yields:
-      The temporary path, `partial_path(path)`. It takes the name `path` at the end of the block, and
-      is removed if the block raises.
+      The temporary path: `partial_path(path)`, or another one if a living process writes there. It takes
+      the name `path` at the end of the block, and is removed if the block raises.
+
+    Raises:
+      DiskFull: there is no room for the file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, lock = _claim(path)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(lock)
+
+
+def _claim(path: Path) -> tuple[Path, int]:
+    """An empty temporary file for `path`, and a descriptor that holds its lock."""
     temporary = partial_path(path)
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    while True:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+        if try_lock(descriptor):
+            if is_same_file(descriptor, temporary):
+                os.ftruncate(descriptor, 0)
+                return temporary, descriptor
+        else:  # Another one writes the same target.
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        os.close(descriptor)
 
 
 def partial_path(path: str | os.PathLike) -> Path:
@@ -104,41 +186,97 @@ def write_arrays(path: str | os.PathLike, *, compress: bool = False, **arrays: n
 def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
     """An empty directory beside `path`, on the same file system; removed at the end of the block.
 
-    A block that renames the directory keeps it: see `replace_directory`.
+    A block that renames the directory keeps it: see `replace_directory`. What killed jobs have left of such
+    directories is removed first.
 
     Args:
       path: the directory that the scratch directory is for. It need not exist.
 
     Yields:
       The scratch directory.
+
+    Raises:
+      DiskFull: there is no room for its files.
     """
     path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with naming_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        scratch, lock = _claim_directory(path)
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
 
 
-def partial_directories(path: str | os.PathLike) -> list[Path]:
-    """What killed jobs have left of `scratch_directory(path)`. The directories of living jobs are among them.
+def _claim_directory(path: Path) -> tuple[Path, int]:
+    while True:
+        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        scratch.mkdir()
+        # Another process may take it for abandoned until it is locked.
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(scratch, os.O_RDONLY)
+            if try_lock(descriptor) and is_same_file(descriptor, scratch):
+                return scratch, descriptor
+            os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what killed jobs have left of scratch directories of `path`, and completes what they replaced."""
+    name = glob.escape(path.name)
+    for old in sorted(path.parent.glob(f".{name}.*{_REPLACED}")):
+        if path.exists():
+            _remove_if_abandoned(old)
+        else:
+            with _unless_living(old) as abandoned:
+                if abandoned:
+                    old.rename(path)
+    for scratch in sorted(path.parent.glob(f".{name}.*.partial")):
+        if scratch.is_dir():
+            _remove_if_abandoned(scratch)
+
+
+def remove_abandoned(directory: str | os.PathLike, pattern: str = ".*.partial") -> None:
+    """Removes the temporary files and directories that killed jobs have left in a directory.
+
+    What a living process writes stays, as does everything on a file system without locks.
 
     Args:
-      path: as for `scratch_directory`.
-
-    Returns:
-      The directories, sorted.
+      directory: its own entries are looked at; it need not exist.
+      pattern: of their names.
     """
-    path = Path(path).absolute()
-    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*.partial"))
+    for path in sorted(Path(directory).glob(pattern)):
+        _remove_if_abandoned(path)
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    with _unless_living(path) as abandoned:
+        if abandoned and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif abandoned:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _unless_living(path: Path) -> Iterator[bool]:
+    """Whether no process holds a temporary path; while the block runs, none can take it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        yield try_lock(descriptor, without=False) and is_same_file(descriptor, path)
+    finally:
+        os.close(descriptor)
 
 
 def replace_directory(path: str | os.PathLike, new: Path) -> None:
     """Renames a directory to a name that may be taken.
 
-    What stands at `path` is removed once `new` is in its place, and put back if that fails.
+    What stands at `path` is removed once `new` is in its place, and put back if that fails. After a kill in
+    between, the next `scratch_directory` puts it back.
 
     Args:
       path: the name.
@@ -148,14 +286,19 @@ def replace_directory(path: str | os.PathLike, new: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    old = new.with_suffix(".replaced")
-    path.rename(old)
+    old = new.with_suffix(_REPLACED)
+    lock = os.open(path, os.O_RDONLY)
     try:
-        new.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
+        try_lock(lock)
+        path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        shutil.rmtree(old)
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -170,9 +313,15 @@ def staged_directory(path: str | os.PathLike) -> Iterator[Path]:
 
     Yields:
       The directory to fill.
+
+    Raises:
+      DiskFull: there is no room for its files.
     """
     with scratch_directory(path) as staged:
         yield staged
+        for file in staged.rglob("*"):
+            if file.is_file():
+                _sync(file)
         replace_directory(path, staged)
 
 

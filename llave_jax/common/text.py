@@ -23,3 +23,19 @@ def shortened(text: str) -> str:
     return re.sub(
         rf"\S{{{_LONG + 1},}}", lambda m: f"{m[0][:_KEPT]}... ({len(m[0])} characters)", text
     )
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes for people.
+
+    Args:
+      count: bytes.
+
+    Returns:
+      Such as "3.2 GB"; rounded, in powers of 1000.
+    """
+    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g} {units[0]}"

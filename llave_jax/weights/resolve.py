@@ -13,11 +13,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 from pathlib import Path
 
 from llave_jax.common.content import digest, sampled_digest
-from llave_jax.common.files import partial_directories
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf, model_files
 from llave_jax.weights.hf_config import find_tower_config
@@ -131,9 +129,6 @@ def _converted(source: Path, name: str) -> Path:
     try:
         # Whoever held the lock before may have made it.
         if not _is_whole(target):
-            # Only a conversion that was killed leaves these: a living one holds the lock.
-            for partial in partial_directories(target):
-                shutil.rmtree(partial, ignore_errors=True)
             logger.info("converting %s, once, to %s", source, target)
             convert_from_hf(source, target, overwrite=True)
     finally:

@@ -1,0 +1,168 @@
+"""How a command ends that is told to: SIGTERM, and Ctrl-C (SIGINT).
+
+The signal raises `Interrupted` in the main thread, so that temporary files are removed on the way out. A
+process that does not come back to Python within seconds, as in a compiler, is ended by a thread; so it is by a
+second signal. The exit status is 128 plus the signal's number, as shells say it. Training, which saves first,
+takes the signals for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds that Python code has to end by itself.
+GRACE = 5.0
+# Seconds within which a repeated signal is the same: `timeout` and some shells send each one twice.
+_REPEAT = 0.3
+_PACKAGE = Path(__file__).parents[1]
+
+
+class Interrupted(BaseException):
+    """A signal ends the command. No error: `except Exception` lets it pass.
+
+    Attributes:
+      number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status."""
+        return 128 + self.number
+
+
+def quiet_while_starting() -> None:
+    """Lets signals end a command of this package without a traceback while modules are still imported.
+
+    In a process that runs something else nothing changes.
+    """
+    if _is_command() and threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, _leave_at_once)
+
+
+def _is_command() -> bool:
+    """Whether this process was started as `python -m llave_jax.NAME`, `llave-NAME` or `python tools/NAME.py`."""
+    words = sys.orig_argv
+    if "-m" in words[:-1]:
+        module = words[words.index("-m") + 1]
+        if module.startswith("llave_jax."):
+            return True
+    program = Path(sys.argv[0] if sys.argv else "")
+    in_tools = program.parent.absolute() == _PACKAGE.parent / "tools"
+    return in_tools or program.name.startswith("llave-")
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGINT raise `Interrupted` in it.
+
+    Only the main thread can take signals: in another one this changes nothing.
+
+    Raises:
+      Interrupted: a signal has come.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    global _active
+    outer, _active = _active, _Taker()
+    try:
+        yield
+    finally:
+        _active.close()
+        _active = outer
+
+
+def take_again() -> None:
+    """Takes the signals back from a library, within `interruptible`: `jax.distributed` takes SIGTERM."""
+    if _active is not None:
+        _active.take()
+
+
+class _Taker:
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._closed = threading.Event()
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+        self.take()
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._report_unraisable
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
+
+    def take(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._raise)
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        sys.unraisablehook = self._hook
+        if self._number is not None and _is_command():
+            # The interpreter still waits for threads, and jax for other processes.
+            self._end_later(self._number)
+        else:
+            self._closed.set()
+            # Wakes the watch, which closes the other end.
+            os.close(self._write)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self._number is None:
+            self._number = number
+            raise Interrupted(number)
+
+    def _report_unraisable(self, unraisable: Any) -> None:
+        """Python cannot raise in some places, such as a destructor: the watch ends the process then."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            self._hook(unraisable)
+
+    def _watch(self) -> None:
+        first: tuple[int, float] | None = None
+        while numbers := os.read(self._read, 16):
+            for number in numbers:
+                # Others may have taken a signal for themselves meanwhile.
+                if number not in SIGNALS or signal.getsignal(number) != self._raise:
+                    continue
+                now = time.monotonic()
+                if first is None:
+                    first = number, now
+                    self._end_later(number)
+                elif now - first[1] > _REPEAT:
+                    self._end(number)
+        os.close(self._read)
+
+    def _end_later(self, number: int) -> None:
+        timer = threading.Timer(GRACE, self._end, (number,))
+        timer.daemon = True
+        timer.start()
+
+    def _end(self, number: int) -> None:
+        if self._closed.is_set():
+            return
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(128 + number)
+
+
+_active: _Taker | None = None
