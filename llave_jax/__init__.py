@@ -6,6 +6,7 @@ from llave_jax.loss import hardness_weighted_contrastive_loss
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from llave_jax.common import interrupts
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["Embedder"]
 
 interrupts.quiet_while_starting()
+
+# transformers says so in every process where PyTorch is absent; only its tokenizers are used here.
+logging.getLogger("transformers").addFilter(
+    lambda record: not record.getMessage().startswith("PyTorch was not found")
+)
 
 
 def __getattr__(name: str) -> Any:

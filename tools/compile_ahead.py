@@ -20,7 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from llave_jax.common import command_line
 from llave_jax.common.files import write_text
-from llave_jax.planning import compile_ahead, prediction
+from llave_jax.planning import chips, compile_ahead, prediction
 from llave_jax.training import setup
 
 
@@ -64,4 +64,5 @@ def _report(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(_report, parse_args()))
+    user_errors = (ValueError, OSError, chips.NoCompilerError)
+    sys.exit(command_line.run(_report, parse_args(), user_errors))

@@ -7,12 +7,17 @@ devices of a TPU slice or a host of GPUs. What these mean for a program is `pred
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from typing import Any
 
 from jax.experimental import topologies
 
 GIB = 2**30
+
+
+class NoCompilerError(RuntimeError):
+    """The compiler for a kind of chip is not installed; the message says how to install it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +143,7 @@ def topology_devices(topology: str) -> tuple[list[Any], str]:
 
     Raises:
       ValueError: the chip is not known, or does not come in this shape.
-      RuntimeError: the compiler for this kind of chip is not installed.
+      NoCompilerError: the compiler for this kind of chip is not installed.
     """
     kind, _, shape = topology.partition(":")
     chip = CHIPS.get(kind)
@@ -149,6 +154,11 @@ def topology_devices(topology: str) -> tuple[list[Any], str]:
     # Without these, libtpu asks the cloud's metadata server about the machine, and locks its chips.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if importlib.util.find_spec("libtpu") is None:
+        raise NoCompilerError(
+            f"topology {topology!r}: compiling for TPUs needs libtpu, but no TPU: "
+            "pip install llave_jax[tpu]"
+        )
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)
     return described.devices, kind
 
@@ -164,7 +174,7 @@ def _gpu_host(chip: Gpu, topology: str, shape: str) -> list[Any]:
             target_config=chip.target(),
         )
     except NotImplementedError as error:
-        raise RuntimeError(
+        raise NoCompilerError(
             f"topology {topology!r}: compiling for GPUs needs jax's CUDA plugin, but no GPU: "
             "pip install llave_jax[cuda]"
         ) from error

@@ -79,7 +79,7 @@ def compile_train_step(config: Config, topology: str) -> Compiled:
     Raises:
       DoesNotFit: it needs more memory than the chips have.
       ValueError: the batch has no room for an item of the model, or the topology is not known.
-      RuntimeError: the compiler for this kind of chip is not installed.
+      NoCompilerError: the compiler for this kind of chip is not installed.
     """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
@@ -124,7 +124,7 @@ def compile_embedding_step(config: Config, topology: str) -> Compiled:
     Raises:
       DoesNotFit: it needs more memory than the chips have.
       ValueError: the topology is not known.
-      RuntimeError: the compiler for this kind of chip is not installed.
+      NoCompilerError: the compiler for this kind of chip is not installed.
     """
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)

@@ -172,6 +172,8 @@ class BatchSearch:
         steps = batch_shape.total_steps(config, self._rows, plan.fill)
         training = setup.build_training(config, self._llave_config, self._mesh, steps)
         lowered = setup.lower_step(training, self._mesh, plan.budget, plan.micro_batches)
+        if not self.tried:
+            log.info("compiling the step, to see how many pairs fit into memory")
         try:
             self.tried[sizes] = memory.step_bytes(lowered.compile())
         except jax.errors.JaxRuntimeError as error:

@@ -61,7 +61,8 @@ class MetricsWriter:
         with open(self._path, "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            # "@" is not allowed in a tag; with it, tensorboardX prints a line for each value.
+            self._board.add_scalar(name.replace("@", "_"), value, step)
         if self._wandb is not None:
             self._wandb.write(step, values)
 

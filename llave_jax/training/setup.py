@@ -146,8 +146,8 @@ def load_tokenizer(config: Config, tokenizer_path: Path | None) -> Any:
         return model_dir.load_tokenizer(config.model.path)
     if tokenizer_path is None:
         raise ValueError(
-            "config.model.preset trains from scratch and needs config.model.tokenizer: a directory "
-            "with a Qwen2 tokenizer"
+            "no model is given: expected --config.model.path=MODEL or, to train config.model.preset from "
+            "scratch, --config.model.tokenizer=DIR with a Qwen2 tokenizer"
         )
     return tokenizer_files.load_tokenizer(Path(tokenizer_path))
 

@@ -240,3 +240,19 @@ def test_a_long_value_in_an_error_is_named_by_its_beginning(capsys, caplog):
     command_line.set_up_logging(arguments)
     logging.getLogger("llave_jax.example").warning("skipped %s", uri)
     assert capsys.readouterr().err == f"warning: skipped {uri[:60]}... ({len(uri)} characters)\n"
+
+
+def test_a_missing_torch_is_not_mentioned():
+    script = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+        "{}import transformers"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script.format(first)], cwd=ROOT, capture_output=True, text=True
+        ).stderr
+        for first in ("", "import llave_jax; ")
+    ]
+    assert "PyTorch was not found" in said[0]
+    assert said[1] == ""

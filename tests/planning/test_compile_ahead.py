@@ -280,8 +280,14 @@ def test_what_compiles_for_gpus_is_named_where_it_is_missing(monkeypatch):
         raise NotImplementedError("topology not implemented for cuda")
 
     monkeypatch.setattr(chips.topologies, "get_topology_desc", missing)
-    with pytest.raises(RuntimeError, match=r"h100:8.*pip install llave_jax\[cuda\]"):
+    with pytest.raises(chips.NoCompilerError, match=r"h100:8.*pip install llave_jax\[cuda\]"):
         chips.topology_devices("h100:8")
+
+
+def test_what_compiles_for_tpus_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(chips.NoCompilerError, match=r"v4:2x2x4.*pip install llave_jax\[tpu\]"):
+        chips.topology_devices("v4:2x2x4")
 
 
 @pytest.fixture(scope="module")

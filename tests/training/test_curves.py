@@ -192,3 +192,13 @@ def test_weights_and_biases_says_in_one_line_what_it_lacks(wandb, tmp_path, monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match=r"need wandb: pip install 'llave_jax\[wandb\]'"):
         WandbLog("p", tmp_path, {})
+
+
+def test_names_of_metrics_become_tags_of_tensorboard(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"validation/recall@1": 0.5})
+    writer.close()
+    assert not caplog.records
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"validation/recall_1" in events.read_bytes()
+    assert "recall@1" in (tmp_path / "metrics.jsonl").read_text()
