@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -77,7 +78,9 @@ def train(config: Config, workdir: Path) -> bool:
 
     iterator = setup.make_iterator(config, source, builder, plan, mesh, workdir)
     training = search.training(config, plan, total_steps)
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(
+        workdir, keep=config.checkpoint.keep, about={"config": json.loads(config.to_json())}
+    )
     state = setup.make_state(config, training, mesh, checkpoints, iterator)
     start = int(state.step)
     if start > total_steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import signal
 import threading
@@ -12,10 +13,14 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # the job's key-value store has no public name
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
+# How long a process waits for another one that lives: it may be reading a large checkpoint.
+_LONGEST_WAIT_MS = 2 * 60 * 60 * 1000
+_gathered = itertools.count()
 
 # Exit status of a run that was told to stop before its last step and has saved. Shells say the same of a
 # process that SIGTERM has ended; schedulers and the scripts of launch/ start such a job again.
@@ -109,6 +114,27 @@ def json_from_first_process(values: Any) -> Any:
     size = int(from_first_process(np.array(len(text), np.int32)))
     sent = np.frombuffer(text.ljust(size), np.uint8)
     return json.loads(from_first_process(sent).tobytes())
+
+
+def gather(value: Any) -> list[Any]:
+    """A value of every process, in every process. All processes call it, and wait for each other.
+
+    It goes through the service by which the processes found each other, and needs no device.
+
+    Args:
+      value: what JSON can hold, up to a megabyte.
+
+    Returns:
+      The values in the order of the processes, as JSON gives them back.
+    """
+    text, job = json.dumps(value), distributed.global_state
+    if job.client is None:
+        return [json.loads(text)]
+    key = f"llave_jax/gather/{next(_gathered)}"
+    job.client.key_value_set(f"{key}/{job.process_id}", text)
+    job.client.wait_at_barrier(key, _LONGEST_WAIT_MS)
+    found = {int(name.rpartition("/")[2]): text for name, text in job.client.key_value_dir_get(key)}
+    return [json.loads(found[process]) for process in range(job.num_processes)]
 
 
 def on_first_process(action: Callable[[], int | None]) -> int:

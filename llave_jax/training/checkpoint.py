@@ -3,28 +3,41 @@
     WORKDIR/checkpoints/STEP/{params,optimizer,data}
     WORKDIR/best/checkpoints/STEP/params                the best by a metric, a model of its own
 
-A checkpoint appears under its name only when all of it is written. Optimiser state is kept under names
+A checkpoint appears under its name only when all of it is written. When a run is continued, the newest one
+whose files are as they were written is used (`weights/checkpoint_seal.py`); one that is damaged is kept as
+STEP.damaged. Optimiser state is kept under names
 (optimizer/opt_state/adam/mu/PATH), so that no field is mistaken for another if a library reorders them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from llave_jax.common.files import write_text
-from llave_jax.parallel import sharding
+from llave_jax.parallel import processes, sharding
+from llave_jax.training.checkpoint_writer import DAMAGED, CheckpointWriter, set_aside
 from llave_jax.training.state import TrainState
-from llave_jax.weights.run_params import CHECKPOINTS, saved_tree
+from llave_jax.weights.checkpoint_seal import CONTENTS, find_damage, is_sealed
+from llave_jax.weights.run_params import CHECKPOINTS, by_preference, checkpoint_steps, saved_tree
+from llave_jax.weights.safetensors_io import CheckpointError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BEST = "best"
+ITEMS = ("params", "optimizer", "data")
 
 
 class Checkpoints:
@@ -33,18 +46,21 @@ class Checkpoints:
     Args:
       workdir: the run's directory.
       keep: how many checkpoints are kept.
+      about: what each checkpoint says of itself, for JSON: the run's config.
+
+    Raises:
+      OSError: checkpoints cannot be written there.
     """
 
-    def __init__(self, workdir: Path, *, keep: int):
-        self._manager = ocp.CheckpointManager(
-            (workdir / CHECKPOINTS).resolve(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
-        )
+    def __init__(self, workdir: Path, *, keep: int, about: Mapping[str, Any] | None = None):
+        self._folder = workdir / CHECKPOINTS
+        self._open = functools.partial(CheckpointWriter, self._folder, keep=keep, about=about or {})
+        self._writer = self._open()
 
     @property
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        return max(checkpoint_steps(self._folder), default=None)
 
     def must_stop(self, step: int) -> bool:
         """Whether the machines are about to be taken away.
@@ -54,8 +70,12 @@ class Checkpoints:
 
         Returns:
           True if so, in all processes alike.
+
+        Raises:
+          OSError: the last checkpoint could not be written.
         """
-        return self._manager.reached_preemption(step)
+        self._writer.check()
+        return self._writer.reached_preemption(step)
 
     def save(self, state: TrainState, iterator: grain.DatasetIterator) -> None:
         """Writes a checkpoint. Returns when the arrays are copied; files are written in the background.
@@ -63,10 +83,13 @@ class Checkpoints:
         Args:
           state: of the run.
           iterator: its next batch is the one after `state`.
+
+        Raises:
+          OSError: this checkpoint or the one before could not be written.
         """
-        self._manager.save(
+        self._writer.save(
             int(state.step),
-            args=ocp.args.Composite(
+            ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(
                     {"step": state.step, "opt_state": _by_name(state.opt_state)}
@@ -76,7 +99,9 @@ class Checkpoints:
         )
 
     def restore(self, target: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """Reads the latest checkpoint, every array directly into its shards.
+        """Reads the newest checkpoint that is whole, every array directly into its shards.
+
+        Newer ones that are not whole are set aside under another name, with a warning. All processes agree.
 
         Args:
           target: shapes, dtypes and shardings of the state.
@@ -86,21 +111,47 @@ class Checkpoints:
           The state.
 
         Raises:
-          ValueError: the run had another number of processes or another optimiser.
+          CheckpointError: no checkpoint can be used; it says why of each.
+          ValueError: the run had another number of processes or other data.
         """
-        step = self._manager.latest_step()
-        folder = Path(self._manager.directory) / str(step)
-        _check_processes(folder / "data")
-        opt_state = _by_name(target.opt_state)
-        _check_optimizer(folder / "optimizer", opt_state)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(target.params),
-                optimizer=ocp.args.StandardRestore({"step": target.step, "opt_state": opt_state}),
-                data=grain.checkpoint.CheckpointRestore(iterator),
-            ),
+        steps = by_preference(self._folder)
+        refused = {step: f"{self._folder / str(step) / CONTENTS} is missing" for step in steps}
+        for step in steps:
+            try:
+                state = self._restore(step, target, iterator)
+            except CheckpointError as error:
+                refused[step] = str(error)
+                continue
+            self._set_aside({bad: why for bad, why in refused.items() if bad > step}, step)
+            return state
+        if len(refused) == 1:
+            raise CheckpointError(*refused.values())
+        raise CheckpointError(
+            f"{self._folder}: none of the checkpoints can be used: {'; '.join(refused.values())}. Put back a "
+            "copy of one, or start anew with another --workdir"
         )
+
+    def _restore(
+        self, step: int, target: TrainState, iterator: grain.DatasetIterator
+    ) -> TrainState:
+        folder = self._folder / str(step)
+        _agree(lambda: _check_files(folder))
+        _agree(lambda: _check_structure(folder, target))
+        _check_processes(folder / "data")
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(target.params),
+            optimizer=ocp.args.StandardRestore(
+                {"step": target.step, "opt_state": _by_name(target.opt_state)}
+            ),
+            data=grain.checkpoint.CheckpointRestore(iterator),
+        )
+        if is_sealed(folder):
+            restored = self._writer.restore(step, args)
+        else:
+            # Nothing but reading it tells whether it is whole.
+            arrays = {name: args[name] for name in ("params", "optimizer")}
+            restored = _agree(lambda: self._read(folder, ocp.args.Composite(**arrays)))
+            self._writer.restore(step, ocp.args.Composite(data=args["data"]))
         optimizer = restored["optimizer"]
         by_name = sharding.flatten(optimizer["opt_state"])
         return TrainState(
@@ -111,10 +162,47 @@ class Checkpoints:
             ),
         )
 
+    def _read(self, folder: Path, args: ocp.args.Composite) -> Any:
+        try:
+            return self._writer.restore(int(folder.name), args)
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(
+                f"{folder} cannot be read: {str(error).splitlines()[0]}"
+            ) from error
+
+    def _set_aside(self, damaged: Mapping[int, str], used: int) -> None:
+        if not damaged:
+            return
+        first = jax.process_index() == 0
+        self._writer.close()
+        for step in damaged if first else ():
+            set_aside(self._folder / str(step))
+        processes.gather(None)
+        self._writer = self._open()
+        if first:
+            log.warning(
+                "%s; the checkpoint of step %d is used instead, and the run goes on from there. What is "
+                "damaged is kept as %s",
+                "; ".join(damaged.values()),
+                used,
+                ", ".join(f"{step}{DAMAGED}" for step in damaged),
+            )
+
+    def wait(self) -> None:
+        """Waits for files still being written.
+
+        Raises:
+          OSError: the last checkpoint could not be written.
+        """
+        self._writer.wait()
+
     def close(self) -> None:
-        """Wait for files still being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for files still being written, and ends the writer.
+
+        Raises:
+          OSError: the last checkpoint could not be written.
+        """
+        self._writer.close()
 
 
 class BestCheckpoint:
@@ -188,19 +276,74 @@ def _check_processes(folder: Path) -> None:
         )
 
 
-def _check_optimizer(folder: Path, opt_state: Mapping[str, Any]) -> None:
+def _agree(action: Callable[[], T]) -> T:
+    """Calls `action` in every process; where one cannot use a checkpoint, none does.
+
+    Raises:
+      CheckpointError: `action` raised it in this process, or in another.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except CheckpointError as error:
+        failure = str(error)
+    failures = [found for found in processes.gather(failure) if found is not None]
+    if failures:
+        raise CheckpointError(failures[0])
+    return cast(T, result)
+
+
+def _check_files(folder: Path) -> None:
+    """Every file is as it was written. Processes share the reading."""
+    if is_sealed(folder):
+        damage = find_damage(folder, process=jax.process_index(), count=jax.process_count())
+    else:
+        missing = [item for item in ITEMS if not (folder / item).is_dir()]
+        damage = f"{folder} has no {' and no '.join(missing)}" if missing else None
+    if damage:
+        raise CheckpointError(damage)
+
+
+def _check_structure(folder: Path, target: TrainState) -> None:
+    """The arrays are those of this run's model and optimiser: names, shapes and dtypes."""
+    try:
+        params = saved_tree(folder / "params")
+        optimizer = saved_tree(folder / "optimizer")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
+    _check_optimizer(folder / "optimizer", optimizer, _by_name(target.opt_state))
+    expected = {"params": target.params, "optimizer": {"opt_state": _by_name(target.opt_state)}}
+    found = {"params": params, "optimizer": {"opt_state": optimizer["opt_state"]}}
+    for item, tree in expected.items():
+        saved = {path: _form(array) for path, array in sharding.flatten(found[item]).items()}
+        wanted = {path: _form(array) for path, array in sharding.flatten(tree).items()}
+        for path in sorted(saved.keys() | wanted.keys()):
+            if saved.get(path) != wanted.get(path):
+                raise CheckpointError(
+                    f"{folder / item}: {path} is {saved.get(path, 'not there')}; the run's config makes it "
+                    f"{wanted.get(path, 'not there')}"
+                )
+
+
+def _form(array: Any) -> str:
+    return f"{np.dtype(array.dtype).name}{list(array.shape)}"
+
+
+def _check_optimizer(
+    folder: Path, saved_state: Mapping[str, Any], opt_state: Mapping[str, Any]
+) -> None:
     """What an optimiser keeps has names, and a checkpoint must have the same."""
-    saved = sharding.flatten(saved_tree(folder)["opt_state"]).keys()
+    saved = sharding.flatten(saved_state["opt_state"]).keys()
     expected = sharding.flatten(opt_state).keys()
     if saved == expected:
         return
     advice = "start a new run from the saved parameters (config.model.path, another --workdir)"
     if all(name.isdigit() for name in saved):
-        raise ValueError(
+        raise CheckpointError(
             f"{folder} has the optimiser's state by position, as earlier versions wrote it; this version "
             f"reads it by name. Continue with the version that began the run, or {advice}"
         )
-    raise ValueError(
+    raise CheckpointError(
         f"{folder} has the state of another optimiser: it lacks "
         f"{sorted(expected - saved)[:3] or 'nothing'} and has {sorted(saved - expected)[:3] or 'nothing'} "
         f"besides; {advice}"

@@ -443,8 +443,9 @@ def make_state(
     """
     model, step = training.model, training.step
     if checkpoints.latest_step is not None:
-        log.info("continuing from step %d", checkpoints.latest_step)
-        return checkpoints.restore(step.state, iterator)
+        state = checkpoints.restore(step.state, iterator)
+        log.info("continuing from step %d", int(state.step))
+        return state
     if config.model.path is not None:
         return step.init(model_dir.load_params(config.model.path, mesh=mesh, dtype=jnp.float32))
 

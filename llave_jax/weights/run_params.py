@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,22 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llave_jax.parallel import sharding
+from llave_jax.weights.checkpoint_seal import CONTENTS, find_damage, is_sealed
 from llave_jax.weights.safetensors_io import CheckpointError
 
+log = logging.getLogger(__name__)
+
 CHECKPOINTS = "checkpoints"
+PARAMS = "params"
+# Warnings that this process has given.
+_said: set[str] = set()
 
 
 def latest_params(run: Path) -> Path:
-    """Finds the parameters of a run's newest complete checkpoint.
+    """Finds the parameters of a run's newest checkpoint that is whole.
+
+    Their files are compared with their checksums, once in a process; a damaged checkpoint is passed over with
+    a warning.
 
     Args:
       run: the run's directory.
@@ -32,16 +43,45 @@ def latest_params(run: Path) -> Path:
       The folder that holds them.
 
     Raises:
-      CheckpointError: the run has no checkpoint.
+      CheckpointError: the run has no checkpoint, or none that can be used.
     """
-    steps = _steps(run)
+    folder = run / CHECKPOINTS
+    steps = by_preference(folder)
     if not steps:
         raise CheckpointError(f"{run}: this training run has no checkpoint yet")
-    return run / CHECKPOINTS / str(max(steps)) / "params"
+    damaged = {step: f"{folder / str(step) / CONTENTS} is missing" for step in steps}
+    for step in steps:
+        params = folder / str(step) / PARAMS
+        damage = _damage(params, _signature(params.parent))
+        if damage is None:
+            newer = "; ".join(why for bad, why in damaged.items() if bad > step)
+            if newer and newer not in _said:
+                _said.add(newer)
+                log.warning("%s; the checkpoint of step %d is used", newer, step)
+            return params
+        damaged[step] = damage
+    if set(checkpoint_steps(folder)) != set(steps):
+        # A run that is going on has removed them meanwhile, and has newer ones.
+        return latest_params(run)
+    raise CheckpointError(f"{run}: no checkpoint can be used: {'; '.join(damaged.values())}")
+
+
+def by_preference(folder: Path) -> list[int]:
+    """The checkpoints of a folder in the order in which they are tried.
+
+    Args:
+      folder: of the checkpoints.
+
+    Returns:
+      Their steps, the newest first. Those that do not list their files come last: earlier versions wrote such
+      checkpoints, but half of a checkpoint looks the same.
+    """
+    steps = sorted(checkpoint_steps(folder), reverse=True)
+    return sorted(steps, key=lambda step: not is_sealed(folder / str(step)))
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has a complete checkpoint.
+    """Whether a run has checkpoints, be they whole or damaged.
 
     Args:
       run: the run's directory.
@@ -49,12 +89,37 @@ def has_checkpoint(run: Path) -> bool:
     Returns:
       True if it has one.
     """
-    return bool(_steps(run))
+    return bool(checkpoint_steps(run / CHECKPOINTS))
 
 
-def _steps(run: Path) -> list[int]:
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, whole or damaged, but not those being written.
+
+    Args:
+      folder: of the checkpoints; need not be there.
+
+    Returns:
+      Numbers of optimiser steps, in any order.
+    """
     # orbax writes under other names and renames.
-    return [int(path.name) for path in run.glob(f"{CHECKPOINTS}/*") if path.name.isdigit()]
+    return [int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
+
+
+@functools.lru_cache(maxsize=8)
+def _damage(params: Path, signature: object) -> str | None:
+    """What is wrong with the parameters of a checkpoint, read anew when a file's size or time differs."""
+    if is_sealed(params.parent):
+        return find_damage(params.parent, params.name)
+    try:
+        saved_tree(params)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{params} cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
+    return None
+
+
+def _signature(folder: Path) -> object:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 @dataclasses.dataclass(frozen=True)

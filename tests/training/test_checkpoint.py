@@ -1,5 +1,11 @@
-"""Checkpoints: the optimiser's state is found again by name, whatever order a library keeps it in."""
+"""Checkpoints: found again whole or not used; the optimiser's state by name, whatever order a library has."""
 
+import json
+import os
+import re
+import resource
+import shutil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -14,6 +20,9 @@ from llave_jax.parallel import sharding
 from llave_jax.training import optim
 from llave_jax.training.checkpoint import Checkpoints
 from llave_jax.training.state import TrainState
+from llave_jax.weights.checkpoint_seal import find_damage
+from llave_jax.weights.run_params import latest_params
+from llave_jax.weights.safetensors_io import CheckpointError
 
 PARAMS = {
     "image_newline": np.ones(3, np.float32),
@@ -113,9 +122,10 @@ def test_state_is_stored_under_the_names_of_its_fields(tmp_path):
 
 
 def test_state_by_position_is_refused_with_what_to_do(tmp_path):
-    """As runs begun with earlier versions have it."""
+    """As runs begun with earlier versions have it, whose checkpoints do not list their files."""
     state = trained(adamw())
     save(tmp_path, state)
+    (tmp_path / "checkpoints/3/checkpoint.json").unlink()
     folder = tmp_path / "checkpoints/3/optimizer"
     by_position = {f"{i:06}": x for i, x in enumerate(jax.tree.leaves(state.opt_state))}
     with ocp.StandardCheckpointer() as checkpointer:
@@ -139,3 +149,215 @@ def test_another_optimiser_is_refused_by_the_names_that_differ(tmp_path):
 def test_parts_of_an_optimiser_without_a_name_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"position for a name.*named_chain"):
         save(tmp_path, trained(optax.chain(optax.scale_by_adam(), optax.scale(0.1))))
+
+
+# Damage. Two checkpoints, of steps 3 and 4, of which the newer is damaged.
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(folder of a run, its state at step 3)."""
+    workdir = tmp_path_factory.mktemp("saved")
+    states = {step: trained(adamw(), step) for step in (3, 4)}
+    checkpoints = Checkpoints(workdir, keep=2, about={"config": {"seed": 7}})
+    for state in states.values():
+        checkpoints.save(state, iterator())
+    checkpoints.close()
+    return workdir, states[3]
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """A copy of it to be damaged."""
+    shutil.copytree(saved[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+FILE_DAMAGE = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "flipped": flip,
+}
+
+
+@pytest.mark.parametrize("kind", FILE_DAMAGE)
+def test_damage_of_any_file_is_found_and_the_file_named(kind, saved):
+    folder = saved[0] / "checkpoints/4"
+    assert find_damage(folder) is None
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if kind == "missing" and path.name.startswith("checksums_"):
+            continue  # as after a kill before it was written: the sizes are known
+        content = path.read_bytes()
+        FILE_DAMAGE[kind](path)
+        try:
+            assert path.name in (find_damage(folder) or "nothing found")
+        finally:
+            path.write_bytes(content)
+    assert find_damage(folder) is None
+
+
+def test_processes_that_share_the_reading_find_what_one_would(saved):
+    folder = saved[0] / "checkpoints/4"
+    path = largest(folder / "optimizer")
+    content = path.read_bytes()
+    flip(path)
+    try:
+        found = [find_damage(folder, process=i, count=3) for i in range(3)]
+    finally:
+        path.write_bytes(content)
+    (damage,) = [damage for damage in found if damage]
+    assert path.name in damage
+
+
+def half_removed(folder):
+    shutil.rmtree(folder / "params")
+    (folder / "checkpoint.json").unlink()
+
+
+def another_shape(folder):
+    """Whole, but of another model."""
+    shutil.rmtree(folder)
+    params = {**PARAMS, "image_newline": np.ones(4, np.float32)}
+    state = TrainState(jnp.int32(4), params, adamw().init(sharding.flatten(params)))
+    save(folder.parents[1] / "other", state)
+    (folder.parents[1] / "other/checkpoints/4").rename(folder)
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+FOLDER_DAMAGE = {
+    "a moment of the optimiser flipped": (
+        lambda folder: flip(largest(folder / "optimizer")),
+        r"4/optimizer/\S* has changed since it was written",
+    ),
+    "the position in the data truncated": (
+        lambda folder: FILE_DAMAGE["truncated"](largest(folder / "data")),
+        r"4/data/\S* has \d+ bytes, not the \d+",
+    ),
+    "a file missing": (
+        lambda folder: largest(folder / "params").unlink(),
+        r"4/params/\S* is missing",
+    ),
+    "the list of files flipped": (lambda folder: flip(folder / "checkpoint.json"), r"4/checkpoint"),
+    "half removed": (half_removed, r"4/checkpoint\.json is missing"),
+    "empty": (empty, r"4/checkpoint\.json is missing"),
+    "another shape": (another_shape, r"4/params: image_newline is float32\[4\]; .* float32\[3\]"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDER_DAMAGE)
+def test_the_checkpoint_before_a_damaged_one_is_used_and_both_are_kept(kind, run, saved, caplog):
+    damage, said = FOLDER_DAMAGE[kind]
+    damage(run / "checkpoints/4")
+    before = sorted(p.name for p in (run / "checkpoints/4").rglob("*"))
+    checkpoints = Checkpoints(run, keep=2)
+    try:
+        found = checkpoints.restore(target_of(saved[1]), iterator())
+        (warning,) = [r.message for r in caplog.records if r.name.startswith("llave_jax")]
+        assert int(found.step) == checkpoints.latest_step == 3
+        jax.tree.map(np.testing.assert_array_equal, found, saved[1])
+        assert re.search(said + ".*; the checkpoint of step 3 is used instead", warning)
+        # The damaged one is kept, and its number is free.
+        assert sorted(p.name for p in (run / "checkpoints/4.damaged").rglob("*")) == before
+        checkpoints.save(trained(adamw(), 4), iterator())
+    finally:
+        checkpoints.close()
+    assert find_damage(run / "checkpoints/4") is None
+    assert latest_params(run).parent.name == "4"
+
+
+def test_without_any_whole_checkpoint_one_error_names_what_is_wrong_with_each(run, saved):
+    for step in (3, 4):
+        flip(largest(run / f"checkpoints/{step}/params"))
+    for _ in range(2):  # a restart says it again; it does not begin anew
+        with pytest.raises(
+            CheckpointError,
+            match=r"none .* can be used: \S*/4/params\S* has changed .*"
+            r"; \S*/3/params/.* --workdir",
+        ):
+            restore(run, target_of(saved[1]))
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be used: .*4/params.*3/params"):
+        latest_params(run)
+
+
+def test_a_model_is_read_from_the_newest_checkpoint_whose_parameters_are_whole(run, caplog):
+    flip(largest(run / "checkpoints/4/optimizer"))
+    assert latest_params(run).parent.name == "4"
+    flip(largest(run / "checkpoints/4/params"))
+    for _ in range(2):
+        assert latest_params(run).parent.name == "3"
+    (warning,) = caplog.messages
+    assert re.search(r"4/params/\S* has changed .*; the checkpoint of step 3 is used", warning)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_used_if_it_can_be_read(run, saved):
+    shutil.rmtree(run / "checkpoints/4")
+    for path in (run / "checkpoints/3").glob("check*"):
+        path.unlink()
+    assert int(restore(run, target_of(saved[1])).step) == 3
+    largest(run / "checkpoints/3/params").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints/3 cannot be read"):
+        restore(run, target_of(saved[1]))
+
+
+def test_a_checkpoint_holds_config_and_versions(saved):
+    values = json.loads((saved[0] / "checkpoints/4/checkpoint.json").read_text())
+    assert values["config"] == {"seed": 7}
+    assert values["step"] == 4
+    assert values["versions"]["jax"] == jax.__version__
+
+
+def test_the_last_n_are_kept_and_nothing_of_those_removed(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in range(1, 6):
+        checkpoints.save(trained(adamw(), step), iterator())
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
+
+
+# A folder that cannot be written.
+
+
+def test_a_checkpoint_that_does_not_fit_is_said_and_the_one_before_is_kept(tmp_path):
+    noise = np.random.default_rng(0).random(1_000_000, np.float32)
+    large = TrainState(jnp.int32(4), {"image_newline": noise}, {})
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(trained(adamw(), 3), iterator())
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        checkpoints.save(large, iterator())
+        with pytest.raises(
+            OSError,
+            match=r"checkpoints: the checkpoint of step 4 could not be written: File too large\. "
+            r"That of step 3 is kept",
+        ):
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert find_damage(tmp_path / "checkpoints/3") is None
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(
+        OSError, match=r"checkpoints: checkpoints cannot be written here: File exists"
+    ):
+        Checkpoints(tmp_path, keep=2)

@@ -183,6 +183,8 @@ def test_what_is_compiled_ahead_is_what_trains(make_workdir, monkeypatch):
 
 def test_another_number_of_processes_is_refused(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    shutil.rmtree(tmp_path / "run/checkpoints/2")
+    (tmp_path / "run/checkpoints/4/checkpoint.json").unlink()
     data = tmp_path / "run/checkpoints/4/data"
     positions = (data / "process_0-of-1.json").rename(data / "process_0-of-2.json")
     shutil.copy(positions, data / "process_1-of-2.json")
