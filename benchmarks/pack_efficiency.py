@@ -28,6 +28,7 @@ from llave_jax.models.config import PRESETS
 from llave_jax.ops import gpu_attention, tpu_attention
 from llave_jax.planning import workload
 from llave_jax.training import batch_shape, setup
+from llave_jax.training.batch_search import with_batch_by_hand
 
 # (name, config, devices it is for)
 CONFIGS = [
@@ -58,6 +59,7 @@ def main() -> None:
     )
     if not args.row_lengths:
         for name, config, devices in CONFIGS:
+            config = with_batch_by_hand(config, devices) or config
             dealing = batch_shape.dealing(config, devices)
             plan = batch_shape.make_plan(config, setup.model_config(config), devices, lambda: sizes)
             show(name, sizes, plan.budget, args.shards, **dealing)

@@ -2,7 +2,7 @@
 # A training run under SLURM, one process for each GPU. Arguments are those of llave_jax.train:
 #
 #   sbatch launch/slurm.sh --config configs/gpu_h100.py:7b --workdir runs/llave-7b \
-#     --config.batch.pairs=1152 --config.model.path=models/llava-onevision-7b \
+#     --config.mesh.data=2 --config.model.path=models/llava-onevision-7b \
 #     --config.data.path=data/MMEB-train
 #
 # Nodes, time and partition can be given to sbatch before the file's name. Run it from the repository,

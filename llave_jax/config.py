@@ -82,12 +82,14 @@ def default_config() -> Config:
     config.data.held_out = 0.0
 
     # Pairs of a step, over all devices. They go through the model in `micro_batches` parts: more parts
-    # take less memory. pairs None: `max_pairs`, or half of it, a quarter and so on, until an epoch has 8
-    # steps and the step fits into the devices' memory. micro_batches None: as few as fit. Memory is
-    # measured by compiling the step (`llave_jax.training.batch_search`).
+    # take less memory. pairs None: `pairs_per_device` for each device along data and fsdp; without this
+    # either, `max_pairs`, or half of it, a quarter and so on, until an epoch has 8 steps and the step fits
+    # into the devices' memory. micro_batches None: as few as fit. Memory is measured by compiling the step
+    # (`llave_jax.training.batch_search`).
     config.batch = ConfigDict()
     config.batch.pairs = placeholder(int)
     config.batch.pairs = 256
+    config.batch.pairs_per_device = placeholder(int)
     config.batch.max_pairs = 256
     config.batch.micro_batches = placeholder(int)
     config.batch.micro_batches = 1

@@ -27,7 +27,7 @@ from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.config import LlaveConfig
 from llave_jax.parallel import sharding
 from llave_jax.training import batch_shape, setup
-from llave_jax.training.batch_search import BatchSearch, with_batch
+from llave_jax.training.batch_search import BatchSearch, with_batch, with_batch_by_hand
 from llave_jax.training.config_check import check_config
 
 _SIMULATED_STEPS = 20
@@ -45,8 +45,8 @@ def inspect(
       workdir: where the page is written.
       rows: rows to measure in each subset.
       samples: pairs of each subset on the page.
-      shards: devices that a batch is split over. None: those of this machine where pairs or
-        micro-batches are planned by their memory, otherwise 8.
+      shards: devices that a batch is split over. None: those of this machine where the batch depends
+        on them, otherwise 8.
 
     Returns:
       The printed report.
@@ -102,10 +102,13 @@ def _with_known_batch(
     shards: int | None,
 ) -> tuple[Config, int]:
     """The config with the pairs and micro-batches that training would have here, and the shards."""
-    if None not in (config.batch.pairs, config.batch.micro_batches):
-        return config, shards or _SHARDS
+    by_hand = shards or (None if config.batch.pairs is None else _SHARDS)
+    if by_hand and (known := with_batch_by_hand(config, by_hand)):
+        return known, by_hand
     mesh = setup.make_mesh(config)
     here = sharding.num_shards(mesh)
+    if known := with_batch_by_hand(config, here):
+        return known, here
     if shards not in (None, here):
         raise ValueError(
             f"--shards is {shards}: config.batch.pairs and micro_batches are planned by the memory of the "
@@ -159,8 +162,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shards",
         type=int,
-        help="devices a batch is split over (default: 8; where pairs or micro-batches are planned, "
-        "the devices of this machine)",
+        help="devices a batch is split over (default: 8; where the config leaves pairs or micro-batches "
+        "open, the devices of this machine)",
     )
     return parser.parse_args(argv)
 

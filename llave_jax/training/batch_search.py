@@ -76,7 +76,7 @@ class BatchSearch:
             not go together.
         """
         batch = self._config.batch
-        asked = batch.pairs if pairs is None else pairs
+        asked = asked_pairs(self._config, self._shards) if pairs is None else pairs
         if asked is not None and batch.micro_batches is not None:
             return self._plan((asked, batch.micro_batches))
         candidates = [asked] if asked else pairs_candidates(self._config, self._rows, self._shards)
@@ -209,6 +209,38 @@ def with_batch(config: Config, pairs: int, micro_batches: int) -> Config:
     config = config.copy_and_resolve_references()
     config.batch.pairs, config.batch.micro_batches = pairs, micro_batches
     return config
+
+
+def asked_pairs(config: Config, shards: int) -> int | None:
+    """Pairs of a step as the config sets them.
+
+    Args:
+      config: of the run.
+      shards: devices that a step is split over.
+
+    Returns:
+      The number; None where it is to be planned.
+    """
+    batch = config.batch
+    if batch.pairs is None and batch.pairs_per_device is not None:
+        return batch.pairs_per_device * shards
+    return batch.pairs
+
+
+def with_batch_by_hand(config: Config, shards: int) -> Config | None:
+    """The config with its pairs, where it sets pairs and micro-batches.
+
+    Args:
+      config: of the run; it is not changed.
+      shards: devices that a step is split over.
+
+    Returns:
+      A copy with both numbers; None where one of them is to be planned.
+    """
+    pairs, micro_batches = asked_pairs(config, shards), config.batch.micro_batches
+    if pairs is None or micro_batches is None:
+        return None
+    return with_batch(config, pairs, micro_batches)
 
 
 def pairs_candidates(config: Config, rows: int, shards: int) -> list[int]:

@@ -117,6 +117,7 @@ TABLE: dict[str, Values] = {
     "data.max_skip_share": _SHARE,
     "data.held_out": _number(lambda value: 0 <= value < 1, "a share of at least 0 and less than 1"),
     "batch.pairs": _at_least(1).or_none(),
+    "batch.pairs_per_device": _at_least(1).or_none(),
     "batch.max_pairs": _at_least(1),
     "batch.micro_batches": _at_least(1).or_none(),
     "batch.row_length": _at_least(1).or_none(),

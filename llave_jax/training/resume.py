@@ -81,6 +81,7 @@ FIXED: dict[str, tuple[str, ...]] = {
     "how full steps are expected to be, and so how many an epoch has": ("batch.fill",),
     "what a step learns from its pairs": (
         "batch.pairs",
+        "batch.pairs_per_device",
         "batch.max_pairs",
         "batch.micro_batches",
         "loss.kind",
@@ -120,6 +121,9 @@ def keep_batch(config: Config, before: Mapping[str, Any]) -> None:
         began_with = before.get("batch", {}).get(key)
         if config.batch[key] is None and began_with is not None:
             config.batch[key] = began_with
+    if "pairs_per_device" not in before.get("batch", {}):
+        # The run began before there was this field, and has its pairs.
+        config.batch.pairs_per_device = None
 
 
 def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from llave_jax.inputs.batch import Budget
 from llave_jax.models.config import PRESETS
 from llave_jax.planning import workload
 from llave_jax.training import batch_shape, setup
+from llave_jax.training.batch_search import with_batch_by_hand
 
 CONFIG = PRESETS["llave-0.5b"]
 
@@ -68,6 +69,8 @@ def test_budgets_of_the_configs_are_well_filled(sizes, size, chips):
 )
 def test_steps_of_the_configs_make_one_epoch(sizes, name, arguments, devices):
     config = importlib.import_module(f"configs.{name}").get_config(*arguments)
+    config = with_batch_by_hand(config, devices)
+    assert config is not None
     plan = planned(config, sizes, devices)
     budget = plan.budget
     packing = packing_simulation.simulate(

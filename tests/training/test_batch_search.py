@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llave_jax.common.command_line import load_config
 from llave_jax.config import default_config
 from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.inputs.batch import empty_batch, stack_batches
@@ -15,7 +16,7 @@ from llave_jax.inputs.config import InputConfig
 from llave_jax.models.config import LlaveConfig, TextConfig, VisionConfig
 from llave_jax.models.llave import Llave, example_batch
 from llave_jax.parallel import sharding
-from llave_jax.training import batch_shape
+from llave_jax.training import batch_shape, setup
 from llave_jax.training.batch_search import BatchSearch, pairs_candidates, with_batch
 
 MODEL = LlaveConfig(
@@ -176,3 +177,22 @@ def test_nothing_is_compiled_where_the_config_sets_both():
     found = search(config, 200, 0)
     assert (found.find().pairs, found.find().micro_batches) == (16, 2)
     assert found.tried == {}
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("size", ["0.5b", "7b"])
+def test_mesh_and_pairs_of_gpu_h100_follow_from_the_gpus_that_are_there(size, devices):
+    config = load_config(f"gpu_h100:{size}")
+    mesh = sharding.make_mesh(dict(config.mesh), jax.devices()[:devices])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": devices, "tensor": 1}
+    found = BatchSearch(config, setup.model_config(config), mesh, 662_000, sizes, lambda: 0)
+    plan = found.find()
+    slots = {"0.5b": 144, "7b": 72}[size]
+    assert (plan.pairs, plan.micro_batches) == (slots * devices, 8)
+    # A device's part of a step is the same on any number of them.
+    assert plan.budget.groups == slots // 8
+    assert found.tried == {}
+    # What the command line sets goes before, and a run that goes on keeps its pairs.
+    assert found.find(1152).pairs == 1152
+    config.batch.pairs = 16 * devices
+    assert BatchSearch(config, MODEL, mesh, 662_000, sizes).find().pairs == 16 * devices

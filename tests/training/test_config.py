@@ -13,6 +13,7 @@ from llave_jax.inputs.anyres import largest_image
 from llave_jax.inputs.config import grid_pinpoints
 from llave_jax.inputs.packing import Planner
 from llave_jax.training import setup
+from llave_jax.training.batch_search import with_batch_by_hand
 from llave_jax.training.batch_shape import check_budget, make_plan
 from llave_jax.training.setup import canvases, model_config, open_training_source
 from llave_jax.weights import model_dir
@@ -68,7 +69,7 @@ def test_the_papers_inputs_whatever_the_base_model_says(name, base_model):
 
 def assert_room(config, shards):
     """Batches planned for a few small pairs hold the largest that the model allows."""
-    llave = model_config(config)
+    llave, config = model_config(config), with_batch_by_hand(config, shards) or config
     small = PairSizes(
         np.full((100, 2), [200, 40]), np.full((100, 2), [1, 0]), np.full(100, True), np.full(100, 9)
     )

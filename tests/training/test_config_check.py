@@ -77,6 +77,7 @@ FIELDS = {
     "data.max_skip_share": SHARE,
     "data.held_out": BETA,
     "batch.pairs": integers(1),
+    "batch.pairs_per_device": integers(1),
     "batch.max_pairs": integers(1),
     "batch.micro_batches": integers(1),
     "batch.row_length": integers(1),

@@ -116,6 +116,17 @@ def test_a_run_from_before_planning_keeps_its_numbers(config, tmp_path):
         run_files.record_config(opened, tmp_path)
 
 
+def test_a_run_from_before_pairs_per_device_keeps_its_pairs(config, tmp_path):
+    first = plan(config, tmp_path)
+    save_checkpoint(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["batch"]["pairs_per_device"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config.batch.pairs, config.batch.pairs_per_device = None, 144
+    assert plan(config, tmp_path, unread) == first
+    assert config.batch.pairs == 16
+
+
 def test_training_needs_no_libraries_for_pictures():
     """Matplotlib and scikit-learn take seconds to import, on every host of a job."""
     root = Path(__file__).parents[2]
