@@ -43,6 +43,8 @@ class WandbLog:
                 id=run_id,
                 resume="allow",
                 config=dict(config),
+                # A run may go on with another config, such as more steps.
+                allow_val_change=True,
             )
         except wandb.Error as error:
             raise ValueError(

@@ -171,6 +171,8 @@ def test_metrics_go_to_weights_and_biases_and_go_on_there(wandb, tmp_path):
     assert first["config"] == {"seed": 0}
     assert first["id"] == second["id"]
     assert second["resume"] == "allow"
+    # Without it the package refuses the config of a run that goes on with more steps.
+    assert second["allow_val_change"] is True
     assert run.logged == [{"step": 0, "loss": 1.0}]
     assert again.logged == [{"step": 2, "loss": 1.0}]
     assert ("*", {"step_metric": "step"}) in run.metrics
