@@ -30,7 +30,7 @@ BUCKETS = ("gs://", "s3://", "az://", "abfs://")
 MAX_LINES, MAX_CHARACTERS = 16, 1600
 # Libraries that log every step.
 TALKATIVE = (
-    *("absl", "jax", "orbax", "grain", "matplotlib", "PIL", "transformers"),
+    *("absl", "jax", "orbax", "grain", "matplotlib", "PIL", "tensorboardX", "transformers"),
     *("filelock", "httpcore", "httpx", "httpx2", "huggingface_hub"),
 )
 
