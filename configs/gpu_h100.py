@@ -1,7 +1,7 @@
 """H100 GPUs, as many as there are, one pool of all pairs of the step. The model's size is an argument.
 
     --config configs/gpu_h100.py:0.5b                     1, 2, 4 or 8 devices of a host
-    --config configs/gpu_h100.py:2b                       the same; one alone takes 72 of 79 GiB: XLA_CLIENT_MEM_FRACTION=0.95
+    --config configs/gpu_h100.py:2b                       the same; one alone with XLA_CLIENT_MEM_FRACTION=0.95
     --config configs/gpu_h100.py:7b                       8 devices, with XLA_CLIENT_MEM_FRACTION=0.92
     --config configs/gpu_h100.py:7b --config.mesh.data=2  two hosts of 8
 
@@ -17,7 +17,8 @@ from llave_jax.config import Config, paper_config
 
 # Preset, learning rate of the paper, slots of a device, micro-batches, share of slots that is filled, and
 # what the backward pass recomputes. Block inputs of the whole batch are kept, and of 0.5B, where there
-# is room, attention's results too: 41 GiB a device (0.5B), 42 (2B), 67 (7B) of 79. jax takes
+# is room, attention's results too: of 8 devices 41 GiB each (0.5B), 42 (2B), 67 (7B) of 79; of one
+# alone 51 (0.5B), 72 (2B). jax takes
 # three quarters of the memory unless XLA_CLIENT_MEM_FRACTION says more, as it has to for 7B.
 SIZES = {
     "0.5b": ("llave-0.5b", 1e-5, 144, 8, 0.865, "attention"),

@@ -12,6 +12,7 @@ from llave_jax import train
 from llave_jax.config import default_config
 from llave_jax.inputs.config import InputConfig
 from llave_jax.models.config import LlaveConfig
+from llave_jax.parallel import sharding
 from llave_jax.training import resume
 from llave_jax.training.metrics import read_metrics
 from llave_jax.training.run_files import record_config
@@ -245,6 +246,22 @@ def test_a_run_goes_on_where_data_and_model_were_moved_to(runs, place, tmp_path)
     moved = {"data.path": str(place / "moved_data"), "model.path": str(place / "moved")}
     workdir = continued(runs, place, tmp_path, **moved, **{"data.on_error": "skip"})
     np.testing.assert_array_equal(losses(workdir), losses(runs[0]))
+
+
+def test_another_run_begins_with_the_weights_of_this_one(runs, place, tmp_path):
+    """With another learning rate and batch, in a workdir of its own; without learning they stay as they are."""
+    changes = {
+        "model.path": str(runs[0]), "eval.benchmark": None, "steps": 1, "batch.pairs": 8,
+        "batch.crops_per_pair": 2.0, "optim.learning_rate": 0.0,
+    }  # fmt: skip
+    train.train(make_config(place, changes), tmp_path)
+    begun, source, base = (
+        sharding.flatten(model_dir.load_params(path))
+        for path in (tmp_path, runs[0], place / "model")
+    )
+    for path, value in source.items():
+        np.testing.assert_array_equal(begun[path], value, path)
+    assert any(not np.array_equal(base[path], value) for path, value in source.items())
 
 
 def test_other_data_is_refused(runs, place, tmp_path):
