@@ -143,7 +143,8 @@ def default_config() -> Config:
 
     # Activations and products; parameters are float32 masters. Norms, softmax and loss are float32.
     config.dtype = "bfloat16"
-    # Implementations of `llave_jax.ops.attention`; "auto": what suits the devices.
+    # Implementations of `llave_jax.ops.attention`; "auto": what suits the devices, once it has agreed with the
+    # reference on them (`llave_jax.ops.attention_choice`).
     config.attention = "auto"
     config.vision_attention = "auto"
     # What the backward pass recomputes: see `llave_jax.models.remat.REMATS`.

@@ -81,6 +81,17 @@ def _room(path: Path, needed: int | None) -> str:
     return free if needed is None else f"needs {bytes_text(needed)}, {free}"
 
 
+def cache_folder() -> Path:
+    """Where the user's caches lie: LLAVE_JAX_CACHE, by default XDG_CACHE_HOME/llave_jax or ~/.cache/llave_jax.
+
+    Returns:
+      The folder, which need not exist.
+    """
+    if given := os.environ.get("LLAVE_JAX_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llave_jax"
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file whose library wants a path: the block writes to the path that it is given.

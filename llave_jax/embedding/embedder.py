@@ -24,8 +24,8 @@ from llave_jax.embedding.shapes import BatchShapes, IndexedBatch
 from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.item import Item, ItemLike
 from llave_jax.inputs.sequence import SequenceBuilder
-from llave_jax.models.llave import Llave
-from llave_jax.ops.attention import on_mesh
+from llave_jax.models.llave import Llave, attention_cases
+from llave_jax.ops.attention_choice import choose
 from llave_jax.parallel import sharding
 from llave_jax.weights import model_dir
 from llave_jax.weights.resolve import resolve_model
@@ -83,7 +83,8 @@ class Embedder:
             Hugging Face checkpoint, as a directory or as its name on the hub, `org/name` or
             `org/name@revision`. The last two are converted once and kept (`weights.resolve`).
           dtype: of parameters and activations; None: bfloat16 on accelerators, float32 on CPUs.
-          attention: implementation (`llave_jax.ops.attention`).
+          attention: implementation (`llave_jax.ops.attention`); "auto": the one for the devices, checked
+            against the reference first on a kind of device that is new (`ops.attention_choice`).
           mesh: where the parameters go; None: all devices along `data`.
           max_length: tokens of the longest sequence; None: as the model was trained. Videos of 32
             frames need 8192.
@@ -103,12 +104,13 @@ class Embedder:
         if max_length is not None:
             inputs = dataclasses.replace(config.inputs, max_length=max_length)
             config = dataclasses.replace(config, inputs=inputs)
+        packed, crops = attention_cases(config, dtype)
         module = Llave(
             config,
             dtype=jnp.dtype(dtype),
             param_dtype=jnp.dtype(dtype),
-            attention=on_mesh(attention, mesh),
-            vision_attention=on_mesh(attention, mesh),
+            attention=choose(attention, mesh, packed),
+            vision_attention=choose(attention, mesh, crops),
             freeze_vision=True,
         )
         params = model_dir.load_params(directory, mesh=mesh, dtype=jnp.dtype(dtype))

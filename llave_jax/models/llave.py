@@ -24,6 +24,7 @@ from llave_jax.models.projector import Projector
 from llave_jax.models.qwen2 import Qwen2
 from llave_jax.models.remat import find_remat
 from llave_jax.models.siglip import SiglipTower
+from llave_jax.ops.attention_check import Case
 from llave_jax.parallel import sharding
 
 # Name by which a policy of `jax.checkpoint` can keep the vision tower's features.
@@ -200,6 +201,25 @@ def example_batch(config: LlaveConfig) -> PackedBatch:
     """
     budget = Budget(rows=1, row_length=8, crops=1, groups=1, sides=1)
     return empty_batch(budget, 1, config.vision.crop)
+
+
+def attention_cases(config: LlaveConfig, dtype: str) -> tuple[Case, Case]:
+    """Attention as a model calls it, for checking implementations.
+
+    Args:
+      config: of the model.
+      dtype: of its activations.
+
+    Returns:
+      Cases of the language model and of the vision tower.
+    """
+    text, vision = config.text, config.vision
+    return (
+        Case.packed(text.num_heads, text.num_kv_heads, text.head_dim, dtype),
+        Case.crops(
+            vision.num_heads, vision.hidden_size // vision.num_heads, vision.num_patches, dtype
+        ),
+    )
 
 
 def abstract_params(model: Llave) -> dict[str, Any]:

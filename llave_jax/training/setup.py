@@ -41,8 +41,8 @@ from llave_jax.inputs.config import grid_pinpoints
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.loss.cross_device import make_formula
 from llave_jax.models.config import PRESETS, LlaveConfig
-from llave_jax.models.llave import Llave, abstract_params, example_batch
-from llave_jax.ops import attention
+from llave_jax.models.llave import Llave, abstract_params, attention_cases, example_batch
+from llave_jax.ops.attention_choice import choose
 from llave_jax.parallel import sharding
 from llave_jax.training import batch_shape, optim, train_step
 from llave_jax.training.benchmark import open_benchmark
@@ -390,7 +390,7 @@ def make_model(
     mesh: jax.sharding.Mesh,
     lr_multipliers: Mapping[str, float | None],
 ) -> Llave:
-    """The module, with attention kernels that suit the mesh's devices.
+    """The module, with attention kernels that suit the mesh's devices and have been checked on them.
 
     Args:
       config: of the run.
@@ -403,11 +403,12 @@ def make_model(
       The module.
     """
     tower = [rate for path, rate in lr_multipliers.items() if path.startswith("vision_tower/")]
+    packed, crops = attention_cases(llave_config, config.dtype)
     return Llave(
         llave_config,
         dtype=jnp.dtype(config.dtype),
-        attention=attention.on_mesh(config.attention, mesh),
-        vision_attention=attention.on_mesh(config.vision_attention, mesh),
+        attention=choose(config.attention, mesh, packed),
+        vision_attention=choose(config.vision_attention, mesh, crops),
         remat=config.remat,
         freeze_vision=all(rate is None for rate in tower),
     )

@@ -2,8 +2,7 @@
 
 A Hugging Face checkpoint, from the disk or from the hub, is converted once into a cache:
 
-    LLAVE_JAX_CACHE/models/NAME-KEY        a model directory; it may be deleted at any time
-    LLAVE_JAX_CACHE                        by default XDG_CACHE_HOME/llave_jax or ~/.cache/llave_jax
+    LLAVE_JAX_CACHE/models/NAME-KEY        a model directory; it may be deleted at any time (`cache_folder`)
 
 What is downloaded lies in the hub's own cache. Pickled weights and code are not downloaded.
 """
@@ -16,6 +15,7 @@ import re
 from pathlib import Path
 
 from llave_jax.common.content import digest, sampled_digest
+from llave_jax.common.files import cache_folder
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf, model_files
 from llave_jax.weights.hf_config import find_tower_config
@@ -101,13 +101,6 @@ def find_checkpoint(name: str | os.PathLike) -> Path:
 
 
 # The cache of conversions.
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept."""
-    if given := os.environ.get("LLAVE_JAX_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llave_jax"
 
 
 def _converted(source: Path, name: str) -> Path:
