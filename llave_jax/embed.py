@@ -25,7 +25,7 @@ from llave_jax.common import command_line, interrupts
 from llave_jax.embedding.bulk import embed_file
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.run_info import record_run, settings_of
-from llave_jax.parallel import processes
+from llave_jax.parallel import peers, processes
 from llave_jax.weights.fingerprint import model_fingerprint
 from llave_jax.weights.resolve import resolve_model
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
-    return command_line.run(_command, parse_args(argv))
+    return command_line.run(peers.sharing_failures(_command), parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from llave_jax.evaluation.cache import EmbeddingCache, Encode
 from llave_jax.evaluation.mmeb import evaluate_mmeb
 from llave_jax.evaluation.retrieval import check_installed, evaluate_retrieval, read_task
 from llave_jax.inputs import video_decode
-from llave_jax.parallel import processes
+from llave_jax.parallel import peers, processes
 from llave_jax.weights.fingerprint import model_fingerprint
 from llave_jax.weights.resolve import resolve_model
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
-    return command_line.run(_command, parse_args(argv))
+    return command_line.run(peers.sharing_failures(_command), parse_args(argv))
 
 
 def evaluate(args: argparse.Namespace) -> str:

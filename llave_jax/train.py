@@ -25,7 +25,7 @@ from llave_jax.data.pipeline import skip_limit
 from llave_jax.data.skips import TooManySkips
 from llave_jax.inputs.chat import check_vocabulary
 from llave_jax.inputs.sequence import SequenceBuilder
-from llave_jax.parallel import processes, sharding
+from llave_jax.parallel import peers, processes, sharding
 from llave_jax.training import batch_shape, run_files, setup
 from llave_jax.training.batch_search import BatchSearch, with_batch
 from llave_jax.training.checkpoint import Checkpoints
@@ -53,6 +53,7 @@ def train(config: Config, workdir: Path) -> bool:
       TooManySkips: more rows cannot be used than `data.max_skip_share` allows.
     """
     check_config(config)
+    run_files.check_processes(config, workdir)
     first_process = jax.process_index() == 0
     if first_process:
         run_files.record_config(config, workdir)
@@ -178,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status.
     """
     user_errors = (ValueError, OSError, FloatingPointError, TooManySkips)
-    return command_line.run(_command, parse_args(argv), user_errors)
+    command = peers.sharing_failures(_command, user_errors)
+    return command_line.run(command, parse_args(argv), user_errors)
 
 
 if __name__ == "__main__":

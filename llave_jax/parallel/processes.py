@@ -8,13 +8,15 @@ import itertools
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax._src import distributed  # the job's key-value store has no public name
 from jax.experimental import multihost_utils
+
+from llave_jax.parallel import peers
 
 T = TypeVar("T")
 
@@ -71,6 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num-processes", type=int, help="processes of the job, with --coordinator")
     group.add_argument("--process-id", type=int, help="number of this process, with --coordinator")
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        default=100,
+        metavar="SECONDS",
+        help="a process whose host is silent for so long is lost, and the others end (default: 100); one that "
+        "is killed is noticed within seconds",
+    )
 
 
 def initialize(args: argparse.Namespace) -> None:
@@ -79,10 +89,12 @@ def initialize(args: argparse.Namespace) -> None:
     Args:
       args: what a parser with `add_arguments` returned.
     """
+    limit = {"heartbeat_timeout_seconds": args.heartbeat_timeout}
     if args.coordinator is not None:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id, **limit)
     elif args.distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**limit)
+    peers.watch()
 
 
 def from_first_process(array: np.ndarray) -> np.ndarray:
@@ -135,6 +147,36 @@ def gather(value: Any) -> list[Any]:
     job.client.wait_at_barrier(key, _LONGEST_WAIT_MS)
     found = {int(name.rpartition("/")[2]): text for name, text in job.client.key_value_dir_get(key)}
     return [json.loads(found[process]) for process in range(job.num_processes)]
+
+
+def require_same(values: Mapping[str, Any], advice: str) -> None:
+    """Refuses a job whose processes were started differently. All processes call it.
+
+    Args:
+      values: name -> what must be the same in all processes; what JSON can hold.
+      advice: ends the message.
+
+    Raises:
+      ValueError: in every process, naming what differs and in which processes.
+    """
+    by_process = gather(dict(values))
+    differences = []
+    for name in sorted({name for found in by_process for name in found}):
+        processes: dict[str, list[int]] = {}
+        for process, found in enumerate(by_process):
+            processes.setdefault(json.dumps(found.get(name)), []).append(process)
+        if len(processes) > 1:
+            different = ", ".join(f"{value} in {_numbers(of)}" for value, of in processes.items())
+            differences.append(f"{name}: {different}")
+    if differences:
+        raise ValueError(
+            f"the processes of this job differ: {'; '.join(differences[:8])}. {advice}"
+        )
+
+
+def _numbers(processes: Sequence[int]) -> str:
+    listed = ", ".join(map(str, processes[:8])) + (", ..." if len(processes) > 8 else "")
+    return f"process{'es' if len(processes) > 1 else ''} {listed}"
 
 
 def on_first_process(action: Callable[[], int | None]) -> int:

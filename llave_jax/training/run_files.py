@@ -25,6 +25,7 @@ from llave_jax.parallel import processes
 from llave_jax.training import batch_shape, resume
 from llave_jax.training.checkpoint import BEST
 from llave_jax.weights import model_dir
+from llave_jax.weights.checkpoint_seal import package_versions
 from llave_jax.weights.run_params import has_checkpoint
 from llave_jax.weights.tokenizer_files import same_tokenizer_files
 
@@ -44,6 +45,24 @@ def skip_file(workdir: Path, process: int | str) -> Path:
       The path.
     """
     return workdir / f"skipped_{process}.jsonl"
+
+
+def check_processes(config: Config, workdir: Path) -> None:
+    """Refuses a job whose processes have different configs, workdirs or packages. All processes call it.
+
+    Args:
+      config: of the run.
+      workdir: the run's directory, as it was given.
+
+    Raises:
+      ValueError: it names the keys or packages, and the processes.
+    """
+    keys = {f"config.{key}": value for key, value in resume.leaves(json.loads(config.to_json()))}
+    versions = {f"package {name}": version for name, version in package_versions().items()}
+    processes.require_same(
+        {**keys, **versions, "--workdir": str(workdir)},
+        "Start all of them with the same flags and packages",
+    )
 
 
 def record_config(config: Config, workdir: Path) -> None:

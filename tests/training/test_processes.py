@@ -1,4 +1,4 @@
-"""One training run and one embedding job on meshes of several shapes and on several processes.
+"""Jobs of several processes: the same results on meshes of any shape; the failure of one ends all, by name.
 
 Each job is started as a user would start it; processes find each other over the loopback network.
 """
@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,79 @@ def test_encoding_is_that_of_one_process(tmp, single, processes):
     assert expected.shape[0] == 30
     for vectors in encode(processes):
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+# Failures. Each ends all processes within seconds, where jax alone waits for five minutes.
+
+TINY = """
+from pathlib import Path
+from tests.training.text_runs import make_config
+
+
+def get_config():
+    return make_config(Path({place!r}), {{"eval.benchmark": None, "steps": 100_000, "data.path": "data"}})
+"""
+
+
+def start_tiny(tmp_path, place, flags=((), ()), folders=None):
+    """Two processes that train in WORKDIR tmp_path/run, each in its own current folder."""
+    (tmp_path / "tiny.py").write_text(TINY.format(place=str(place)))
+    command = [sys.executable, "-m", "llave_jax.train", f"--config={tmp_path / 'tiny.py'}"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--coordinator=127.0.0.1:{free_port()}"]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    return [
+        subprocess.Popen(
+            [*command, "--num-processes=2", f"--process-id={i}", *flags[i]],
+            env=environment,
+            cwd=(folders or (place, place))[i],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def ends(jobs, timeout=120):
+    """[(exit status, what was said)] of processes that end by themselves."""
+    try:
+        said = [job.communicate(timeout=timeout)[1] for job in jobs]
+        return [(job.returncode, text) for job, text in zip(jobs, said, strict=True)]
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+def test_processes_with_different_configs_are_refused_by_key(tmp_path, place):
+    flags = ((), ("--config.loss.alpha=5.0", "--config.seed=3"))
+    for status, said in ends(start_tiny(tmp_path, place, flags)):
+        assert status == 2
+        assert "config.loss.alpha: 9.0 in process 0, 5.0 in process 1; config.seed: 0 in" in said
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_an_error_of_one_process_is_said_by_all(tmp_path, place):
+    """The data are missing on one of the hosts."""
+    jobs = start_tiny(tmp_path, place, folders=(place, tmp_path))
+    (first, said), (second, cause) = ends(jobs)
+    assert (first, second) == (2, 2)
+    assert "error: data: no training data" in cause
+    assert f"pid {jobs[1].pid}) has ended: data: no training data" in said
+    assert "error: process 1 (" in said
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_death_of_a_process_ends_the_other_with_its_name(killed, tmp_path, place):
+    jobs = start_tiny(tmp_path, place)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert all(job.poll() is None for job in jobs), ends(jobs)
+        time.sleep(0.1)
+    jobs[killed].kill()
+    status, said = ends(jobs, timeout=60)[1 - killed]
+    assert status not in (0, 2)
+    assert f"error: process {killed} (" in said
+    assert f"pid {jobs[killed].pid}) has ended without a word" in said
