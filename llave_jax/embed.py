@@ -10,7 +10,8 @@ the model and its precision.
 
 The same command continues a job that was stopped in any way. It embeds lines that were added to the
 input, and embeds items again whose text, images or videos have changed, with the rest of their chunk.
-Files are compared by size and time first; if one of these differs, by their content.
+Files are compared by size, times and inode first; if one of these differs, by their content. What stands in DIR
+is compared with its checksums, and what was cut off or changed is embedded again.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def _command(args: argparse.Namespace) -> None:
         args.input,
         args.output,
         fingerprint,
+        model=args.model,
         batch_size=args.batch_size,
         on_error=args.on_error,
     )

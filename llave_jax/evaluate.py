@@ -10,15 +10,17 @@ again continues where it was stopped. Owns the sequence of steps; each benchmark
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from llave_jax.common import command_line, interrupts
-from llave_jax.common.files import write_text
+from llave_jax.common.files import remove_abandoned, write_text
+from llave_jax.common.locks import only_writer
 from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.run_info import settings_of
@@ -78,10 +80,20 @@ def _command(args: argparse.Namespace) -> None:
     interrupts.take_again()
     first = jax.process_index() == 0
     command_line.set_up_logging(args, first=first)
-    table = evaluate(args)
-    if first:
-        print(table)
-        write_text(Path(args.output) / "table.txt", table + "\n")
+    with contextlib.ExitStack() as stack:
+        processes.on_first_process(lambda: stack.enter_context(_output(Path(args.output))))
+        table = evaluate(args)
+        if first:
+            print(table)
+            write_text(Path(args.output) / "table.txt", table + "\n")
+
+
+@contextlib.contextmanager
+def _output(output: Path) -> Iterator[None]:
+    """Keeps the output to this job, without what killed jobs have left in it."""
+    with only_writer(output):
+        remove_abandoned(output)
+        yield
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +130,9 @@ def evaluate(args: argparse.Namespace) -> str:
     cache, run = EmbeddingCache(), None
     if first:
         fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config)
-        cache = EmbeddingCache(args.cache or Path(args.output) / "embeddings", fingerprint)
+        cache = EmbeddingCache(
+            args.cache or Path(args.output) / "embeddings", fingerprint, model=args.model
+        )
         run = settings_of(args.model, embedder, fingerprint)
 
     def encode(items):

@@ -53,32 +53,33 @@ def naming_full_disk(path: str | os.PathLike, needed: int | None = None) -> Iter
     except DiskFull:
         raise
     except Exception as error:
-        reason = _reason_of_full_disk(error)
-        if reason is None:
+        number = _number_of_full_disk(error)
+        if number is None:
             raise
-        size = f" ({_room(Path(path), needed)})"
+        facts = [] if needed is None else [f"needs {bytes_text(needed)}"]
+        if number == errno.ENOSPC:
+            facts.append(_free(Path(path)))
+        size = f" ({', '.join(facts)})" if facts else ""
         raise DiskFull(
-            f"{os.fspath(path)}: {reason}{size}; make room and run the same command again: what is complete stays"
+            f"{os.fspath(path)}: {_FULL[number]}{size}; make room and run the same command again: what is "
+            "complete stays"
         ) from error
 
 
-def _reason_of_full_disk(error: BaseException | None) -> str | None:
+def _number_of_full_disk(error: BaseException | None) -> int | None:
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return _FULL[error.errno]
-        for number, reason in _FULL.items():
-            if os.strerror(number) in str(error):
-                return reason
+        for number in _FULL:
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                return number
         error = error.__cause__ or error.__context__
     return None
 
 
-def _room(path: Path, needed: int | None) -> str:
+def _free(path: Path) -> str:
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    free = f"{bytes_text(shutil.disk_usage(folder).free)} are free in {folder}"
-    return free if needed is None else f"needs {bytes_text(needed)}, {free}"
+    return f"{bytes_text(shutil.disk_usage(folder).free)} are free in {folder}"
 
 
 def cache_folder() -> Path:

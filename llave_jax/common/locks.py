@@ -49,9 +49,11 @@ def only_writer(output: str | os.PathLike, *, inside: bool = True) -> Iterator[N
             os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
         yield
     finally:
-        # Still locked: who has opened it meanwhile sees that the name is gone.
-        file.unlink(missing_ok=True)
-        os.close(descriptor)
+        try:
+            # Still locked: who has opened it meanwhile sees that the name is gone.
+            file.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
 
 
 def _open_locked(file: Path, output: Path) -> int:

@@ -51,6 +51,7 @@ def embed_file(
     output: str | os.PathLike,
     fingerprint: str,
     *,
+    model: str = "",
     batch_size: int | None = None,
     on_error: str = "raise",
 ) -> Result:
@@ -64,6 +65,7 @@ def embed_file(
       source: file of items.
       output: directory of the results.
       fingerprint: of the model; work of another model is not continued.
+      model: as its user calls it, for messages.
       batch_size: as for `Embedder.encode`.
       on_error: "raise", or "skip" items that cannot be read.
 
@@ -85,13 +87,13 @@ def embed_file(
                     if line.error:
                         raise ValueError(line.error)
             if not out.keep(index, chunk):
-                out.add(index, chunk, *_encode(embedder, chunk, batch_size, on_error))
+                out.add(index, chunk, *_encode(embedder, chunk, model, batch_size, on_error))
             index += 1
         return out.finish(index)
 
 
 def _encode(
-    embedder: Embedder, chunk: list[Line], batch_size: int | None, on_error: str
+    embedder: Embedder, chunk: list[Line], model: str, batch_size: int | None, on_error: str
 ) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """Embeddings of a chunk's readable items, and (index, reason) of the others."""
     readable = {i: line.item for i, line in enumerate(chunk) if line.item is not None}
@@ -103,7 +105,7 @@ def _encode(
         vectors = embedder.encode(items, batch_size)
     fine = [i for i in range(len(items)) if i not in failures]
     vectors = vectors[fine]
-    check_embeddings(vectors, [items[i] for i in fine])
+    check_embeddings(vectors, [items[i] for i in fine], model)
     skipped = {i: line.error for i, line in enumerate(chunk) if line.item is None}
     skipped |= {places[i]: reason for i, reason in failures.items()}
     return vectors, sorted(skipped.items())
@@ -126,7 +128,13 @@ class _Output:
             # Raises before anything is written if there is no input.
             total = count_items(source)
             self._store = self._closing.enter_context(
-                Store(output, model=model, dimension=dimension, source=str(source.resolve()))
+                Store(
+                    output,
+                    model=model,
+                    dimension=dimension,
+                    source=str(source.resolve()),
+                    items=total,
+                )
             )
             self._threads = self._closing.enter_context(ThreadPoolExecutor(FILE_THREADS))
             self._progress = self._closing.enter_context(Progress(total, "embedding"))

@@ -61,12 +61,16 @@ class ItemReader:
         workers = os.cpu_count() or 1
         tasks: collections.deque[Future[list[tuple[int, TokenSequence]]]] = collections.deque()
         with ThreadPoolExecutor(workers) as pool:
-            for group in self._groups(items):
-                tasks.append(pool.submit(self._lay_out, group))
-                if len(tasks) > _TASKS_AHEAD * workers:
+            try:
+                for group in self._groups(items):
+                    tasks.append(pool.submit(self._lay_out, group))
+                    if len(tasks) > _TASKS_AHEAD * workers:
+                        yield from self._finished(tasks.popleft())
+                while tasks:
                     yield from self._finished(tasks.popleft())
-            while tasks:
-                yield from self._finished(tasks.popleft())
+            finally:
+                # After an error or a signal nobody wants the rest.
+                pool.shutdown(wait=False, cancel_futures=True)
         self._cuts.report()
 
     def _finished(

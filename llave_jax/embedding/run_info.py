@@ -6,6 +6,7 @@ The score files that a leaderboard takes have a fixed form with no room for it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,10 +47,26 @@ def record_run(directory: str | os.PathLike, name: str, settings: Mapping[str, A
         does not hold for the new result.
     """
     path = Path(directory) / FILE
-    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    runs = _read(path)
     if settings is None and name not in runs:
         return
     runs.pop(name, None)
     if settings is not None:
         runs[name] = dict(settings)
     write_text(path, json.dumps(runs, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(runs, dict):
+            return runs
+    except ValueError:
+        pass
+    logging.getLogger(__name__).warning(
+        "%s: is not what was written to it; it begins anew, without the results of earlier runs",
+        path,
+    )
+    return {}

@@ -6,6 +6,7 @@ directory of safetensors shards. What makes two items the same is `inputs/conten
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,8 +17,8 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from llave_jax.common.content import DIGEST_BYTES
-from llave_jax.common.files import atomic_file
+from llave_jax.common.content import DIGEST_BYTES, digest
+from llave_jax.common.files import atomic_file, remove_abandoned
 from llave_jax.embedding.checks import check_embeddings
 from llave_jax.inputs.content import item_key
 from llave_jax.inputs.item import Item
@@ -28,32 +29,47 @@ Encode = Callable[[Sequence[Item]], np.ndarray]
 
 # Items that are encoded between two writes: the most that a killed run loses. More items fill batches better.
 SHARD_ITEMS = 1024
+_CHECKSUM = "sha256"
+
+logger = logging.getLogger(__name__)
 
 
 class EmbeddingCache:
     """Embeddings of one model, by the key of the item (`inputs.content.item_key`).
 
-    With a directory they lie in `<directory>/<fingerprint>/*.safetensors` and are there for the next run.
-    Without one they stay in memory as long as this object.
+    With a directory they lie in `<directory>/<fingerprint>/*.safetensors` and are there for the next run. A shard
+    that is damaged, or was made for another model, is removed with a warning: its items are encoded again.
+    Without a directory they stay in memory as long as this object.
 
     Args:
       directory: of the caches of all models; None: in memory.
       fingerprint: of the model, see `weights/fingerprint.py`; required with a directory.
+      model: as its user calls it, for messages.
     """
 
-    def __init__(self, directory: str | os.PathLike | None = None, fingerprint: str = ""):
+    def __init__(
+        self,
+        directory: str | os.PathLike | None = None,
+        fingerprint: str = "",
+        *,
+        model: str = "",
+    ):
         if directory is not None and not fingerprint:
             raise ValueError(
                 "an embedding cache on disk needs the model's fingerprint: without it one model's "
                 "embeddings would be taken for another's"
             )
+        self.model = model
+        self._fingerprint = fingerprint
+        self._dimension: int | None = None
         self._where: dict[bytes, tuple[int, int]] = {}  # key -> (shard, row)
         self._shards: list[np.ndarray | Path] = []
         self._directory = Path(directory) / fingerprint if directory is not None else None
         if self._directory is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self._directory)
             for path in sorted(self._directory.glob("*.safetensors")):
-                self._register(_read_shard(path, "keys"), path)
+                self._take(path)
 
     def __len__(self) -> int:
         return len(self._where)
@@ -76,7 +92,7 @@ class EmbeddingCache:
         path = self._directory / f"{uuid.uuid4().hex}.safetensors"
         arrays = {"keys": key_array, "embeddings": np.ascontiguousarray(embeddings)}
         with atomic_file(path) as temporary:
-            save_file(arrays, temporary)
+            save_file(arrays, temporary, {_CHECKSUM: self._checksum(arrays)})
         self._register(key_array, path)
 
     def gather(self, keys: Sequence[bytes]) -> np.ndarray:
@@ -95,12 +111,45 @@ class EmbeddingCache:
         result: np.ndarray | None = None
         for shard in np.unique(found[:, 0]):
             source = self._shards[shard]
-            rows = source if isinstance(source, np.ndarray) else _read_shard(source, "embeddings")
+            rows = source if isinstance(source, np.ndarray) else _read(source)[0]["embeddings"]
             if result is None:
                 result = np.empty((len(keys), rows.shape[1]), np.float32)
             chosen = found[:, 0] == shard
             result[chosen] = rows[found[chosen, 1]]
         return np.zeros((0, 0), np.float32) if result is None else result
+
+    def _take(self, path: Path) -> None:
+        """Enters a shard of an earlier run, or removes it."""
+        try:
+            arrays, metadata = _read(path)
+            problem = self._problem(arrays, metadata.get(_CHECKSUM))
+        except FileNotFoundError:  # Another evaluation has removed it.
+            return
+        except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
+            problem = f"cannot be read ({error})"
+        if problem is None:
+            self._dimension = arrays["embeddings"].shape[1]
+            self._register(arrays["keys"], path)
+            return
+        logger.warning("%s: %s; it is removed, and its items are encoded again", path, problem)
+        path.unlink(missing_ok=True)
+
+    def _problem(self, arrays: dict[str, np.ndarray], checksum: str | None) -> str | None:
+        """Why a shard cannot be used; None if it can. Those of earlier versions have no checksum."""
+        keys, rows = arrays.get("keys"), arrays.get("embeddings")
+        if keys is None or rows is None or (keys.dtype, rows.dtype) != (np.uint8, np.float32):
+            return "has not the tensors of a shard of embeddings"
+        if keys.shape != (len(keys), DIGEST_BYTES) or rows.ndim != 2:
+            return "has not the form of a shard of embeddings"
+        if len(keys) != len(rows) or self._dimension not in (None, rows.shape[1]):
+            return f"has embeddings of the shape {rows.shape}, not that of the other shards"
+        if checksum is not None and checksum != self._checksum(arrays):
+            return "is damaged, or of another model (its checksum differs)"
+        return None if np.isfinite(rows).all() else "has embeddings that are not finite"
+
+    def _checksum(self, arrays: dict[str, np.ndarray]) -> str:
+        content = (np.ascontiguousarray(arrays[name]).tobytes() for name in ("keys", "embeddings"))
+        return digest(self._fingerprint.encode(), *content).hex()
 
     def _register(self, keys: np.ndarray, shard: np.ndarray | Path) -> None:
         for row, key in enumerate(keys):
@@ -108,14 +157,10 @@ class EmbeddingCache:
         self._shards.append(shard)
 
 
-def _read_shard(path: Path, name: str) -> np.ndarray:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return file.get_tensor(name)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path}: not a readable shard of embeddings ({error}); delete it and run again"
-        ) from error
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a shard by name, and its metadata."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def embed(
@@ -157,7 +202,7 @@ def embed(
         chunk = indices[start : start + shard_items]
         items = [make_item(int(i)) for i in chunk]
         embeddings = np.asarray(encode(items), np.float32)
-        check_embeddings(embeddings, items)
+        check_embeddings(embeddings, items, cache.model)
         if first:
             cache.add([keys[i] for i in chunk], embeddings)
     return cache.gather(keys) if first else None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,14 @@ def read_scores(path: str | os.PathLike, values: str = "scores") -> tuple[np.nda
 
     Returns:
       For each row one array [candidates].
+
+    Raises:
+      ValueError: the file is damaged.
     """
-    with np.load(path) as file:
-        return tuple(np.split(file[values], file["offsets"][1:-1]))
+    try:
+        with np.load(path) as file:
+            return tuple(np.split(file[values], file["offsets"][1:-1]))
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); evaluate this dataset again, which is quick with the cache"
+        ) from error

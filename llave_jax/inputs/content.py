@@ -52,9 +52,11 @@ def content_id(item: Item | None) -> int:
 
 
 def item_stamp(item: Item) -> bytes:
-    """Digest of an item as `item_key`, but of a file's path, size and time of change, not its content.
+    """Digest of an item as `item_key`, but of a file's path, size, times and inode, not its content.
 
-    Equal stamps show that nothing has changed, without reading files. Different stamps show nothing.
+    Equal stamps show that nothing has changed, without reading files. Different stamps show nothing. A file that
+    was replaced has another inode, and one that was written to another time of change of the inode, also where
+    its size and the time of its content are kept or set back.
 
     Args:
       item: its files are looked up, but not read.
@@ -100,5 +102,6 @@ def _image_digest(image: ImageLike, path_digest: PathDigest) -> bytes:
 
 def _file_stamp(path: str | os.PathLike) -> bytes:
     status = os.stat(path)
-    stamp = f"{os.fspath(path)} {status.st_size} {status.st_mtime_ns}"
+    facts = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    stamp = f"{os.fspath(path)} {facts}"
     return digest(os.fsencode(stamp))

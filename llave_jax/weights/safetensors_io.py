@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llave_jax.common.files import naming_full_disk
 from llave_jax.common.json_text import RepeatedKey, parse_json
 
 DTYPES: dict[str, np.dtype] = {
@@ -295,7 +296,7 @@ class SafetensorsWriter:
 
     Raises:
       FileExistsError: the file exists.
-      OSError: the disk has no room for the whole file.
+      DiskFull: the disk has no room for the whole file.
       CheckpointError: the header is not valid.
     """
 
@@ -308,12 +309,13 @@ class SafetensorsWriter:
         size = self._data_start + sum(info.nbytes for info in self.tensors.values())
         self._file = open(self.path, "xb")  # noqa: SIM115, closed in __exit__
         try:
-            self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
-            if hasattr(os, "posix_fallocate"):
-                # A full disk is an error now, not after an hour of copying.
-                os.posix_fallocate(self._file.fileno(), 0, size)
-            else:
-                self._file.truncate(size)
+            with naming_full_disk(self.path, size):
+                self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
+                if hasattr(os, "posix_fallocate"):
+                    # A full disk is an error now, not after an hour of copying.
+                    os.posix_fallocate(self._file.fileno(), 0, size)
+                else:
+                    self._file.truncate(size)
         except BaseException:
             self._file.close()
             raise

@@ -219,14 +219,17 @@ def test_content_is_read_once_after_a_change_of_times(case, monkeypatch):
     assert case.run() == []
 
 
-def test_same_size_and_time_is_taken_for_the_same(case, monkeypatch):
-    """The documented limit of the first look."""
+@pytest.mark.parametrize("how", ["written", "renamed"])
+def test_a_picture_replaced_by_one_of_the_same_size_and_time(case, how):
     case.write({"text": "a", "image": "a.bmp"})
     case.picture("a.bmp", 1, time_ns=10)
     case.run()
-    case.picture("a.bmp", 2, time_ns=10)
-    monkeypatch.setattr(Case, "check", lambda self: None)
-    assert case.run() == []
+    if how == "renamed":
+        case.picture("b.bmp", 2, time_ns=10)
+        (case.folder / "b.bmp").rename(case.folder / "a.bmp")
+    else:
+        case.picture("a.bmp", 2, time_ns=10)
+    assert case.run() == ["a"]
 
 
 def test_other_work_is_not_continued(case, tmp_path):
@@ -259,7 +262,9 @@ def test_two_jobs_at_once(case):
     case.write(*TEXTS)
     with (
         store.Store(case.output, model="model", dimension=SIZE, source=""),
-        pytest.raises(ValueError, match="another job is writing"),
+        pytest.raises(
+            ValueError, match=f"out: another job is writing to it: process {os.getpid()} "
+        ),
     ):
         case.run()
     assert case.run() == TEXTS
@@ -352,15 +357,32 @@ def test_no_items(case, content):
 
 def test_not_finite(case):
     class Broken(FakeEmbedder):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
         def encode_skipping(self, items, batch_size=None):
             vectors, failures = super().encode_skipping(items)
-            vectors[[item.text == "text 9" for item in items]] = np.nan
+            vectors[[item.text == "text 9" for item in items]] = self.value
             return vectors, failures
 
     case.write(*TEXTS)
-    for on_error in ("raise", "skip"):
-        with pytest.raises(ValueError, match=r"items\.jsonl:10: the embedding is not finite"):
-            case.run(Broken(), on_error=on_error)
+    for value, problem in [
+        (np.nan, "is not finite"),
+        (np.inf, "is not finite"),
+        (0, "has length 0"),
+    ]:
+        message = rf"items\.jsonl:10: the embedding {problem}.* check the weights of the/model,"
+        for on_error in ("raise", "skip"):
+            with pytest.raises(ValueError, match=message):
+                bulk.embed_file(
+                    Broken(value),
+                    case.input,
+                    case.output,
+                    "model",
+                    model="the/model",
+                    on_error=on_error,
+                )
     assert case.run() == TEXTS[8:]
 
 
@@ -391,12 +413,129 @@ def test_another_array_is_not_taken_for_finished(case, other):
     assert case.run() == TEXTS
 
 
+@pytest.mark.parametrize(
+    "damage",
+    ["a bit", "NaN", "another array", "rows exchanged", "array removed", "a number in the log"],
+)
+def test_an_array_that_has_changed_is_not_taken_for_finished(case, damage, caplog):
+    case.write(*TEXTS)
+    case.run()
+    path, log = case.output / "embeddings.npy", case.output / "progress.jsonl"
+    vectors, again = np.load(path), TEXTS[4:8]
+    if damage == "a bit":
+        content = bytearray(path.read_bytes())
+        content[-4 * SIZE * 5] ^= 1
+        path.write_bytes(content)
+    elif damage == "NaN":
+        vectors[5, 3] = np.nan
+        np.save(path, vectors)
+    elif damage == "another array":
+        np.save(path, np.roll(vectors, 1, axis=1))
+        again = TEXTS
+    elif damage == "rows exchanged":
+        vectors[[0, 10]] = vectors[[10, 0]]
+        np.save(path, vectors)
+        again = TEXTS[:4] + TEXTS[8:]
+    elif damage == "array removed":
+        path.unlink()
+        again = TEXTS
+    else:
+        log.write_text(log.read_text().replace('"rows": 4', '"rows": 3', 1))
+        again = TEXTS  # What follows is not where the log says.
+    assert case.run() == again
+    assert f"{path}: is not what was written to it" in caplog.text
+    assert case.run() == []
+
+
+@pytest.mark.parametrize("name", ["ids.jsonl", "skipped.jsonl"])
+@pytest.mark.parametrize("damage", [lambda text: text[:-3], lambda text: "foreign\n", None])
+def test_a_list_that_has_changed_is_written_again(case, name, damage, caplog):
+    case.write(b"{", *TEXTS)
+    case.run(on_error="skip")
+    path = case.output / name
+    before = path.read_text()
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_text(damage(before))
+    assert case.run(on_error="skip") == []
+    assert path.read_text() == before
+    assert f"{path}: is not what was written to it; it is written again" in caplog.text
+    caplog.clear()
+    # New ids are no damage.
+    case.write(b"{", *({"text": text, "id": text} for text in TEXTS))
+    assert case.run(on_error="skip") == []
+    assert case.run(on_error="skip") == []
+    assert "is not what was written" not in caplog.text
+
+
+def test_the_output_of_an_earlier_version_is_continued(case, caplog):
+    """Its log has no checksums, and stamps of another form."""
+    case.write(*TEXTS)
+    case.run()
+    path = case.output / "progress.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines() if "finished" not in line]
+    for entry in entries[1:]:
+        del entry["checksum"]
+        entry["stamp"] = "old"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert case.run() == []
+    assert caplog.text == ""
+
+
+def test_a_log_of_another_form_is_not_believed(case):
+    case.write(*TEXTS)
+    case.run()
+    path = case.output / "progress.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for line in ("[]\n", "{}\n", '{"chunk": 1}\n', lines[2].replace('"rows": 4', '"rows": "4"')):
+        path.write_text("".join([*lines[:2], line, *lines[3:]]))
+        assert case.run() == TEXTS[4:]
+    path.write_text("".join(["{}\n", *lines[1:]]))
+    with pytest.raises(ValueError, match=r"has no progress\.jsonl"):
+        case.run()
+
+
 def test_longer_array_is_cut(case):
     case.write(*TEXTS)
     case.run()
     with open(case.output / "embeddings.npy", "ab") as file:
         file.write(b"abc")
     assert case.run() == []
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """What a full disk does, by the limit of a file's size."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# The first chunk; the third; a line of the log in the middle of a chunk.
+@pytest.mark.parametrize("size", [200, 128 + 4 * SIZE * 9, 128 + 4 * SIZE * 4 + 40])
+def test_a_full_disk_is_named_and_what_is_complete_is_kept(case, size):
+    case.write(*TEXTS)
+    with no_file_above(size), pytest.raises(files.DiskFull) as raised:
+        case.run()
+    assert str(raised.value).startswith(f"{case.output}/")
+    assert "make room and run the same command again" in str(raised.value)
+    names = {path.name for path in case.output.iterdir()}
+    assert names <= {"embeddings.partial.npy", "progress.jsonl"}
+    done = store._whole_lines(case.output / "progress.jsonl")[1:]
+    assert case.run() == TEXTS[4 * len(done) :]
+
+
+def test_a_full_disk_says_what_is_missing(case, monkeypatch):
+    case.write(*TEXTS)
+    monkeypatch.setattr(store.Store, "_put", lambda self, i, chunk: self.chunks.update({i: chunk}))
+    message = r"embeddings\.partial\.npy: .*needs 192 bytes\)"  # of the last 3 embeddings
+    with no_file_above(128 + 4 * SIZE * 9), pytest.raises(files.DiskFull, match=message):
+        case.run()
 
 
 class Killed(BaseException):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from llave_jax.common.files import partial_path
 from llave_jax.evaluation import mmeb, mmeb_data
@@ -123,17 +125,51 @@ def test_archive_and_folder_give_the_same(tmp_path):
     assert tables[0] == tables[1]
 
 
-def test_a_broken_shard_is_named(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "empty", "a bit", "NaN", "of another model", "foreign"])
+def test_a_damaged_shard_is_encoded_again(tmp_path, damage, caplog):
     make_tree(tmp_path / "data")
-    cache = EmbeddingCache(tmp_path / "cache", "model")
-    mmeb.evaluate_mmeb(HashEncoder(), tmp_path / "data", ["GQA"], cache=cache)
+
+    def evaluate(model="model"):
+        encode = HashEncoder()
+        cache = EmbeddingCache(tmp_path / "cache", model)
+        mmeb.evaluate_mmeb(encode, tmp_path / "data", ["GQA"], tmp_path / "out", cache=cache)
+        return len(encode.keys), (tmp_path / "out/GQA_score.json").read_text()
+
+    whole = evaluate()
+    assert evaluate() == (0, whole[1])
     (shard,) = (tmp_path / "cache/model").glob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:40])
-    with pytest.raises(ValueError, match=f"{shard.name}: not a readable shard"):
-        EmbeddingCache(tmp_path / "cache", "model")
-    # What a killed writer leaves behind is no shard.
-    shard.rename(partial_path(shard))
+    content = bytearray(shard.read_bytes())
+    if damage == "cut":
+        shard.write_bytes(content[:-1])
+    elif damage == "empty":
+        shard.write_bytes(b"")
+    elif damage == "a bit":
+        content[-5] ^= 1
+        shard.write_bytes(content)
+    elif damage == "NaN":  # of an earlier version, without a checksum
+        arrays = load_file(shard)
+        arrays["embeddings"][1, 2] = np.nan
+        save_file(arrays, shard)
+    elif damage == "of another model":
+        evaluate("other")
+        (other,) = (tmp_path / "cache/other").glob("*.safetensors")
+        shutil.copyfile(other, shard)
+    else:
+        save_file({"weights": np.zeros(3, np.float32)}, shard)
+    caplog.clear()
+    assert evaluate() == whole
+    assert f"{shard}: " in caplog.text
+    assert "its items are encoded again" in caplog.text
+    assert evaluate() == (0, whole[1])
+    assert not shard.exists()
+
+
+def test_what_a_killed_writer_leaves_is_no_shard_and_is_removed(tmp_path):
+    left = partial_path(tmp_path / "cache/model/0.safetensors")
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
     assert len(EmbeddingCache(tmp_path / "cache", "model")) == 0
+    assert not left.exists()
 
 
 def test_scores_are_kept_for_the_similarity_analysis(tmp_path, capsys):
