@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,9 +17,10 @@ from llave_jax.data.sources import open_source, split_held_out
 from llave_jax.loss.focal import Focal
 from llave_jax.loss.hardness import Hardness
 from llave_jax.parallel import sharding
-from llave_jax.training import validation
+from llave_jax.training import benchmark, validation
 from llave_jax.training.metrics import read_metrics
 from llave_jax.training.validation import SCORES, pool_scores
+from tests.evaluation.fake_encoder import HashEncoder
 from tests.loss import loss_reference as reference
 from tests.training.text_runs import make_config, train_until
 
@@ -283,6 +285,21 @@ def test_a_corpus_of_ones_own_is_a_benchmark(corpus, place, tmp_path, capsys):
     assert ["metric", "untrained", "trained"] in rows
     expected = [f"{100 * line['eval/recall@5']:.1f}" for line in scored.values()]
     assert ["recall@5", *expected] in rows
+
+
+def test_files_of_ones_own_in_mmebs_form_are_a_benchmark(tmp_path):
+    row = {"qry_img_path": "", "tgt_text": ["it is 0", "it is 1"], "tgt_img_path": ["", ""]}
+    rows = [{**row, "qry_text": f"which is {i}?"} for i in range(6)]
+    (tmp_path / "Mine.json").write_text(json.dumps(rows))
+    opened = benchmark.open_benchmark(tmp_path, ("Mine",), None)
+    scores = opened.score(HashEncoder(), tmp_path / "scores")
+    (name,) = [name for name in scores if name.endswith("/Mine")]
+    (picked,) = (tmp_path / "scores").glob("Mine_score.json")
+    assert scores[name] == json.loads(picked.read_text())["acc"]
+    table, _ = opened.report({"trained": tmp_path / "scores"}, tmp_path)
+    assert re.search(rf"^Mine +\S+ +50\.0 +{100 * scores[name]:.1f}$", table, re.MULTILINE)
+    with pytest.raises(ValueError, match=r"config\.eval\.datasets names \['Other'\]; .* has Mine"):
+        benchmark.open_benchmark(tmp_path, ("Other",), None)
 
 
 def test_what_a_benchmark_needs_is_looked_for_before_the_first_step(
