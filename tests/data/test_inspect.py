@@ -119,6 +119,18 @@ def test_unusable_rows_are_shown_where_they_stand(tokenizer, tmp_path):
     assert "a &lt;b&gt;" in page
 
 
+def test_a_set_without_a_usable_row_is_refused_with_the_reason(tokenizer, tmp_path):
+    row = {"qry": "a", "qry_image_path": "gone.png", "pos_text": "t", "pos_image_path": ""}
+    (tmp_path / "Mine.json").write_text(json.dumps([row] * 3))
+    config = run_config(tmp_path / "Mine.json", tokenizer)
+    config.batch.row_length = None
+    expected = (
+        r"^none of the measured rows can be used; Mine:0: .*gone\.png\): the file does not exist"
+    )
+    with pytest.raises(ValueError, match=expected):
+        inspect(config, tmp_path / "out", rows=4, samples=2)
+
+
 def test_a_budget_that_is_too_small_is_said(tree, tokenizer, tmp_path):
     config = run_config(tree, tokenizer)
     config.batch.crops_per_pair = 0.5

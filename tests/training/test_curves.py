@@ -8,10 +8,11 @@ import types
 
 import PIL.Image
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from llave_jax import plot
 from llave_jax.common.extras import MissingPackage
-from llave_jax.evaluation import report_html
+from llave_jax.evaluation import drawing, report_html
 from llave_jax.evaluation.drawing import histograms_svg
 from llave_jax.training.curves import PANELS
 from llave_jax.training.metrics import MetricsWriter
@@ -121,6 +122,20 @@ def test_pictures_of_a_report_can_be_read_on_a_phone():
     assert "<svg" not in bars
     for text in ("OK-VQA", "50.0", "71.1", "this run", "published", 'style="width:50.0%"'):
         assert text in bars
+
+
+def test_the_legend_of_the_similarity_figure_is_whole_with_one_run(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(drawing, "write_png", lambda figure, path: drawn.append(figure))
+    drawing.write_histograms({"a run": stats_like(0.7, 0.5, 0.1)}, tmp_path / "similarity.png")
+    (figure,) = drawn
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 3
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    assert page.y0 <= box.y0 < box.y1 <= page.y1
+    assert all(axes.get_tightbbox().y0 >= box.y1 - 1 for axes in figure.axes)
 
 
 # Weights & Biases.
