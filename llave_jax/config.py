@@ -138,6 +138,11 @@ def default_config() -> Config:
     config.optim.clip_norm = 1.0
     config.optim.rates = (("vision_tower/.*", None), (".*", 1.0))
 
+    # A step whose loss or gradient is not finite: "stop" ends the run, with the last checkpoint kept. "skip" leaves
+    # the parameters as they are and goes on, until it has happened more than `max_in_a_row` times in a row or
+    # more than `max_in_all` times in the whole run.
+    config.nonfinite = ConfigDict({"action": "stop", "max_in_a_row": 5, "max_in_all": 50})
+
     # Devices along each mesh axis; -1: the rest. Batches are split over data and fsdp.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
@@ -160,6 +165,10 @@ def default_config() -> Config:
     config.log_every = 10
     # Project of Weights & Biases that gets the metrics too (extra `wandb`); None: none.
     config.log = ConfigDict({"wandb": placeholder(str)})
+
+    # Traces `steps` steps from step `start` on by jax.profiler, into WORKDIR/tensorboard; None: none. The first
+    # step of a process compiles.
+    config.profile = ConfigDict({"start": placeholder(int), "steps": 3})
 
     # Evaluation at the start and the end of the run, and every `every` steps (0: no), on the benchmark and on
     # the pairs of `data.held_out`. `benchmark` "digits", a directory in MMEB's form (of `datasets`; empty: all),

@@ -25,12 +25,15 @@ class OutputInUse(ValueError):
 
 
 @contextlib.contextmanager
-def only_writer(output: str | os.PathLike, *, inside: bool = True) -> Iterator[None]:
+def only_writer(
+    output: str | os.PathLike, *, inside: bool = True, flag: str = "--output"
+) -> Iterator[None]:
     """Keeps an output to this process while the block runs.
 
     Args:
       output: the directory that is written. With `inside` it is made.
       inside: the lock lies in the directory, and otherwise beside it, for a directory that is replaced.
+      flag: that names the output, for the message.
 
     Raises:
       OutputInUse: another process holds it.
@@ -39,7 +42,7 @@ def only_writer(output: str | os.PathLike, *, inside: bool = True) -> Iterator[N
     output = Path(output).absolute()
     file = output / ".lock" if inside else output.with_name(f".{output.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _open_locked(file, output)
+    descriptor = _open_locked(file, output, flag)
     try:
         now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
@@ -56,7 +59,7 @@ def only_writer(output: str | os.PathLike, *, inside: bool = True) -> Iterator[N
             os.close(descriptor)
 
 
-def _open_locked(file: Path, output: Path) -> int:
+def _open_locked(file: Path, output: Path, flag: str) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         if not try_lock(descriptor):
@@ -64,7 +67,7 @@ def _open_locked(file: Path, output: Path) -> int:
             os.close(descriptor)
             raise OutputInUse(
                 f"{output}: another job is writing to it: {holder}; wait for it or stop it, or use another "
-                "--output"
+                f"{flag}"
             )
         if is_same_file(descriptor, file):
             return descriptor

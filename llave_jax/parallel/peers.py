@@ -183,6 +183,12 @@ def watch() -> None:
         _peers = _Peers(job.client, job.process_id, job.num_processes, str(job.coordinator_address))
 
 
+def leaving() -> None:
+    """Says that this process is about to end and that the others know why."""
+    if _peers is not None:
+        _peers.end()
+
+
 def sharing_failures(
     action: Callable[[Any], int | None],
     user_errors: tuple[type[Exception], ...] = (ValueError, OSError),

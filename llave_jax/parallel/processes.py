@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -24,36 +22,9 @@ T = TypeVar("T")
 _LONGEST_WAIT_MS = 2 * 60 * 60 * 1000
 _gathered = itertools.count()
 
-# Exit status of a run that was told to stop before its last step and has saved. Shells say the same of a
-# process that SIGTERM has ended; schedulers and the scripts of launch/ start such a job again.
+# Exit status of a run that SIGTERM has stopped before its last step. Shells say the same of a process that it
+# has ended; schedulers and the scripts of launch/ start such a job again.
 STOPPED = 128 + signal.SIGTERM
-
-
-@contextlib.contextmanager
-def sigterm_asks_to_stop() -> Iterator[Callable[[], bool]]:
-    """Lets SIGTERM ask this process to stop, while the block runs, instead of ending it.
-
-    A second SIGTERM ends it. Of several processes jax asks all, so that they stop at the same step
-    (`Checkpoints.must_stop`); then this changes nothing.
-
-    Yields:
-      A function that says whether SIGTERM has come.
-    """
-    asked = threading.Event()
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if jax.distributed.is_initialized() or not in_main_thread:
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGTERM, before)
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

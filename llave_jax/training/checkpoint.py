@@ -1,7 +1,6 @@
 """Checkpoints of a run: parameters, optimiser state and the data iterator, by orbax.
 
     WORKDIR/checkpoints/STEP/{params,optimizer,data}
-    WORKDIR/best/checkpoints/STEP/params                the best by a metric, a model of its own
 
 A checkpoint appears under its name only when all of it is written. When a run is continued, the newest one
 whose files are as they were written is used (`weights/checkpoint_seal.py`); one that is damaged is kept as
@@ -12,9 +11,7 @@ STEP.damaged. Optimiser state is kept under names
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -24,7 +21,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from llave_jax.common.files import write_text
 from llave_jax.parallel import processes, sharding
 from llave_jax.training.checkpoint_writer import DAMAGED, CheckpointWriter, set_aside
 from llave_jax.training.state import TrainState
@@ -36,7 +32,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BEST = "best"
 ITEMS = ("params", "optimizer", "data")
 
 
@@ -203,66 +198,6 @@ class Checkpoints:
           OSError: the last checkpoint could not be written.
         """
         self._writer.close()
-
-
-class BestCheckpoint:
-    """The parameters that scored best by one metric, kept in `WORKDIR/best`.
-
-    Args:
-      workdir: the run's directory.
-      metric: name of the score; higher is better.
-    """
-
-    def __init__(self, workdir: Path, metric: str):
-        self._metric = metric
-        self._record = workdir / BEST / "best.json"
-        self._manager = ocp.CheckpointManager(
-            (workdir / BEST / CHECKPOINTS).resolve(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=1),
-        )
-        self._value: float | None = None
-        if self._record.exists():
-            record = json.loads(self._record.read_text())
-            # Another metric's value says nothing about this one's.
-            if record["metric"] == metric:
-                self._value = record["value"]
-
-    def offer(self, step: int, params: Any, value: float) -> None:
-        """Keeps the parameters of a step if their score is better than any before.
-
-        Args:
-          step: optimiser steps done.
-          params: the parameter tree.
-          value: of the metric.
-        """
-        if self._value is not None and not is_better(self._metric, value, self._value):
-            return
-        self._value = value
-        self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            record = {"metric": self._metric, "value": self._value, "step": step}
-            write_text(self._record, json.dumps(record, indent=2) + "\n")
-
-    def close(self) -> None:
-        """Closes the checkpoint's writer."""
-        self._manager.close()
-
-
-def is_better(metric: str, value: float, than: float) -> bool:
-    """Whether a score is better than another.
-
-    Args:
-      metric: its name; one that ends in "loss" is better the smaller it is.
-      value: the score.
-      than: the other.
-
-    Returns:
-      True if it is better. NaN is worst.
-    """
-    if math.isnan(than):
-        return not math.isnan(value)
-    return value < than if metric.endswith("loss") else value > than
 
 
 def _check_processes(folder: Path) -> None:

@@ -22,6 +22,7 @@ from llave_jax.ops.attention import IMPLEMENTATIONS
 from llave_jax.training.train_step import POOLS
 
 DTYPES = ("float32", "bfloat16")
+NONFINITE_ACTIONS = ("stop", "skip")
 
 
 class Values(NamedTuple):
@@ -138,6 +139,9 @@ TABLE: dict[str, Values] = {
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.clip_norm": _POSITIVE.or_none(),
     "optim.rates": Values(_are_rates, "(path regex, factor of at least 0 or None) pairs"),
+    "nonfinite.action": _one_of(NONFINITE_ACTIONS),
+    "nonfinite.max_in_a_row": _at_least(0),
+    "nonfinite.max_in_all": _at_least(0),
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
@@ -148,6 +152,8 @@ TABLE: dict[str, Values] = {
     "checkpoint.every": _at_least(1),
     "checkpoint.keep": _at_least(1),
     "log_every": _at_least(1),
+    "profile.start": _at_least(1).or_none(),
+    "profile.steps": _at_least(1),
     "eval.every": _at_least(0),
     "eval.max_pairs": _at_least(2).or_none(),
     "eval.patience": _at_least(1).or_none(),

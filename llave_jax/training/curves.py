@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from llave_jax.common.files import write_text
 from llave_jax.evaluation import report_html as html
 from llave_jax.evaluation.drawing import figure_svg, write_png
-from llave_jax.training.checkpoint import is_better
+from llave_jax.training.best import is_better
 from llave_jax.training.metrics import FILE, read_metrics
 
 if TYPE_CHECKING:

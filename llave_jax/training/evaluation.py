@@ -8,6 +8,7 @@ better may be stopped. At the end a table compares the trained with the untraine
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,11 @@ from llave_jax.embedding.embedder import Embedder
 from llave_jax.parallel.processes import from_first_process
 from llave_jax.training import validation
 from llave_jax.training.benchmark import Benchmark
-from llave_jax.training.checkpoint import BEST, BestCheckpoint, is_better
-from llave_jax.training.metrics import MetricsWriter, read_metrics
+from llave_jax.training.best import BEST, BestCheckpoint, is_better
+from llave_jax.training.metrics import BENCHMARK, VALIDATION, MetricsWriter, read_metrics
 from llave_jax.training.validation import Validation
 
 log = logging.getLogger(__name__)
-
-# Of names in the metrics file.
-BENCHMARK, VALIDATION = "eval/", "validation/"
 
 
 class TrainingEvaluation:
@@ -118,7 +116,13 @@ class TrainingEvaluation:
             parts.add(VALIDATION)
         return parts
 
-    def run(self, params: Any, step: int, writer: MetricsWriter) -> None:
+    def run(
+        self,
+        params: Any,
+        step: int,
+        writer: MetricsWriter,
+        committed: Callable[[], None] = lambda: None,
+    ) -> None:
         """Scores the parameters of a step, and keeps them if they are the best so far.
 
         Afterwards `has_stopped` says whether the run is to end.
@@ -127,6 +131,8 @@ class TrainingEvaluation:
           params: the parameter tree, in its shards.
           step: optimiser steps done.
           writer: gets the scores as "eval/NAME" and "validation/NAME".
+          committed: waits for the checkpoint of this step. Scores are written after it and after the best
+            parameters, so that what a run that goes on finds written need not be done again.
 
         Raises:
           ValueError: `checkpoint.best_metric` is none of the scores, or a pair or item cannot be read.
@@ -143,9 +149,14 @@ class TrainingEvaluation:
             found = self._benchmark.score(self._embedder.encode, self._directory(step))
             scores |= {BENCHMARK + name: value for name, value in found.items()}
         self._embedder.params = None
+        if self._best is not None:
+            self._offer(params, step, parts, scores)
+        committed()
         writer.write(step, scores)
-        if self._best is None:
-            return
+        self.has_stopped = self._must_stop()
+
+    def _offer(self, params: Any, step: int, parts: set[str], scores: dict[str, float]) -> None:
+        assert self._best is not None
         name = _in_file(str(self._metric))
         if name not in scores:
             # Where the benchmark joined a run that was continued, one of the two is scored alone.
@@ -157,7 +168,6 @@ class TrainingEvaluation:
             )
         self._best.offer(step, params, scores[name])
         self._history[step] = scores[name]
-        self.has_stopped = self._must_stop()
 
     def _must_stop(self) -> bool:
         """Whether the score has not become better `eval.patience` times in a row; alike in all processes."""
@@ -187,6 +197,13 @@ class TrainingEvaluation:
             f"The parameters of step {best} are {self._workdir / BEST}. To go on, run again with a larger "
             "--config.eval.patience, or None"
         )
+
+    def best(self) -> str:
+        """What is said of the best parameters; nothing without `checkpoint.best_metric`."""
+        if not self._history or self._metric is None:
+            return ""
+        step = self._best_step()
+        return f"{self._metric} {self._history[step]:.4f}, step {step}"
 
     def close(self) -> None:
         """Waits for the best parameters to be written."""

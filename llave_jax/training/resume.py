@@ -20,6 +20,8 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "data.num_workers",
         "log_every",
         "log.wandb",
+        "profile.start",
+        "profile.steps",
         "checkpoint.every",
         "checkpoint.keep",
         "checkpoint.best_metric",
@@ -44,6 +46,11 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
     "what becomes of rows that cannot be used": (
         "data.on_error",
         "data.max_skip_share",
+    ),
+    "what becomes of steps whose loss or gradient is not finite": (
+        "nonfinite.action",
+        "nonfinite.max_in_a_row",
+        "nonfinite.max_in_all",
     ),
     "where the same data, model and tokenizer lie": (
         "data.path",

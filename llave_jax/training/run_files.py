@@ -23,7 +23,7 @@ from llave_jax.data.batch_plan import BatchPlan
 from llave_jax.models.config import LlaveConfig
 from llave_jax.parallel import processes
 from llave_jax.training import batch_shape, resume
-from llave_jax.training.checkpoint import BEST
+from llave_jax.training.best import BEST
 from llave_jax.weights import model_dir
 from llave_jax.weights.checkpoint_seal import package_versions
 from llave_jax.weights.run_params import has_checkpoint

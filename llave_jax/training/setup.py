@@ -44,14 +44,18 @@ from llave_jax.models.config import PRESETS, LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params, attention_cases, example_batch
 from llave_jax.ops.attention_choice import choose
 from llave_jax.parallel import sharding
+from llave_jax.parallel.processes import json_from_first_process
 from llave_jax.training import batch_shape, optim, train_step
 from llave_jax.training.benchmark import open_benchmark
-from llave_jax.training.checkpoint import BestCheckpoint, Checkpoints
+from llave_jax.training.best import BestCheckpoint
+from llave_jax.training.checkpoint import Checkpoints
 from llave_jax.training.evaluation import TrainingEvaluation
-from llave_jax.training.metrics import MetricsWriter
+from llave_jax.training.goodput import Clock
+from llave_jax.training.metrics import MetricsWriter, read_metrics
 from llave_jax.training.run_files import skip_file
 from llave_jax.training.state import TrainState
 from llave_jax.training.validation import Validation
+from llave_jax.training.watch import Watch, count_skipped
 from llave_jax.training.weights_and_biases import WandbLog
 from llave_jax.weights import model_dir, tokenizer_files
 from llave_jax.weights.resolve import resolve_model
@@ -365,7 +369,8 @@ def build_training(
         schedule, multipliers, **_without(config.optim, "learning_rate", "warmup_fraction", "rates")
     )
     loss = train_step.LossConfig(**_without(config.loss, "hard_negatives"))
-    step = train_step.build_step(model, mesh, optimizer, multipliers, loss)
+    skips = config.nonfinite.action == "skip"
+    step = train_step.build_step(model, mesh, optimizer, multipliers, loss, skips)
     return Training(model, schedule, step)
 
 
@@ -480,6 +485,36 @@ def make_writer(config: Config, workdir: Path, first_step: int) -> MetricsWriter
     if project:
         wandb = WandbLog(project, workdir, json.loads(config.to_json()))
     return MetricsWriter(workdir, first_step=first_step, wandb=wandb)
+
+
+def make_watch(
+    config: Config,
+    writer: MetricsWriter,
+    schedule: optax.Schedule,
+    total_steps: int,
+    start: int,
+    clock: Clock,
+    workdir: Path,
+) -> Watch:
+    """What checks and writes the metrics of each step. All processes of a job call this.
+
+    Args:
+      config: of the run.
+      writer: of the metrics.
+      schedule: step -> learning rate.
+      total_steps: of the whole run.
+      start: steps done before this process began; the metrics file has no later ones.
+      clock: of the run.
+      workdir: the run's directory.
+
+    Returns:
+      The watch, which counts on from skipped steps of earlier processes.
+    """
+    skipped = (0, 0)
+    if config.nonfinite.action == "skip":
+        lines = read_metrics(workdir) if jax.process_index() == 0 else []
+        skipped = tuple(json_from_first_process(count_skipped(lines, start)))
+    return Watch(config, writer, schedule, total_steps, start, clock, skipped)
 
 
 def make_evaluation(

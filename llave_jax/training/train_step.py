@@ -194,6 +194,7 @@ def build_step(
     optimizer: optax.GradientTransformation,
     lr_multipliers: Mapping[str, float | None],
     loss_config: LossConfig,
+    skip_nonfinite: bool = False,
 ) -> TrainStep:
     """The training step of a model on a mesh, of real devices or of a topology.
 
@@ -203,6 +204,8 @@ def build_step(
       optimizer: over the flat dict of trainable parameters.
       lr_multipliers: path -> learning-rate multiplier of each parameter; None where it is frozen.
       loss_config: the settings of the loss.
+      skip_nonfinite: leave parameters and moments as they are where loss, gradient or update is not finite;
+        the metric "finite" says whether they all were.
 
     Returns:
       The compiled step, and what begins a run.
@@ -219,7 +222,9 @@ def build_step(
     of_batch = sharding.batch_sharding(mesh, leading_axes=1)
     return TrainStep(
         run=jax.jit(
-            _train_step(make_loss(model, mesh, loss_config), optimizer, lr_multipliers),
+            _train_step(
+                make_loss(model, mesh, loss_config), optimizer, lr_multipliers, skip_nonfinite
+            ),
             in_shardings=(places, of_batch, of_batch),
             out_shardings=(places, sharding.replicated(mesh)),
             donate_argnums=0,
@@ -257,6 +262,7 @@ def _train_step(
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
     optimizer: optax.GradientTransformation,
     lr_multipliers: Mapping[str, float | None],
+    skip_nonfinite: bool,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     def train_step(
         state: TrainState, batch: PackedBatch, target_ids: jax.Array | None
@@ -269,15 +275,31 @@ def _train_step(
 
         (value, metrics), gradient = jax.value_and_grad(trainable_loss, has_aux=True)(trainable)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
+        grad_norm = optax.tree.norm(gradient)
+        before: Any = trainable
         trainable: Any = optax.apply_updates(trainable, updates)
+        if skip_nonfinite:
+            norms = jnp.stack([value, grad_norm, optax.tree.norm(updates)])
+            finite = jnp.all(jnp.isfinite(norms))
+            metrics = {**metrics, "finite": finite}
+            trainable = _where(finite, trainable, before)
+            # The learning rate goes by all steps, skipped or not.
+            new: Any = opt_state
+            kept = _where(finite, new, state.opt_state)
+            opt_state = type(new)({**kept, "learning_rate": new["learning_rate"]})
         params = sharding.unflatten({path: {**frozen, **trainable}[path] for path in flat})
         metrics = {
             "loss": value,
             **metrics,
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": grad_norm,
             "pairs": jnp.sum(batch.valid),
             "real_tokens": jnp.mean(batch.segment_ids > 0),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def _where(condition: jax.Array, these: Any, others: Any) -> Any:
+    """One of two trees, array by array."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), these, others)
