@@ -43,10 +43,19 @@ class Parser(argparse.ArgumentParser):
     Args:
       module: how the command is called, "llave_jax.train" or "tools/convert_hf.py".
       description: the text in front of the flags; the module's docstring.
-      takes_config: add `--config`. `values.config` is then the config with its overrides.
+      takes_config: add `--config`. `values.config` is then the config with its overrides, and
+        `values.config_name` what it was called.
+      default_config: the config that is taken if none is given; None: one has to be given.
     """
 
-    def __init__(self, module: str, description: str | None, *, takes_config: bool = False):
+    def __init__(
+        self,
+        module: str,
+        description: str | None,
+        *,
+        takes_config: bool = False,
+        default_config: str | None = None,
+    ):
         called = Path(sys.argv[0]).name
         command = f"python {module}" if module.endswith(".py") else f"python -m {module}"
         super().__init__(
@@ -59,7 +68,8 @@ class Parser(argparse.ArgumentParser):
         if takes_config:
             self.add_argument(
                 "--config",
-                required=True,
+                required=default_config is None,
+                default=default_config,
                 metavar="NAME",
                 help="a shipped config (llave_2b, tpu_v4:2b) or a file (configs/llave_2b.py); "
                 "--config.KEY=VALUE sets one of its fields",
@@ -77,6 +87,7 @@ class Parser(argparse.ArgumentParser):
             self._refuse_bucket(argument.partition("=")[2] or argument)
         values, rest = self.parse_known_args(given, namespace)
         if self._takes_config:
+            values.config_name = values.config
             try:
                 values.config = load_config(values.config, rest)
             except ValueError as error:
