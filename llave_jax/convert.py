@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from llave_jax.common import command_line
+from llave_jax.common.locks import only_writer
 from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.hf_names import LAYOUTS
 from llave_jax.weights.resolve import find_checkpoint, resolve_model
@@ -61,21 +62,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _convert(args: argparse.Namespace) -> None:
     command_line.set_up_logging(args)
-    if args.to_hf:
-        convert_to_hf(
-            resolve_model(args.input),
-            args.output,
-            args.to_hf,
-            base_model=args.base_model,
-            overwrite=args.overwrite,
-        )
-    else:
-        convert_from_hf(
-            find_checkpoint(args.input),
-            args.output,
-            vision_config=args.vision_config,
-            overwrite=args.overwrite,
-        )
+    with only_writer(args.output, inside=False):
+        if args.to_hf:
+            convert_to_hf(
+                resolve_model(args.input),
+                args.output,
+                args.to_hf,
+                base_model=args.base_model,
+                overwrite=args.overwrite,
+            )
+        else:
+            convert_from_hf(
+                find_checkpoint(args.input),
+                args.output,
+                vision_config=args.vision_config,
+                overwrite=args.overwrite,
+            )
     print(f"written to {args.output}")
 
 

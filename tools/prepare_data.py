@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llave_jax.common import command_line
+from llave_jax.common.files import remove_abandoned
+from llave_jax.common.locks import only_writer
 from llave_jax.data.prepare import prepare
 from llave_jax.data.skips import SkipLog, TooManySkips, by_subset, listed
 from llave_jax.data.sources import MmebSource, open_source
@@ -61,6 +63,12 @@ def _write_records(args: argparse.Namespace) -> None:
     )
     if not isinstance(source, MmebSource):
         raise ValueError(f"--input {args.input} is prepared already")
+    with only_writer(args.output):
+        _prepare(args, source)
+
+
+def _prepare(args: argparse.Namespace, source: MmebSource) -> None:
+    remove_abandoned(args.output)
     limit = int(args.max_skip_share * len(source))
     skips = SkipLog(args.output / f"skipped-{args.split}.jsonl", limit, source.left_out)
     prepare(

@@ -92,6 +92,24 @@ def interruptible() -> Iterator[None]:
         _active = outer
 
 
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """A short block within `interruptible` that is not left half done: a signal that comes raises at its end.
+
+    Raises:
+      Interrupted: a signal has come.
+    """
+    if _active is None:
+        yield
+        return
+    _active.defers = True
+    try:
+        yield
+    finally:
+        _active.defers = False
+    _active.raise_if_due()
+
+
 def take_again() -> None:
     """Takes the signals back from a library, within `interruptible`: `jax.distributed` takes SIGTERM."""
     if _active is not None:
@@ -101,6 +119,8 @@ def take_again() -> None:
 class _Taker:
     def __init__(self) -> None:
         self._number: int | None = None
+        self._raised = False
+        self.defers = False
         self._closed = threading.Event()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
@@ -130,7 +150,12 @@ class _Taker:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if self._number is None:
             self._number = number
-            raise Interrupted(number)
+            self.raise_if_due()
+
+    def raise_if_due(self) -> None:
+        if self._number is not None and not (self._raised or self.defers):
+            self._raised = True
+            raise Interrupted(self._number)
 
     def _report_unraisable(self, unraisable: Any) -> None:
         """Python cannot raise in some places, such as a destructor: the watch ends the process then."""

@@ -15,9 +15,11 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import logging
 import multiprocessing
-import tempfile
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from llave_jax.common import files
+from llave_jax.common import files, workers
 from llave_jax.common.content import digest, file_digest, short_hash
 from llave_jax.common.progress import Progress
 from llave_jax.data.rows import Row
@@ -34,6 +36,7 @@ from llave_jax.data.sources import INDEX_FACTS, MmebSource
 from llave_jax.inputs.images import load_image
 
 NAME = "mmeb_train"
+logger = logging.getLogger(__name__)
 IMAGES = ("qry_image", "pos_image", "neg_image")
 # A chunk holds one record, so that any record can be read alone. Pictures are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -93,6 +96,8 @@ def prepare(
       RowError, ImageError: a row cannot be used.
       TooManySkips: more than `skips` allows.
       ValueError: `output` holds shards of other rows.
+      DiskFull: there is no room for a shard. Complete ones stay.
+      OSError: a worker process has died.
     """
     plans = {
         subset: plan_shards(output / subset, indices, split, rows_per_shard)
@@ -100,24 +105,39 @@ def prepare(
     }
     for subset in plans:
         (output / subset).mkdir(parents=True, exist_ok=True)
+        files.remove_abandoned(output / subset)
     options = (check_images, skips is not None)
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
     with (
-        _pool(num_workers, source, options) as pool,
+        concurrent.futures.ProcessPoolExecutor(
+            max_workers=num_workers,
+            mp_context=context,
+            initializer=_set_task,
+            initargs=(source, options, stop),
+        ) as pool,
         Progress(len(source), "preparing", unit="rows") as progress,
     ):
-        pending = {
-            pool.submit(_run_task, shard): (shard, subset)
-            for subset, shards in plans.items()
-            for shard in shards
-        }
         try:
+            with workers.starting_workers():
+                pending = {
+                    pool.submit(_run_task, shard): (shard, subset)
+                    for subset, shards in plans.items()
+                    for shard in shards
+                }
             for future in concurrent.futures.as_completed(pending):
                 shard, subset = pending[future]
                 for row, reason in future.result()["skipped"]:
                     assert skips is not None  # without it, a row that cannot be used is an error
                     skips.record(f"{subset}:{row}", reason)
                 progress.update(len(shard.indices))
+        except BrokenProcessPool as error:
+            raise OSError(
+                f"{output}: a worker process has died, perhaps of too little memory; run the same command again, "
+                "with a smaller --num-workers: complete shards stay"
+            ) from error
         except BaseException:
+            stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     facts = dict(zip(INDEX_FACTS, (source.contents(), *source.queries()), strict=True))
@@ -166,7 +186,9 @@ def plan_shards(folder: Path, indices: range, split: str, rows_per_shard: int) -
     return shards
 
 
-def write_shard(source: MmebSource, shard: Shard, check_images: bool, skip: bool) -> dict[str, Any]:
+def write_shard(
+    source: MmebSource, shard: Shard, check_images: bool, skip: bool, stop: Event | None = None
+) -> dict[str, Any]:
     """Writes a shard, unless a complete one of the same rows is there.
 
     Args:
@@ -174,6 +196,7 @@ def write_shard(source: MmebSource, shard: Shard, check_images: bool, skip: bool
       shard: the file, and which rows it gets.
       check_images: as for `prepare`.
       skip: leave out rows that cannot be used.
+      stop: ends the work at the next row.
 
     Returns:
       The shard's record: counts, checksum and row digests.
@@ -191,14 +214,17 @@ def write_shard(source: MmebSource, shard: Shard, check_images: bool, skip: bool
                 f"{shard.path} holds other rows than the source has now; "
                 "choose another output, or delete the file"
             )
-        if file_digest(shard.path).hex() == done["sha256"]:
+        if _is_sound(done, source, shard) and file_digest(shard.path).hex() == done["sha256"]:
             return done
+        logger.warning("%s: is not what was written to it; it is written again", shard.path)
     serializer = features()
     written: list[bytes] = []
     kept, skipped = [], []
     with files.atomic_file(shard.path) as temporary:
         writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
         for index in shard.indices:
+            if stop is not None and stop.is_set():
+                raise _Stopped
             row_number = source.row_number(index)
             try:
                 record = _record(source, index, row_number, check_images)
@@ -258,7 +284,27 @@ def _fingerprint(source: MmebSource, shard: Shard) -> str:
 def _read_record(shard: Shard) -> dict[str, Any] | None:
     if not shard.record_path.exists() or not shard.path.exists():
         return None
-    return json.loads(shard.record_path.read_text())
+    try:
+        record = json.loads(shard.record_path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if isinstance(record, dict) and isinstance(record.get("fingerprint"), str):
+        return record
+    logger.warning("%s: cannot be read; the shard is written again", shard.record_path)
+    return None
+
+
+def _is_sound(record: dict[str, Any], source: MmebSource, shard: Shard) -> bool:
+    """Whether what a record says of its shard can be true."""
+    try:
+        expected = {source.row_number(i): f"{source.digest(i):016x}" for i in shard.indices}
+        kept = dict(zip(record["rows"], record["digests"], strict=True))
+        left_out = {row for row, _ in record["skipped"]}
+        whole = kept.keys() | left_out == expected.keys() and not kept.keys() & left_out
+        whole &= record["rows"] == sorted(kept) and record["bytes"] == shard.path.stat().st_size
+        return whole and kept.items() <= expected.items() and isinstance(record["sha256"], str)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _write_index(
@@ -288,9 +334,9 @@ def _write_index(
 def _write_description(folder: Path) -> None:
     """tensorflow-datasets' description of all complete splits of a folder."""
     splits = sorted(path.stem.removeprefix("rows-") for path in folder.glob("rows-*.npz"))
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with files.scratch_directory(folder / "dataset_info") as scratch:
         template = tfds.core.ShardedFileTemplate(
-            data_dir=scratch,  # pyright: ignore[reportArgumentType]
+            data_dir=str(scratch),  # pyright: ignore[reportArgumentType]
             template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
             dataset_name=NAME,
             filetype_suffix="array_record",
@@ -308,9 +354,9 @@ def _write_description(folder: Path) -> None:
                 )
             )
             for path in paths:  # the library finds splits and shards by the names of files
-                (Path(scratch) / path.stem).touch()
+                (scratch / path.stem).touch()
         tfds.folder_dataset.write_metadata(
-            data_dir=scratch,
+            data_dir=str(scratch),
             features=features(),
             split_infos=infos,
             filename_template=template,
@@ -318,30 +364,24 @@ def _write_description(folder: Path) -> None:
             description="MMEB training rows with their encoded images.",
         )
         for name in ("features.json", "dataset_info.json"):  # readers look for the last one
-            (Path(scratch) / name).replace(folder / name)
+            (scratch / name).replace(folder / name)
 
 
-# The source and options of a worker process, which are set once, when it starts.
-_task: tuple[MmebSource, tuple[bool, bool]] | None = None
+class _Stopped(Exception):
+    """Ends a worker's shard: the parent has ended the work."""
 
 
-def _pool(
-    num_workers: int, source: MmebSource, options: tuple[bool, bool]
-) -> concurrent.futures.ProcessPoolExecutor:
-    return concurrent.futures.ProcessPoolExecutor(
-        max_workers=num_workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_set_task,
-        initargs=(source, options),
-    )
+# The source, the options and the end of a worker process, which are set once, when it starts.
+_task: tuple[MmebSource, tuple[bool, bool], Event] | None = None
 
 
-def _set_task(source: MmebSource, options: tuple[bool, bool]) -> None:
+def _set_task(source: MmebSource, options: tuple[bool, bool], stop: Event) -> None:
     global _task
-    _task = source, options
+    workers.follow_parent()
+    _task = source, options, stop
 
 
 def _run_task(shard: Shard) -> dict[str, Any]:
     assert _task is not None
-    source, (check_images, skip) = _task
-    return write_shard(source, shard, check_images, skip)
+    source, (check_images, skip), stop = _task
+    return write_shard(source, shard, check_images, skip, stop)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from llave_jax.common.files import write_text
+from llave_jax.common.files import naming_full_disk, write_text
 from llave_jax.data.rows import EMPTY_SIDE
 
 
@@ -118,7 +118,7 @@ class SkipLog:
             subset, _, row = pair_id.rpartition(":")
             entry = {"subset": subset, "row": int(row) if row.isdigit() else row, "reason": reason}
             lines.append(json.dumps(entry) + "\n")
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming_full_disk(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
     def _read(self) -> list[str]:

@@ -136,7 +136,12 @@ def _read_marker(directory: Path) -> dict[str, Any] | None:
     """What a directory was built with; None if there is nothing yet."""
     marker = directory / "digits.json"
     if marker.is_file():
-        return json.loads(marker.read_text(encoding="utf-8"))
+        try:
+            built = json.loads(marker.read_text(encoding="utf-8"))
+        except ValueError:
+            built = None
+        # A marker that is damaged is none of this version.
+        return built if isinstance(built, dict) else {}
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(
             f"{directory} exists and was not built by the digits benchmark (it has no digits.json); "

@@ -1,6 +1,8 @@
 """Array records: what was written is what is read, a killed run continues, damage is repaired."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -256,6 +259,89 @@ def test_images_are_only_read_if_they_are_trusted(broken, tmp_path, in_process):
     run(broken, tmp_path / "out", skips=skips, check_images=False)
     assert len(open_source(tmp_path / "out")) == 7  # the cut image is not noticed
     assert len(skips) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-5],
+        lambda text: "[]",
+        lambda text: text.replace('"rows": [0', '"rows": [1'),
+        lambda text: text.replace('"digests": ["', '"digests": ["0'),
+        lambda text: text.replace('"skipped": []', '"skipped": [[0, "why"]]'),
+    ],
+)
+def test_a_record_that_was_changed_is_not_believed(tree, tmp_path, in_process, damage, caplog):
+    source = open_source(tree, subsets=["WebQA"])
+    run(source, tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    record = min((tmp_path / "out").rglob("mmeb_train-*.json"))
+    text = record.read_text()
+    assert damage(text) != text
+    record.write_text(damage(text))
+    run(source, tmp_path / "out")
+    assert record.read_text() == text
+    assert files_of(tmp_path / "out").keys() == before.keys()
+    assert "written again" in caplog.text
+
+
+@pytest.mark.slow
+def test_faults_of_a_command_with_workers(tmp_path):
+    """A second command, a full disk, a signal and a kill: each ends as it should, and nothing is left."""
+    make_tree(tmp_path / "tree", 300)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def start(output, limit=None):
+        resource = pytest.importorskip("resource")
+        command = [sys.executable, TOOL, "--input", tmp_path / "tree", "--rows-per-shard", "5"]
+        process = subprocess.Popen(
+            [*command, "--num-workers", "2", "--output", output],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        if limit is not None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        return process
+
+    def at_work(process):
+        """Waits until workers write, and returns them."""
+        before = len(list(out.rglob("mmeb_train-*.json")))
+        while len(list(out.rglob("mmeb_train-*.json"))) < before + 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        return psutil.Process(process.pid).children(recursive=True)
+
+    full = start(out, limit=1000)
+    _, errors = full.communicate()
+    assert full.returncode == 2
+    assert re.search(r"error: .*array_record-\d+-of-\d+: a file must not grow so large", errors)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        process = start(out)
+        children = at_work(process)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, signal.SIGSTOP)
+            second = start(out)
+            assert f"is writing to it: process {process.pid} on" in second.communicate()[1]
+            assert second.returncode == 2
+            os.killpg(process.pid, signal.SIGCONT)
+        # As a terminal and a scheduler do, to all processes.
+        if number == signal.SIGKILL:
+            process.kill()
+        else:
+            os.killpg(process.pid, number)
+        _, errors = process.communicate()
+        psutil.wait_procs(children, timeout=30)
+        assert not [child for child in children if child.is_running()]
+        assert "Traceback" not in errors
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    for output in (out, whole):
+        assert start(output).wait() == 0
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+    after = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert after == {path: (whole / path).read_bytes() for path in after}
+    assert len(after) == len([path for path in whole.rglob("*") if path.is_file()])
 
 
 @pytest.mark.slow
