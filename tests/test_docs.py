@@ -1,6 +1,6 @@
 """The pages are true of the tree: every path, name, config field and command line on them exists.
 
-Not CHANGELOG.md, which also names what was. What the commands do is tested in the rooms; docs/paper.md has tests of its own.
+Not CHANGELOG.md, which also names what was. That the commands run is tested in test_pages.py; docs/paper.md has tests of its own.
 """
 
 import fnmatch
@@ -20,12 +20,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from llave_jax.config import default_config
+from tests.pages import blocks
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-]
+PAGES = [*blocks.PAGES, ROOT / "CONTRIBUTING.md"]
 # A Python file, with or without its folders.
 FILE = re.compile(r"(?<![\w/.<-])[\w/]+\.py\b")
 TREE = ("llave_jax", "tests", "tools", "configs", "benchmarks", "docs", "launch", ".ci")
@@ -76,9 +74,8 @@ def text_of(page: Path) -> str:
 
 def code_of(page: Path) -> list[str]:
     """Inline code, fenced blocks and indented blocks, continued lines joined."""
-    text = text_of(page).replace("\\\n", " ")
-    fenced = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
-    text = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S)
+    fenced = [block.text.replace("\\\n", " ") for block in blocks.read(page)]
+    text = blocks.without(page).replace("\\\n", " ")
     indented = re.findall(r"^(?: {4}.*\n?)+", text, flags=re.M)
     return [*fenced, *indented, *re.findall(r"`([^`\n]+)`", text)]
 

@@ -1,5 +1,5 @@
 """docs/launch.md and what it hands out: the scripts in launch/ run against stand-ins for the clouds' commands,
-the Dockerfile is linted, shell blocks parse.
+the Dockerfile is linted.
 
 shellcheck and hadolint come with the test extra where there is a build of them.
 """
@@ -37,10 +37,6 @@ def linter(name):
     return found
 
 
-def blocks(page):
-    return re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
-
-
 def stand_in(folder, name, script):
     """A program of this name, first on the path of `environment(folder)`."""
     folder.mkdir(exist_ok=True)
@@ -70,24 +66,9 @@ def assert_installs(folder):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/launch.md"])
-def test_shell_blocks_parse(page):
-    assert blocks(page)
-    for block in blocks(page):
-        checked = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
-        assert not checked.stderr, f"{block}\n{checked.stderr}"
-
-
-def test_what_is_not_run_says_so_and_names_its_source():
-    """What cannot be run by tests is followed by a line that says so; its sources are on the page."""
+def test_sources_are_those_that_are_named():
     listed = set(map(int, re.findall(r"^\| (\d+) \|", PAGE, flags=re.M)))
     named = set()
-    for block, after in re.findall(
-        r"^```bash\n(.*?)^```\n+(.*?)(?:\n\n|\Z)", PAGE, flags=re.M | re.S
-    ):
-        outside = re.search(r"\b(gcloud|gcsfuse|xpk|sbatch|docker|hf|gpu_h100|tpu_vm)\b", block)
-        if outside and "tools/compile_ahead.py" not in block:
-            assert after.startswith("Not run here"), f"{block}is followed by\n{after}"
     for numbers in re.findall(r"(?<!\])\[(\d[\d, ]*)\]", PAGE):
         named |= set(map(int, numbers.split(",")))
     assert named == listed
@@ -430,9 +411,7 @@ class TestDockerfile:
         assert arguments["RUN_AS"] == "llave"
 
     def test_extras_exist(self):
-        asked = re.findall(
-            r"EXTRAS=([a-z,]+)", self.FILE.read_text() + "\n".join(blocks("docs/launch.md"))
-        )
+        asked = re.findall(r"EXTRAS=([a-z,]+)", self.FILE.read_text() + PAGE)
         assert asked
         assert {extra for list_ in asked for extra in list_.split(",")} <= set(
             PROJECT["optional-dependencies"]

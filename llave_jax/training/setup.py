@@ -122,6 +122,9 @@ def locate_data(config: Config, workdir: Path) -> tuple[Path, Path | None]:
     data_path, tokenizer_path = config.data.path, config.model.tokenizer
     root = workdir / DIGITS
     if DIGITS in (data_path, tokenizer_path, config.eval.benchmark):
+        if jax.process_count() > 1:
+            # Processes connect now: a connection is waited for half a minute only, and building may take longer.
+            multihost_utils.sync_global_devices("digits will be built")
         if jax.process_index() == 0:
             digits.build(root)
             digits_tokenizer.build_tokenizer(root / "tokenizer")

@@ -17,20 +17,21 @@ from llave_jax.parallel import sharding
 from llave_jax.training import batch_shape, optim, setup
 from llave_jax.training.metrics import read_metrics
 from llave_jax.weights import model_dir
+from tests.pages.blocks import read
 
 # ml_collections loads config files in a way that Python 3.12 does away with.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+PATH = ROOT / "docs/paper.md"
+PAGE = PATH.read_text(encoding="utf-8")
 PLAIN = ROOT / "configs/llave_2b.py"
 
 
 def commands():
     """The arguments of every `python` on the page, loops unrolled by the shell itself."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, flags=re.M | re.S)
     stand_in = "python() { printf '%s\\037' \"$@\"; echo; }\n"
-    script = stand_in + "".join(blocks)
+    script = stand_in + "".join(b.text for b in read(PATH) if b.language == "bash")
     output = subprocess.run(
         ["bash", "-euc", script], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
