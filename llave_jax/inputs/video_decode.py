@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Collection, Iterator
 from fractions import Fraction
 from typing import Any
@@ -23,6 +24,32 @@ except ImportError:
     _av = None
 # Any: the names that it exports are unknown to type checkers.
 av: Any = _av
+
+# Containers that hold their frames themselves: FFmpeg's names of formats. Others, such as playlists (m3u8, concat,
+# mpd), name further files or addresses, and may have no end.
+CONTAINERS = (
+    *(
+        "mov",
+        "mp4",
+        "m4a",
+        "3gp",
+        "3g2",
+        "mj2",
+        "matroska",
+        "webm",
+        "avi",
+        "mpeg",
+        "mpegts",
+        "mpegvideo",
+    ),
+    *("m4v", "h264", "hevc", "ivf", "flv", "asf", "ogg", "gif", "wav", "mxf", "nut"),
+)
+# Limits of a file. A film of two hours has 216 000 frames; 8K has 33 million pixels.
+MAX_FRAMES = 1_000_000
+MAX_FRAME_PIXELS = 40_000_000
+MAX_FRAMES_READ = 10_000
+# Seconds for one reading of a file. A damaged file can keep a decoder busy without end.
+MAX_SECONDS = 1800.0
 
 # (number of frames, average frames per second) -> indices of the frames to read, ascending.
 IndicesFn = Callable[[int, float], Collection[int]]
@@ -47,7 +74,7 @@ def decode_frames(
     announces (a truncated file), the indices are asked for again with the number that do.
 
     Args:
-      path: a video file of any container and codec that FFmpeg reads.
+      path: a video file in one of CONTAINERS, with any codec that FFmpeg reads.
       indices_fn: called with the number of frames and the stream's average rate.
       name: where the video comes from (file, row), for errors.
 
@@ -55,7 +82,8 @@ def decode_frames(
       Images of mode "RGB", one for each index.
 
     Raises:
-      ImageError: missing or unreadable file, no video stream, no frame that decodes.
+      ImageError: missing or unreadable file, no video stream, no frame that decodes, or one of the limits above
+        is exceeded.
       MissingPackage: PyAV is not installed.
     """
     check_installed()
@@ -65,6 +93,11 @@ def decode_frames(
         raise ImageError(where, "the video file does not exist")
     announced, fps = _count(path, where)
     indices = list(indices_fn(announced, fps))
+    if len(indices) > MAX_FRAMES_READ:
+        raise ImageError(
+            where,
+            f"{len(indices)} frames would be read; the limit is {MAX_FRAMES_READ} (max_frames of the model)",
+        )
     frames, decoded = _decode(path, where, set(indices))
     if decoded == 0:
         raise ImageError(where, f"none of its {announced} video frames can be decoded")
@@ -80,14 +113,52 @@ def decode_frames(
 
 
 def _open(path: str, where: str):
+    # An absolute path has no prefix such as "concat:" that FFmpeg would take for a protocol.
+    options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
     try:
-        container = av.open(path)
-    except (av.FFmpegError, OSError) as error:
-        raise ImageError(where, f"not a readable video: {error}") from error
+        container = av.open(os.path.abspath(path), options=options, timeout=MAX_SECONDS)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise ImageError(
+            where, f"not a readable video in a container such as mp4, mkv, webm or avi: {error}"
+        ) from error
     if not container.streams.video:
         container.close()
         raise ImageError(where, "the file has no video stream")
+    context = container.streams.video[0].codec_context
+    try:
+        if context is None:
+            raise ImageError(where, "its codec is not known")
+        _check_pixels(context.width, context.height, where)
+        # The frames themselves may be larger than the file says.
+        context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    except ImageError:
+        container.close()
+        raise
     return container
+
+
+def _check_pixels(width: int, height: int, where: str) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise ImageError(
+            where, f"frames of {width} x {height} pixels; the limit is {MAX_FRAME_PIXELS} in all"
+        )
+
+
+class _Limit:
+    """Counts frames or packets of one reading, and its time."""
+
+    def __init__(self, where: str):
+        self._where = where
+        self._count = 0
+        self._end = time.monotonic() + MAX_SECONDS
+
+    def add(self) -> None:
+        """One more; raises ImageError at a limit."""
+        self._count += 1
+        if self._count > MAX_FRAMES:
+            raise ImageError(self._where, f"more than {MAX_FRAMES} frames, the limit of a video")
+        if time.monotonic() > self._end:
+            raise ImageError(self._where, f"is not read within {MAX_SECONDS:.0f} seconds")
 
 
 def _count(path: str, where: str) -> tuple[int, float]:
@@ -97,7 +168,9 @@ def _count(path: str, where: str) -> tuple[int, float]:
         rate: Fraction | None = stream.average_rate or stream.guessed_rate
         count = 0
         try:
+            limit = _Limit(where)
             for packet in container.demux(stream):
+                limit.add()
                 # The demuxer ends with an empty packet; edit lists mark packets not to be shown.
                 count += bool(packet.size) and not packet.is_discard
         except av.FFmpegError as error:
@@ -116,6 +189,7 @@ def _decode(path: str, where: str, indices: set[int]) -> tuple[dict[int, PIL.Ima
     with _open(path, where) as container:
         for frame in _shown_frames(container, where):
             if decoded in indices:
+                _check_pixels(frame.width, frame.height, where)
                 frames[decoded] = frame.to_image()
             decoded += 1
     return frames, decoded
@@ -126,7 +200,9 @@ def _shown_frames(container, where: str) -> Iterator[Any]:
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     packets = container.demux(stream)
+    limit = _Limit(where)
     while True:
+        limit.add()
         try:
             packet = next(packets)
         except StopIteration:

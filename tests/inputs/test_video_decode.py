@@ -159,3 +159,37 @@ def test_missing_decoder_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(video_decode, "av", None)
     with pytest.raises(ImportError, match=r"llave_jax\[video\]"):
         video_decode.decode_frames("v.mp4", lambda n, fps: [0])
+
+
+PLAYLISTS = {
+    "list.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{video}\n",
+    "list.ffconcat": "ffconcat version 1.0\nfile {video}\n",
+    "list.mpd": '<?xml version="1.0"?><MPD><Period><BaseURL>{video}</BaseURL></Period></MPD>\n',
+    "list.sdp": "v=0\nm=video 9 RTP/AVP 96\n",
+}
+
+
+@pytest.mark.parametrize("name", [*PLAYLISTS, "hidden.mp4"])
+def test_playlists_are_not_followed(tmp_path, name):
+    """They name other files, and one without an end is waited for."""
+    video_file = write_video(tmp_path / "v.mp4", 3)
+    path = tmp_path / name
+    path.write_text(PLAYLISTS.get(name, PLAYLISTS["list.m3u8"]).format(video=video_file))
+    with pytest.raises(ImageError, match=rf"{name}: not a readable video in a container such as"):
+        video_decode.decode_frames(path, lambda n, fps: [0])
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "message"),
+    [
+        ("MAX_FRAMES", 10, "more than 10 frames"),
+        ("MAX_FRAME_PIXELS", 100, "frames of 128 x 64 pixels; the limit is 100"),
+        ("MAX_SECONDS", 0, "is not read within 0 seconds|not a readable video"),
+        ("MAX_FRAMES_READ", 5, "30 frames would be read; the limit is 5"),
+    ],
+)
+def test_limits(tmp_path, monkeypatch, limit, value, message):
+    path = write_video(tmp_path / "v.mp4", 30)
+    monkeypatch.setattr(video_decode, limit, value)
+    with pytest.raises(ImageError, match=rf"v\.mp4: {message}|{message}"):
+        video_decode.decode_frames(path, lambda n, fps: range(n))
