@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llave_jax.common import command_line
+from llave_jax.common.directories import make_directory
 from llave_jax.config import Config
 from llave_jax.data.batch_plan import BatchPlan
 from llave_jax.data.inspection import packing_report, subset_report
@@ -55,7 +56,7 @@ def inspect(
       ValueError, OSError: the config does not describe a run, or its data cannot be read.
     """
     check_config(config)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_directory(workdir)
     config = setup.with_local_model(config)
     data_path, tokenizer_path = setup.locate_data(config, workdir)
     tokenizer = setup.load_tokenizer(config, tokenizer_path)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from llave_jax.common.directories import make_directory
 from llave_jax.common.locks import is_same_file, try_lock
 from llave_jax.common.text import bytes_text
 
@@ -109,7 +110,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     with naming_full_disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         temporary, lock = _claim(path)
         try:
             yield temporary
@@ -212,7 +213,7 @@ def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     with naming_full_disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         _remove_leftovers(path)
         scratch, lock = _claim_directory(path)
         try:
@@ -225,7 +226,7 @@ def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
 def _claim_directory(path: Path) -> tuple[Path, int]:
     while True:
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        scratch.mkdir()
+        scratch.mkdir(mode=0o755)
         # Another process may take it for abandoned until it is locked.
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(scratch, os.O_RDONLY)

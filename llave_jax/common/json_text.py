@@ -34,9 +34,14 @@ def parse_json(text: str | bytes) -> Any:
         MAX_DEPTH levels deep. The message says what, not where: the caller knows the file.
     """
     if isinstance(text, bytes):
-        text = text.decode(json.detect_encoding(text), "surrogatepass")
+        try:
+            text = text.decode(json.detect_encoding(text), "surrogatepass")
+        except UnicodeDecodeError as error:
+            raise ValueError(str(error)) from error
     try:
         value = _STRICT.decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(str(error)) from error
     except RecursionError as error:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from error
     if text.count("[") + text.count("{") > MAX_DEPTH:

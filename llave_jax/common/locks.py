@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from llave_jax.common.directories import make_directory
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -41,7 +43,7 @@ def only_writer(
     """
     output = Path(output).absolute()
     file = output / ".lock" if inside else output.with_name(f".{output.name}.lock")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(file.parent)
     descriptor = _open_locked(file, output, flag)
     try:
         now = time.strftime("%Y-%m-%d %H:%M:%S %Z")

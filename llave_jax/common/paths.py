@@ -79,14 +79,14 @@ def is_plain_name(name: object) -> bool:
 
 
 def check_links(folder: str | os.PathLike, root: str | os.PathLike | None = None) -> None:
-    """Refuses a folder in which a link leads out of it. Its files can then be copied.
+    """Refuses a folder in which a link leads out of it, or that holds pipes or devices. It can then be copied.
 
     Args:
       folder: its files and those of all folders below it are looked at.
       root: where links may lead; None: `folder` only.
 
     Raises:
-      OutsideRoot: naming the link.
+      OutsideRoot: naming the link, or what is no file.
     """
     real_root = os.path.realpath(folder if root is None else root)
     waiting = [os.fspath(folder)]
@@ -100,5 +100,9 @@ def check_links(folder: str | os.PathLike, root: str | os.PathLike | None = None
                             f"{entry.path}: a link to {target}, outside of {folder}; put a copy of the file "
                             "there if you trust it"
                         )
+                    if not os.path.exists(entry.path):
+                        raise OutsideRoot(f"{entry.path}: a link that leads nowhere; remove it")
                 elif entry.is_dir(follow_symlinks=False):
                     waiting.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False):
+                    raise OutsideRoot(f"{entry.path}: neither a file nor a folder; remove it")

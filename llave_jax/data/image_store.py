@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from llave_jax.common.content import short_hash
+from llave_jax.common.paths import OutsideRoot, below
 from llave_jax.inputs.images import (
     MAX_FILE_BYTES,
     ImageError,
@@ -41,24 +42,12 @@ _MEMBER = np.dtype(
 )
 
 
-def check_relative(path: str, name: str = "") -> None:
-    """Refuses an image path that is absolute or climbs out of the image root.
-
-    The check is on the path's text. A symbolic link inside the root may lead anywhere, since only the
-    owner of the folder can have put it there.
-
-    Args:
-      path: as a row gives it.
-      name: where the path was found, for the error.
-
-    Raises:
-      ImageError: the path leaves the root.
-    """
-    parts = PurePosixPath(path).parts
-    if path.startswith("/") or ".." in parts or "\0" in path or not parts:
-        raise ImageError(
-            name, f"image path {path!r} leaves the image root; paths are relative to the root"
-        )
+# Limits of archives. Nothing is unpacked to the disk, and one member at a time to memory, so the sum of all
+# members has no limit.
+# The list of an archive's members is read whole: about 2.5 million of them fit.
+MAX_DIRECTORY_BYTES = 256 << 20
+# Pictures are compressed already. A large member that grows more than this is made to exhaust memory.
+MAX_RATIO, RATIO_FREE_BYTES = 100, 32 << 20
 
 
 class ImageStore:
@@ -66,7 +55,8 @@ class ImageStore:
 
     The root is a folder: a path is looked up as a file first, then in the archives `ROOT/*.zip`,
     `ROOT/images_zip/*.zip` and `ROOT/images/*.zip`, as if each were unpacked into `ROOT`,
-    `ROOT/images`, or a folder of the archive's name in either.
+    `ROOT/images`, or a folder of the archive's name in either. A link is followed within the root, or if it
+    lies in the root itself and leads to a folder.
 
     Or the root is a zip archive, in which all paths may lie below the same folders: the first path that
     is asked for shows which.
@@ -126,14 +116,20 @@ class ImageStore:
         """
         where = f"{name} ({path})" if name else path
         refuse_data_uri(path, name)
-        check_relative(path, name)
-        file, reason = self.root / path, f"the file does not exist below {self.root}"
+        reason = f"the file does not exist below {self.root}"
         try:
+            file = below(self.root, path, linked_folders=True)
             os.stat(file)
             return str(file)
+        except OutsideRoot as error:
+            raise ImageError(
+                name, f"image path {path!r:.200} leaves the image root: {error}"
+            ) from error
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: half a surrogate pair
+            if not isinstance(error, OSError):
+                raise ImageError(name, f"image path {path!r:.200} is not text") from error
             reason = f"cannot be read below {self.root}: {error.strerror}"
         member = self._find_member(path)
         if member is not None:
@@ -173,8 +169,14 @@ class ImageStore:
         size = int(member["size"])
         if size == 0:
             raise ImageError(where, "the file is empty (0 bytes)")
-        if max(size, int(member["packed"])) > MAX_FILE_BYTES:
+        packed_size = int(member["packed"])
+        if max(size, packed_size) > MAX_FILE_BYTES:
             raise ImageError(where, f"the file has {size} bytes; the limit is {MAX_FILE_BYTES}")
+        if size > RATIO_FREE_BYTES and size > MAX_RATIO * packed_size:
+            raise ImageError(
+                where,
+                f"{packed_size} bytes claim to hold {size}: more than {MAX_RATIO} times as many, which no picture does",
+            )
         descriptor = self._descriptor(int(member["archive"]))
         header = os.pread(descriptor, _LOCAL_HEADER.size, int(member["offset"]))
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
@@ -224,8 +226,7 @@ def _names_inside(parts: tuple[str, ...], stem: str) -> list[str]:
 
 def _find_prefix(archive: Path, path: str) -> str | None:
     """The folders below which a path lies in an archive, as "" or "images/"; None if it is not there."""
-    with zipfile.ZipFile(archive) as file:
-        names = file.namelist()
+    names = [info.filename for info in _members(archive)]
     if path in names:
         return ""
     found = [name for name in names if name.endswith("/" + path)]
@@ -237,17 +238,53 @@ def _key(archive: int, member: str) -> int:
     return int.from_bytes(short_hash(name), "little")
 
 
+def _members(archive: Path) -> list[zipfile.ZipInfo]:
+    """What an archive lists. It is read by one function, and its size is known before it is."""
+    if not archive.is_file():
+        raise ValueError(f"{archive}: not a readable zip archive: is not a file")
+    listed = _directory_bytes(archive)
+    if listed > MAX_DIRECTORY_BYTES:
+        raise ValueError(
+            f"{archive}: its list of members has {listed} bytes; the limit is {MAX_DIRECTORY_BYTES}. Divide the archive, "
+            "or unpack it into the image root"
+        )
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return file.infolist()
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged list makes zipfile raise any exception
+        raise ValueError(f"{archive}: not a readable zip archive: {error}") from error
+
+
+# End of the central directory, of an archive and of one in zip64.
+_END, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q")
+
+
+def _directory_bytes(archive: Path) -> int:
+    """The size that an archive claims for its list of members; 0 if it has no end that says so."""
+    with archive.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size - (1 << 16) - _END.size - _END64.size - 20)
+        file.seek(start)
+        tail = file.read()
+    claimed = 0
+    place = tail.rfind(b"PK\5\6")
+    if 0 <= place <= len(tail) - _END.size:
+        claimed = _END.unpack_from(tail, place)[5]
+        place = tail.rfind(b"PK\6\6", 0, place)
+        if 0 <= place <= len(tail) - _END64.size:
+            claimed = max(claimed * (claimed != _UINT32_MAX), _END64.unpack_from(tail, place)[8])
+    # zipfile reads no more than there is.
+    return min(claimed, size)
+
+
 def _index_archives(archives: list[Path]) -> np.ndarray:
     """Entries of all members of all archives, sorted by key."""
     entries = []
     for number, archive in enumerate(archives):
-        try:
-            with zipfile.ZipFile(archive) as file:
-                members = file.infolist()
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{archive}: not a readable zip archive: {error}") from error
-        for info in members:
-            if info.is_dir():
+        for info in _members(archive):
+            if not info.filename or info.filename.endswith("/"):  # a folder
                 continue
             if info.flag_bits & 1 or info.compress_type not in (
                 zipfile.ZIP_STORED,
@@ -259,6 +296,10 @@ def _index_archives(archives: list[Path]) -> np.ndarray:
                 )
             # Sizes beyond 4 GiB are cut to a number that reading refuses all the same.
             packed, size = (min(n, _UINT32_MAX) for n in (info.compress_size, info.file_size))
+            if not 0 <= info.header_offset < 1 << 63:
+                raise ValueError(
+                    f"{archive}: not a readable zip archive: {info.filename:.200} has no place in it"
+                )
             key, method = _key(number, info.filename), info.compress_type
             entries.append((key, info.header_offset, packed, size, number, method, info.CRC))
     return np.sort(np.array(entries, dtype=_MEMBER), order="key")

@@ -29,6 +29,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from llave_jax.common import files, workers
 from llave_jax.common.content import digest, file_digest, short_hash
+from llave_jax.common.directories import make_directory
 from llave_jax.common.progress import Progress
 from llave_jax.data.rows import Row
 from llave_jax.data.skips import SkipLog
@@ -104,7 +105,7 @@ def prepare(
         for subset, indices in source.subsets.items()
     }
     for subset in plans:
-        (output / subset).mkdir(parents=True, exist_ok=True)
+        make_directory(output / subset)
         files.remove_abandoned(output / subset)
     options = (check_images, skips is not None)
     context = multiprocessing.get_context("spawn")

@@ -5,7 +5,6 @@ Owns text only. The images of a row are read by `image_store.py`. Rows become pa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from llave_jax.common.content import short_hash
+from llave_jax.common.json_text import LINE_TOO_LONG, json_lines, parse_json
 from llave_jax.inputs.item import is_empty
 
 REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
@@ -130,7 +130,10 @@ class Table:
           RowError: it lacks a field, or has a side without content; the message names file and row.
         """
         name = self.name(index)
-        *values, problem = (column[index].as_py() for column in self._columns)
+        try:
+            *values, problem = (column[index].as_py() for column in self._columns)
+        except UnicodeDecodeError as error:
+            raise RowError(name, f"is not Unicode text: {error}") from error
         if problem is not None:
             raise RowError(name, problem)
         missing = [f for f, v in zip(REQUIRED, values, strict=False) if v is None]
@@ -221,7 +224,7 @@ def _read_parquet(files: list[Path], max_rows: int | None) -> pa.Table:
     for file in files:
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not a readable parquet file: {error}") from error
         missing = [field for field in REQUIRED if field not in parquet.schema_arrow.names]
         if missing:
@@ -251,13 +254,14 @@ def _read_parquet(files: list[Path], max_rows: int | None) -> pa.Table:
 def _json_records(file: Path) -> Iterator[Any]:
     """The records of a JSON list, or of a file with one JSON object a line."""
     try:
-        with file.open(encoding="utf-8") as lines:
-            if file.suffix == ".jsonl":
-                for number, line in enumerate(lines):
-                    if line.strip():
-                        yield _parse(line, f"{file} line {number + 1}")
-                return
-            records = _parse(lines.read(), str(file))
+        if file.suffix == ".jsonl":
+            with file.open("rb") as lines:
+                for number, line in json_lines(lines):
+                    if line is None:
+                        raise ValueError(f"{file} line {number}: {LINE_TOO_LONG}")
+                    yield _parse(line.decode("utf-8"), f"{file} line {number}")
+            return
+        records = _parse(file.read_text(encoding="utf-8"), str(file))
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text: {error}") from error
     if not isinstance(records, list):
@@ -270,7 +274,7 @@ def _json_records(file: Path) -> Iterator[Any]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from llave_jax.common.directories import make_directory
 from llave_jax.common.files import naming_full_disk, write_text
 from llave_jax.data.rows import EMPTY_SIDE
 
@@ -79,7 +80,7 @@ class SkipLog:
     ):
         self.path = Path(path)
         self.limit = limit
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         before, expected = dict.fromkeys(self._read()), dict.fromkeys(listed(left_out or {}))
         self._skipped = {pair_id: None for pair_id in before if pair_id not in expected}
         self._write({pair_id: EMPTY_SIDE for pair_id in expected if pair_id not in before})

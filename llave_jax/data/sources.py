@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from llave_jax.common.json_text import parse_json
 from llave_jax.data.image_store import ImageStore
 from llave_jax.data.rows import Row, RowError, Table, hash_texts, read_table
 from llave_jax.inputs.item import Item, Pair, missing_image
@@ -263,6 +264,7 @@ class RecordSource(PairSource):
         self._facts: dict[str, dict[str, np.ndarray]] = {}
         self.left_out = {}
         for subset, folder in folders.items():
+            _check_features(folder)
             builder = tfds.builder_from_directory(folder)
             if split not in builder.info.splits:
                 raise FileNotFoundError(
@@ -321,6 +323,29 @@ class RecordSource(PairSource):
         name = f"{self._names[subset]} row {self._rows[subset][inside]}"
         images = (record["qry_image"], record["pos_image"], record["neg_image"])
         return make_pair(self.pair_id(index), name, row, images)
+
+
+def _check_features(folder: Path) -> None:
+    """tensorflow-datasets imports the classes that features.json names: refuses any but its own."""
+    file = folder / "features.json"
+    try:
+        waiting = [parse_json(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: not prepared data: features.json: {error}") from error
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            name = value.get("pythonClassName", _FEATURES)
+            if not isinstance(name, str) or not name.startswith(_FEATURES):
+                raise ValueError(
+                    f"{file}: names the class {name!r:.100}; expected one of {_FEATURES}*"
+                )
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+_FEATURES = "tensorflow_datasets.core.features."
 
 
 class SelectedSource(PairSource):

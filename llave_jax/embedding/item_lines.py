@@ -1,18 +1,18 @@
 """Items in a JSON-lines file, as `llave_jax.embed` reads them: one at a time, in chunks.
 
 A line is an object with any of `text`, `image`, `images`, `video` and an optional `id`; paths are
-relative to the file.
+relative to the file. They may lead anywhere: the file is the user's own list of the user's own files.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llave_jax.common.json_text import LINE_TOO_LONG, json_lines, parse_json
 from llave_jax.common.text import shortened
 from llave_jax.inputs.images import refuse_data_uri
 from llave_jax.inputs.item import Item, as_item
@@ -63,17 +63,18 @@ def read_lines(source: Path) -> Iterator[Line]:
     """
     position = 0
     with open(source, "rb") as file:
-        for number, text in enumerate(file, 1):
-            if text.strip():
-                yield _parse(text, f"{source}:{number}", number, position, source.parent)
-                position += 1
+        for number, text in json_lines(file):
+            yield _parse(text, f"{source}:{number}", number, position, source.parent)
+            position += 1
 
 
-def _parse(text: bytes, where: str, number: int, position: int, root: Path) -> Line:
+def _parse(text: bytes | None, where: str, number: int, position: int, root: Path) -> Line:
     item_id = position
     try:
+        if text is None:
+            raise ValueError(f"{where}: {LINE_TOO_LONG}")
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{where}: is not JSON ({error}); expected one object") from error
         if not isinstance(values, dict):
@@ -148,4 +149,4 @@ def count_items(source: Path) -> int | None:
         source.stat()  # raises if there is nothing at all
         return None
     with open(source, "rb") as file:
-        return sum(1 for line in file if line.strip())
+        return sum(1 for _ in json_lines(file))

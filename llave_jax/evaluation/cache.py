@@ -18,6 +18,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from llave_jax.common.content import DIGEST_BYTES, digest
+from llave_jax.common.directories import make_directory
 from llave_jax.common.files import atomic_file, remove_abandoned
 from llave_jax.embedding.checks import check_embeddings
 from llave_jax.inputs.content import item_key
@@ -66,7 +67,7 @@ class EmbeddingCache:
         self._shards: list[np.ndarray | Path] = []
         self._directory = Path(directory) / fingerprint if directory is not None else None
         if self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self._directory)
             remove_abandoned(self._directory)
             for path in sorted(self._directory.glob("*.safetensors")):
                 self._take(path)

@@ -6,7 +6,6 @@ Owns the file formats only; encoding and scoring are `mmeb.py`, averages and tab
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet
 
+from llave_jax.common.json_text import parse_json
+from llave_jax.common.paths import is_plain_name
 from llave_jax.data.image_store import ImageStore
 from llave_jax.inputs.item import Item, is_empty, missing_image
 
@@ -161,8 +162,8 @@ def dataset_names(
 
 def _is_row_file(path: Path) -> bool:
     """Whether a JSON file holds a list; results and metadata beside the datasets are objects."""
-    with path.open(encoding="utf-8") as file:
-        return file.read(64).lstrip().startswith("[")
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(b"[")
 
 
 def read_dataset(data_dir: str | os.PathLike, name: str) -> EvalDataset:
@@ -180,13 +181,23 @@ def read_dataset(data_dir: str | os.PathLike, name: str) -> EvalDataset:
       ValueError: a row does not have MMEB's form, or no row is left; it names file, row and column.
     """
     data_dir = Path(data_dir)
+    if not is_plain_name(name):
+        raise ValueError(
+            f"dataset {name[:100]!r}: expected the name of a dataset in {data_dir}, not a path; present: "
+            f"{', '.join(dataset_names(data_dir)) or 'none'}"
+        )
     parts = sorted((data_dir / name).glob("test-*.parquet"))
     json_path = data_dir / f"{name}.json"
     if parts:
         rows = [row for part in parts for row in _read_parquet(part)]
         source = data_dir / name
     elif json_path.is_file():
-        rows = json.loads(json_path.read_text(encoding="utf-8"))
+        try:
+            rows = parse_json(json_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{json_path}: not JSON: {error}") from error
+        if not isinstance(rows, list):
+            raise ValueError(f"{json_path}: expected a list of rows, found {type(rows).__name__}")
         source = json_path
     else:
         raise FileNotFoundError(
@@ -197,11 +208,16 @@ def read_dataset(data_dir: str | os.PathLike, name: str) -> EvalDataset:
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    present = pyarrow.parquet.read_schema(path).names
-    missing = [column for column in COLUMNS if column not in present]
-    if missing:
-        raise ValueError(f"{path}: missing columns {missing}; MMEB-eval rows have {list(COLUMNS)}")
-    return pyarrow.parquet.read_table(path, columns=list(COLUMNS)).to_pylist()
+    try:
+        present = pyarrow.parquet.read_schema(path).names
+        missing = [column for column in COLUMNS if column not in present]
+        if missing:
+            raise ValueError(
+                f"{path}: missing columns {missing}; MMEB-eval rows have {list(COLUMNS)}"
+            )
+        return pyarrow.parquet.read_table(path, columns=list(COLUMNS)).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable parquet file of text: {error}") from error
 
 
 def _index_rows(name: str, source: Path, rows: Sequence[dict[str, Any]]) -> EvalDataset:
@@ -248,11 +264,15 @@ def _parse_row(row: dict[str, Any], where: str) -> tuple[Content, list[Content]]
     query = Content(row["qry_text"] or "", row["qry_img_path"] or "")
     texts, images = row["tgt_text"], row["tgt_img_path"]
     # Some datasets give one text for a list of images, or one image for a list of texts.
-    if isinstance(texts, str) and not isinstance(images, str):
+    if isinstance(texts, str) and isinstance(images, list):
         texts = [texts] * len(images)
-    elif isinstance(images, str) and not isinstance(texts, str):
+    elif isinstance(images, str) and isinstance(texts, list):
         images = [images] * len(texts)
-    if isinstance(texts, str) or len(texts) != len(images) or not texts:
+    if (
+        not (isinstance(texts, list) and isinstance(images, list))
+        or len(texts) != len(images)
+        or not texts
+    ):
         raise ValueError(
             f"{where}: tgt_text and tgt_img_path must be lists of one length, at least 1; found "
             f"{texts!r:.100} and {images!r:.100}"
@@ -261,9 +281,18 @@ def _parse_row(row: dict[str, Any], where: str) -> tuple[Content, list[Content]]
     bad = [
         value for value in (*query, *(v for t in targets for v in t)) if not isinstance(value, str)
     ]
+    if not bad:
+        bad = [
+            value for content in (query, *targets) for value in content if not _is_unicode(value)
+        ]
     if bad:
         raise ValueError(f"{where}: texts and image paths must be strings, found {bad[0]!r:.100}")
     return query, targets
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can hold half a surrogate pair, which no file can."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def make_item(dataset: EvalDataset, index: int, images: ImageStore) -> Item:

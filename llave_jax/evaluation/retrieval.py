@@ -23,6 +23,8 @@ import numpy as np
 
 from llave_jax.common import extras
 from llave_jax.common.files import write_text
+from llave_jax.common.json_text import LINE_TOO_LONG, json_lines, parse_json
+from llave_jax.common.paths import below
 from llave_jax.common.tables import align
 from llave_jax.embedding.run_info import record_run
 from llave_jax.embedding.search import search
@@ -200,14 +202,14 @@ def _read_items(path: Path, root: Path) -> dict[str, Item]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; see llave_jax.evaluation.retrieval")
     items: dict[str, Item] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with path.open("rb") as file:
+        for number, line in json_lines(file):
             where = f"{path}: line {number}"
-            if not line.strip():
-                continue
+            if line is None:
+                raise ValueError(f"{where}: {LINE_TOO_LONG}")
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise ValueError(f"{where}: not a JSON object: {error}") from error
             key, item = _parse_item(row, where, root)
             if key in items:
@@ -221,16 +223,27 @@ def _read_items(path: Path, root: Path) -> dict[str, Item]:
 def _parse_item(row: Any, where: str, root: Path) -> tuple[str, Item]:
     if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
         raise ValueError(f'{where}: expected an object with a string "_id", found {row!r:.200}')
-    text = " ".join(part for part in (row.get("title"), row.get("text")) if part)
+    parts = [row.get(key) or "" for key in ("title", "text")]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{where}: title and text must be strings, found {parts!r:.200}")
+    text = " ".join(filter(None, parts))
+    try:
+        (text + row["_id"]).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: is not Unicode text (it has half a surrogate pair)") from error
     visual = {key: row[key] or None for key in ("image", "images", "video") if key in row}
     item = as_item({"text": text, **visual}, where)
 
     def below_root(path: Any) -> str | None:
         if path is None:
             return None
-        if not isinstance(path, str) or not (root / path).is_file():
-            raise FileNotFoundError(f"{where}: {path!r} is not a file below {root}")
-        return str(root / path)
+        try:
+            file = below(root, path, linked_folders=True) if isinstance(path, str) else None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if file is None or not file.is_file():
+            raise FileNotFoundError(f"{where}: {path!r:.200} is not a file below {root}")
+        return str(file)
 
     images = tuple(map(below_root, item.images))
     return row["_id"], dataclasses.replace(item, images=images, video=below_root(item.video))
@@ -242,22 +255,25 @@ def _read_qrels(
     if not path.is_file():
         raise FileNotFoundError(f"neither {path.parent.parent / 'qrels.tsv'} nor {path} exists")
     qrels: dict[str, dict[str, int]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.reader(file, delimiter="\t"), 1):
-            where = f"{path}: line {number}"
-            if len(row) != 3:
-                raise ValueError(f"{where}: expected query-id, corpus-id, score; found {row}")
-            if number == 1 and row[2] == "score":
-                continue
-            query, document, score = row
-            if query not in queries:
-                raise ValueError(f"{where}: query {query!r} is not in queries.jsonl")
-            if document not in documents:
-                raise ValueError(f"{where}: document {document!r} is not in corpus.jsonl")
-            try:
-                qrels.setdefault(query, {})[document] = int(score)
-            except ValueError as error:
-                raise ValueError(f"{where}: score {score!r} is not an integer") from error
+    try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a table in UTF-8 with tabs: {error}") from error
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: line {number}"
+        if len(row) != 3:
+            raise ValueError(f"{where}: expected query-id, corpus-id, score; found {row!r:.200}")
+        if number == 1 and row[2] == "score":
+            continue
+        query, document, score = row
+        if query not in queries:
+            raise ValueError(f"{where}: query {query!r} is not in queries.jsonl")
+        if document not in documents:
+            raise ValueError(f"{where}: document {document!r} is not in corpus.jsonl")
+        try:
+            qrels.setdefault(query, {})[document] = int(score)
+        except ValueError as error:
+            raise ValueError(f"{where}: score {score!r} is not an integer") from error
     if not qrels:
         raise ValueError(f"{path}: has no judgements")
     return qrels

@@ -20,6 +20,7 @@ MAX_MLP_WIDTH = 1 << 20
 MAX_LAYERS = 1000
 MAX_VOCABULARY = 1 << 24
 MAX_IMAGE_SIZE = 4096
+MAX_PATCHES_PER_SIDE = 256
 # Tiles of one canvas. The checkpoints of LLaVA-OneVision have up to 6 x 6.
 MAX_TILES = 400
 
@@ -50,6 +51,12 @@ class VisionConfig:
         _check_tower(self)
         check_whole("image_size", self.image_size, 1, MAX_IMAGE_SIZE)
         check_whole("patch_size", self.patch_size, 1, self.image_size)
+        if self.crop.patches_per_side > MAX_PATCHES_PER_SIDE:
+            raise ConfigError(
+                "patch_size",
+                f"is {self.patch_size}: {self.crop.patches_per_side} patches along the image's side; expected at most "
+                f"{MAX_PATCHES_PER_SIDE}",
+            )
         check_real("layer_norm_eps", self.layer_norm_eps, 0, 0.1)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
@@ -183,10 +190,18 @@ class LlaveConfig:
           The configuration.
 
         Raises:
-          KeyError, TypeError, ValueError: a value is missing, unknown or not allowed.
+          ConfigError: a value is missing, unknown or not allowed.
         """
-        inputs = dict(values["inputs"])
-        inputs["pinpoints"] = tuple(tuple(p) for p in inputs["pinpoints"])
+        _check_keys("the configuration", values, cls)
+        parts = {"vision": VisionConfig, "text": TextConfig, "inputs": InputConfig}
+        for key, part in parts.items():
+            _check_keys(key, values[key], part)
+        pinpoints = values["inputs"]["pinpoints"]
+        if not isinstance(pinpoints, list | tuple) or not all(
+            isinstance(pair, list | tuple) for pair in pinpoints
+        ):
+            raise ConfigError("pinpoints", f"is {pinpoints!r:.60}; expected pairs of pixels")
+        inputs = {**values["inputs"], "pinpoints": tuple(map(tuple, pinpoints))}
         config = cls(
             vision=VisionConfig(**values["vision"]),
             text=TextConfig(**values["text"]),
@@ -194,6 +209,19 @@ class LlaveConfig:
         )
         config.check()
         return config
+
+
+def _check_keys(name: str, values: Any, kind: Any) -> None:
+    """Refuses what is not an object with the fields of a class."""
+    if not isinstance(values, dict):
+        raise ConfigError(name, f"is {values!r:.60}; expected an object")
+    fields = {
+        field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)
+    }
+    if missing := [key for key, needed in fields.items() if needed and key not in values]:
+        raise ConfigError(name, f"lacks {', '.join(missing)}")
+    if unknown := [key for key in values if key not in fields]:
+        raise ConfigError(name, f"has the unknown field {unknown[0]!r:.60}")
 
 
 SIGLIP_SO400M = VisionConfig(

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from llave_jax.common.directories import make_directory
 from llave_jax.weights import checkpoint_seal
 from llave_jax.weights.run_params import checkpoint_steps
 
@@ -157,7 +158,7 @@ class CheckpointWriter:
     def _check_writable(self) -> None:
         probe = self._folder / f".probe_{jax.process_index()}"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_directory(self._folder)
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:

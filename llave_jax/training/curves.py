@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llave_jax.common.directories import make_directory
 from llave_jax.common.files import write_text
 from llave_jax.evaluation import report_html as html
 from llave_jax.evaluation.drawing import figure_svg, write_png
@@ -162,7 +163,7 @@ def write_curves(runs: Sequence[Run], output: Path) -> list[Path]:
       The files.
     """
     files = [output / name for name in ("curves.html", "curves.png", "metrics.csv")]
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output)
     write_text(files[0], _page(runs))
     write_png(_picture(runs), files[1])
     write_text(files[2], table(runs))

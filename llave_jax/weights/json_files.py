@@ -37,6 +37,12 @@ def read_json(path: Path) -> dict[str, Any]:
         values = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{path}: is not Unicode text (it has half a surrogate pair)"
+        ) from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values

@@ -138,10 +138,8 @@ def load_config(path: str | os.PathLike) -> LlaveConfig:
         )
     try:
         return LlaveConfig.from_dict(values)
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a model configuration: {error!r}") from error
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a model configuration: {error}") from error
 
 
 def write_config(path: Path, config: LlaveConfig) -> None:

@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from llave_jax.common.content import digest, sampled_digest
+from llave_jax.common.directories import make_directory
 from llave_jax.common.files import cache_folder
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf, model_files
@@ -111,7 +112,7 @@ def _converted(source: Path, name: str) -> Path:
     if _is_whole(target):
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent, private=True)
         lock = filelock.FileLock(target.parent / f".{target.name}.lock")
         lock.acquire()
     except OSError as error:

@@ -331,7 +331,7 @@ def test_a_pipe_in_place_of_a_file(tmp_path):
     source = write_hf(tmp_path / "hf")
     (source / "tokenizer_config.json").unlink()
     os.mkfifo(source / "tokenizer_config.json")
-    assert "tokenizer_config.json: no such file" in refused(source, tmp_path)
+    assert "tokenizer_config.json: neither a file nor a folder" in refused(source, tmp_path)
 
 
 def test_the_card_of_a_checkpoint_is_not_parsed_as_yaml(model, tmp_path):
