@@ -6,7 +6,6 @@ A path that the user writes himself (a flag, a config, his own list of items) go
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path, PurePosixPath
 
 
@@ -63,9 +62,6 @@ def _is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-_PLAIN = re.compile(r"[\w()+=@,-][\w .()+=@,-]{0,199}")
-
-
 def is_plain_name(name: object) -> bool:
     """Whether something is the name of one file or folder: no path, no hidden file.
 
@@ -73,9 +69,15 @@ def is_plain_name(name: object) -> bool:
       name: as data gives it.
 
     Returns:
-      True for a text of letters, digits and the usual signs, without slashes, that does not begin with a dot.
+      True for a text of at most 200 printable characters, without slashes, that does not begin with a dot.
     """
-    return isinstance(name, str) and _PLAIN.fullmatch(name) is not None
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= 200
+        and name.isprintable()
+        and not name.startswith(".")
+        and not set(name) & {"/", "\\"}
+    )
 
 
 def check_links(folder: str | os.PathLike, root: str | os.PathLike | None = None) -> None:

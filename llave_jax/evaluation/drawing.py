@@ -132,7 +132,8 @@ def _draw_panel(axes: Axes, label: str, stats: SimilarityStats) -> None:
         axes.axvline(stats.mean(kind), color=colour, linewidth=1.2, linestyle="--")
     means = ", ".join(f"{kind} {stats.mean(kind):.2f}" for kind in KINDS)
     overlap = f"overlap positive/hard {stats.overlap('positive', 'hard'):.2f}"
-    axes.set_title(label, fontsize=11, fontweight="bold", pad=30)
+    # The label is a text of the user's, not a formula.
+    axes.set_title(label, fontsize=11, fontweight="bold", pad=30, parse_math=False)
     axes.text(
         0.5,
         1.02,

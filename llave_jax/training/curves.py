@@ -263,7 +263,11 @@ def _picture(runs: Sequence[Run]) -> Figure:
         axes.set_visible(False)
     handles = [Line2D([], [], color=_colour(n), linewidth=2.5) for n in range(len(runs))]
     # One run below another: labels of any length are whole.
-    figure.legend(handles, [run.label for run in runs], loc="outside lower left", frameon=False)
+    legend = figure.legend(
+        handles, [run.label for run in runs], loc="outside lower left", frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
 
 

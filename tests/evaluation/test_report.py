@@ -72,7 +72,8 @@ def test_texts_are_escaped_and_a_far_positive_is_shown(tmp_path):
     texts = [f"candidate {i} <script>alert(1)</script>" for i in range(20)]
     row = {"qry_text": "<image>\n<b>bold</b>", "qry_img_path": "a.png"}
     PIL.Image.new("L", (3, 5), 200).save(tmp_path / "a.png")
-    rows_file(tmp_path / "Own.json", [{**row, "tgt_text": texts, "tgt_img_path": [""] * 20}])
+    name = "<img src=x onerror=alert(1)> 'q' $x^{ & Own"
+    rows_file(tmp_path / f"{name}.json", [{**row, "tgt_text": texts, "tgt_img_path": [""] * 20}])
     scores = iter(np.linspace(-0.5, 0.5, 21))
 
     def encode(items):
@@ -85,6 +86,9 @@ def test_texts_are_escaped_and_a_far_positive_is_shown(tmp_path):
     report.write_mmeb_report(path, results, tmp_path, title="<i>Own</i>", model="m")
     page = Page(path)
     assert "script" not in page.counts
+    assert page.loads
+    assert all(value.startswith("data:image/jpeg;base64,") for value in page.loads)
+    assert f"{name} 0 of 1 right" in page.text
     assert "b" in page.counts  # the headline numbers' own
     assert "<b>bold</b>" in page.text
     assert "right answer at rank 20" in page.text
