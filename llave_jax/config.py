@@ -67,6 +67,8 @@ def default_config() -> Config:
     config.data.max_rows = placeholder(int)
     config.data.epochs = 1
     config.data.num_workers = 4
+    # Seconds without a row until a warning names it and the process that loads it; 0: never.
+    config.data.stall_warning = 60.0
     # "uniform": all rows shuffled. "modality": each step takes rows with an image in the query, or rows
     # without, as the authors trained (`llave_jax.data.order.ModalityOrder`).
     config.data.order = "uniform"

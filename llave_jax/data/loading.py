@@ -5,6 +5,7 @@ Which rows are loaded when is `order.py`. Packing their sequences is `step_itera
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ class RowLoader:
 
     A loaded row has the keys "id", "row", "target_ids" (int32 [Z - 1]) and "sequences" (Z of `to_arrays`,
     None for a side that the pair lacks). A row that cannot be used has "id" and "skipped", the reason.
-    HOLE has "hole".
+    HOLE has "hole". All have "pid", of the process that has loaded them.
 
     Args:
       source: of the rows.
@@ -48,14 +49,27 @@ class RowLoader:
         Raises:
           ValueError: the row cannot be used, and `skip` is False.
         """
+        # The process, for messages about one that stalls.
+        loaded = {"pid": os.getpid()}
         if index == HOLE:
-            return {"hole": True}
+            return {**loaded, "hole": True}
         try:
-            return self._load(int(index))
+            return {**loaded, **self._load(int(index))}
         except ValueError as error:
             if not self._skip:
                 raise
-            return {"id": self._source.pair_id(int(index)), "skipped": str(error)}
+            return {**loaded, "id": self.name(int(index)), "skipped": str(error)}
+
+    def name(self, index: int) -> str:
+        """The name of a row.
+
+        Args:
+          index: of the row in the source.
+
+        Returns:
+          "SUBSET:ROW".
+        """
+        return self._source.pair_id(index)
 
     def _load(self, index: int) -> dict[str, Any]:
         pair = self._source[index]

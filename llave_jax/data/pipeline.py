@@ -20,6 +20,7 @@ import os
 import grain
 import numpy as np
 
+from llave_jax.common.content import short_hash
 from llave_jax.data.loading import RowLoader
 from llave_jax.data.modality_order import ModalityOrder, ModalityPart
 from llave_jax.data.order import (
@@ -66,6 +67,7 @@ def train_iterator(
     max_skip_share: float = 0.01,
     lookahead: int | None = None,
     prefetch: int = 2,
+    stall_warning: float = 60.0,
 ) -> grain.DatasetIterator[TrainBatch]:
     """An iterator of `TrainBatch`es for one process.
 
@@ -98,6 +100,7 @@ def train_iterator(
       lookahead: pairs that may wait for a later batch while smaller ones fill the current one; None:
         `packing.default_lookahead`. By modality, so many that wait are kept in memory.
       prefetch: batches made ahead in a background thread.
+      stall_warning: seconds without a row until a warning names it and the process that loads it; 0: never.
 
     Returns:
       An iterator of the process's batches.
@@ -171,15 +174,35 @@ def train_iterator(
         contents=contents,
         skips=skips if on_error == "skip" else None,
         num_rows=len(source),
+        stall_warning=stall_warning,
         identity={
             "seed": seed,
             "processes": process_count,
             "order": composition.name(source, batch_size),
+            "rows": rows_fingerprint(source, contents),
         },
     )
     return iter(
         grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
     )
+
+
+def rows_fingerprint(source: PairSource, contents: np.ndarray) -> str:
+    """Tells rows that were rewritten from those that a run has read, wherever they lie.
+
+    All queries and targets count, texts and image paths, in order; of a sample of 64 rows the negatives as
+    well. Not counted is what image files hold.
+
+    Args:
+      source: of the rows.
+      contents: its `contents()`.
+
+    Returns:
+      16 hexadecimal digits.
+    """
+    sample = np.linspace(0, len(contents) - 1, min(64, len(contents)), dtype=np.int64)
+    digests = np.array([source.digest(int(index)) for index in sample], np.uint64)
+    return short_hash(contents.astype("<u8").tobytes() + digests.astype("<u8").tobytes()).hex()
 
 
 def skip_limit(source: PairSource, max_skip_share: float) -> int:

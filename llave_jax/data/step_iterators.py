@@ -12,7 +12,6 @@ import enum
 import logging
 import math
 import os
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from llave_jax.data.loading import RowLoader, to_sequence
 from llave_jax.data.modality_order import IMAGE, MIXED, ModalityPart
 from llave_jax.data.order import HOLE
 from llave_jax.data.skips import SkipLog, TooManySkips
+from llave_jax.data.workers import Waiting, prepare_worker
 from llave_jax.inputs.batch import PackedBatch, stack_batches
 from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.packing import Packer, place_dealt
@@ -114,6 +114,7 @@ class StepIterator(grain.DatasetIterator):
       skips: where rows that cannot be used are listed; None: such a row is an error.
       num_rows: rows of the source. After so many unusable rows in a row, the stream ends with TooManySkips.
       identity: what must be the same when the state is restored.
+      stall_warning: seconds without a row until a warning names it; 0: never.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class StepIterator(grain.DatasetIterator):
         skips: SkipLog | None,
         num_rows: int,
         identity: dict[str, Any],
+        stall_warning: float = 0.0,
     ):
         super().__init__()
         self._order = order
@@ -140,6 +142,7 @@ class StepIterator(grain.DatasetIterator):
         self._num_rows = num_rows
         self._unusable_in_a_row = 0
         self._identity = identity
+        self._stall_warning = stall_warning
         self._cuts = CutWarnings(items_repeat=True)
         self._step = self._next = 0
         self._carry: list[_Pair] = []
@@ -202,7 +205,14 @@ class StepIterator(grain.DatasetIterator):
           ValueError: the state belongs to other data, another seed or another number of processes.
         """
         for key, value in self._identity.items():
-            if state.get(key) != value:
+            if key == "rows" and state.get(key, value) != value:
+                raise ValueError(
+                    "the rows of config.data.path are as many as when the run began, and not the same: they "
+                    "were rewritten or put in another order. Put the old ones back, or start a new run from "
+                    "the saved parameters (config.model.path, another --workdir)"
+                )
+            # States of earlier versions do not know the rows.
+            if state.get(key, value if key == "rows" else None) != value:
                 raise ValueError(
                     f"the saved data position is for {key}: {state.get(key)}, this run has {value}; "
                     "resume with the same data, composition, seed and number of processes, or start "
@@ -251,11 +261,16 @@ class StepIterator(grain.DatasetIterator):
     def _read(self, stop: float = math.inf) -> Iterator[_Pair]:
         """The usable pairs of the stream from the next position on, up to position `stop`."""
         if self._stream is None:
+            self._waiting = Waiting(
+                self._num_workers, self._next, self._stall_warning, self._name_at
+            )
             self._stream = self._start_stream()
         while self._next < stop:
-            element = next(self._stream, None)
+            with self._waiting.row(self._next):
+                element = next(self._stream, None)
             if element is None:
                 return
+            self._waiting.came(self._next, element["pid"])
             position, self._next = self._next, self._next + 1
             if "skipped" in element:
                 skips = self._skip(element["id"], element["skipped"])
@@ -270,6 +285,10 @@ class StepIterator(grain.DatasetIterator):
                         self._cuts.note(to_sequence(sequence))
                 yield _Pair(position, element["row"], element)
 
+    def _name_at(self, position: int) -> str:
+        row: Any = self._order[position]
+        return f"a hole at {position}" if int(row) == HOLE else self._load.name(int(row))
+
     def _start_stream(self) -> grain.DatasetIterator:
         threads = os.cpu_count() or 1 if self._num_workers == 0 else 1
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -282,26 +301,15 @@ class StepIterator(grain.DatasetIterator):
             stream = grain.experimental.WithOptionsIterDataset(stream, settings)
             stream = stream.mp_prefetch(
                 grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2),
-                worker_init_fn=_leave_sigterm_to_training,
+                worker_init_fn=prepare_worker,
             )
         return iter(stream)
 
     def _stop_stream(self) -> None:
         if self._stream is not None:
+            self._waiting.close()
             self._stream.close()
             self._stream = None
-
-
-def _leave_sigterm_to_training(worker: int, workers: int) -> None:
-    """Lets a worker process live on after SIGTERM, which SLURM sends to every process of a job.
-
-    Training then makes a few more steps and saves. It ends its workers itself.
-
-    Args:
-      worker: number of the worker process.
-      workers: how many there are.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class UniformIterator(StepIterator):

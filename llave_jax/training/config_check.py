@@ -116,6 +116,7 @@ TABLE: dict[str, Values] = {
     "data.weights": Values(_are_weights, "(subset, weight) pairs with weights of more than 0"),
     "data.on_error": _one_of(POLICIES),
     "data.max_skip_share": _SHARE,
+    "data.stall_warning": _NOT_NEGATIVE,
     "data.held_out": _number(lambda value: 0 <= value < 1, "a share of at least 0 and less than 1"),
     "batch.pairs": _at_least(1).or_none(),
     "batch.pairs_per_device": _at_least(1).or_none(),

@@ -18,6 +18,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "vision_attention",
         "remat",
         "data.num_workers",
+        "data.stall_warning",
         "log_every",
         "log.wandb",
         "profile.start",

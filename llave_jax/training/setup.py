@@ -265,6 +265,7 @@ def make_iterator(
         on_error=data.on_error,
         skip_file=skip_file(workdir, process),
         max_skip_share=data.max_skip_share,
+        stall_warning=data.stall_warning,
     )
 
 

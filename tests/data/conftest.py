@@ -1,6 +1,7 @@
 """What tests of training data share."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import transformers
@@ -11,6 +12,10 @@ from llave_jax.models.config import PRESETS
 
 @pytest.fixture(scope="session")
 def builder(golden) -> SequenceBuilder:
+    return new_builder(golden)
+
+
+def new_builder(golden: Path) -> SequenceBuilder:
     """Of the tiny model's sizes, with the golden checkpoint's tokenizer of 590 tokens."""
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(golden / "checkpoint/tokenizer.json"), pad_token="<|endoftext|>"

@@ -7,7 +7,13 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -27,6 +33,7 @@ from llave_jax.data.pipeline import train_iterator
 from llave_jax.data.rows import EMPTY_SIDE, Row, RowError
 from llave_jax.data.skips import SkipLog, TooManySkips
 from llave_jax.data.sources import PairSource, make_pair, open_source
+from llave_jax.data.workers import WorkerLost
 from llave_jax.inputs.batch import Budget
 from llave_jax.inputs.content import content_id
 from llave_jax.inputs.images import ImageError
@@ -91,6 +98,38 @@ def order_of(source, *, composition, process=0, processes=1, seed=1, epochs=None
 
 def ids_of(batch) -> list[str]:
     return [name for pack in batch.ids for shard in pack for name in shard if name]
+
+
+def stall_warnings(caplog):
+    return [message for message in caplog.messages if message.startswith("no row has come for")]
+
+
+def continue_once_warned(pid, caplog):
+    until = time.monotonic() + 60
+    while not stall_warnings(caplog) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGCONT)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# Reads until it is killed; says the pids of its workers first.
+READ_ON = """
+import json, multiprocessing
+if __name__ == "__main__":
+    from tests.data.test_pipeline import *
+    from tests.data.conftest import new_builder
+    iterator = make(Pairs({"a": 60, "b": 11}), new_builder(Path("tests/golden")), num_workers=2)
+    next(iterator)
+    print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
+    while True:
+        next(iterator)
+"""
 
 
 def assert_same(batch, other):
@@ -366,6 +405,53 @@ class TestResume:
         assert not worker.is_alive()
         for batch, other in zip(found, expected, strict=True):
             assert_same(batch, other)
+
+    def test_a_worker_that_stalls_or_dies_is_named_with_its_row(self, builder, caplog):
+        iterator = make(Pairs({"a": 60, "b": 11}), builder, num_workers=1, stall_warning=0.5)
+        next(iterator)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGSTOP)
+        caplog.clear()
+        # The rows made before are read; then the stream waits until the warning is there.
+        threading.Thread(target=continue_once_warned, args=(worker.pid, caplog)).start()
+        while not stall_warnings(caplog):
+            next(iterator)
+        assert re.search(
+            rf"loading process 0 of 1 \(pid {worker.pid}, stopped\) is at [ab]:\d+",
+            stall_warnings(caplog)[0],
+        )
+        worker.kill()
+        with pytest.raises(
+            WorkerLost, match=rf"0 of 1 \(pid {worker.pid}.* status -9; .* [ab]:\d+"
+        ):
+            collections.deque(iterator, maxlen=0)
+        iterator.close()
+
+    @pytest.mark.slow
+    def test_workers_and_shared_memory_do_not_outlive_a_killed_parent(self, tmp_path):
+        parent = subprocess.Popen(
+            [sys.executable, "-c", READ_ON], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE
+        )
+        pids = json.loads(parent.stdout.readline())
+        assert len(pids) == 2
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in (parent.pid, *pids)]
+        segments = set(re.findall(r"/dev/shm/\S+", "".join(maps)))
+        assert segments
+        parent.kill()
+        parent.wait()
+        until = time.monotonic() + 60
+        while any(map(is_running, pids)) or any(map(os.path.exists, segments)):
+            assert time.monotonic() < until, (pids, segments)
+            time.sleep(0.1)
+
+    def test_rows_rewritten_in_place_are_refused(self, builder):
+        state = make(Pairs({"a": 8}), builder).get_state()
+        rewritten = Pairs({"a": 8})
+        rewritten.digest = lambda index: 99 if index == 3 else Pairs.digest(rewritten, index)
+        with pytest.raises(ValueError, match=r"as many as when the run began, and not the same"):
+            make(rewritten, builder).set_state(state)
+        del state["rows"]  # of a run that an earlier version began
+        make(rewritten, builder).set_state(state)
 
     @pytest.mark.parametrize(
         ("change", "named"),

@@ -67,6 +67,7 @@ FIELDS = {
     "data.max_rows": integers(1),
     "data.epochs": integers(1),
     "data.num_workers": integers(0),
+    "data.stall_warning": NOT_NEGATIVE,
     "data.order": names("uniform", "modality"),
     "data.sub_batch": integers(1),
     "data.weights": (

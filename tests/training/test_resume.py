@@ -134,6 +134,7 @@ CHANGES = {
             "attention": "xla",
             "vision_attention": "xla",
             "data.num_workers": 1,
+            "data.stall_warning": 30.0,
             "data.on_error": "skip",
             "data.max_skip_share": 0.5,
             "checkpoint.every": 1,
