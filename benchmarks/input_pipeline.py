@@ -14,7 +14,6 @@ installed, with its torch backend; it needs the `torch` of the parity tests.
 from __future__ import annotations
 
 import argparse
-import collections
 import io
 import logging
 import os
@@ -28,87 +27,22 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import sklearn.datasets
 import transformers
 from transformers.utils.import_utils import is_torchvision_available
 
 from llave_jax.data.pipeline import train_iterator
-from llave_jax.data.sources import PairSource
 from llave_jax.inputs import anyres, chat
 from llave_jax.inputs.batch import Budget
 from llave_jax.inputs.config import InputSpec
 from llave_jax.inputs.images import load_image
-from llave_jax.inputs.item import Item, Pair
 from llave_jax.inputs.packing import Packer
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.config import PRESETS
 from llave_jax.planning import workload
+from llave_jax.planning.assumed_pairs import WORDS, AssumedPairs
 
-TEXT = "a red tram stands beside the old harbour wall while two people walk their dog at dawn"
-WORDS = TEXT.split()
 # That the tiny model cuts long texts is no news; set here, worker processes keep to it too.
 logging.getLogger("llave_jax.inputs.sequence").setLevel(logging.ERROR)
-
-
-class MixedPairs(PairSource):
-    """Pairs drawn from the mix, in memory: `images` files are shared by the rows."""
-
-    def __init__(self, count: int, images: int, shrink: int = 1, seed: int = 0):
-        """`images` different files of each size; `shrink` divides their sides."""
-        rng = np.random.default_rng(seed)
-        self._shrink = shrink
-        self.subsets = {"Mix": range(count)}
-        rows = np.array([subset.rows for subset in workload.SUBSETS.values()], float)
-        choices = rng.choice(len(rows), size=count, p=rows / rows.sum())
-        photos = [PIL.Image.fromarray(p) for p in sklearn.datasets.load_sample_images().images]
-        self._files: dict[tuple[int, int], list[bytes]] = collections.defaultdict(list)
-        self._rows = []
-        for choice in choices:
-            subset = list(workload.SUBSETS.values())[choice]
-            sides = [
-                self._side(side, photos, images, rng) for side in (subset.query, subset.target)
-            ]
-            self._rows.append(sides)
-
-    def _side(
-        self, side: workload.Side, photos: list, images: int, rng: np.random.Generator
-    ) -> tuple:
-        mean = np.log(side.text) - workload.TEXT_SPREAD**2 / 2
-        text = " ".join(rng.choice(WORDS, max(1, round(rng.lognormal(mean, workload.TEXT_SPREAD)))))
-        if side.images is None:
-            return text, None, 0
-        sizes = [(w // self._shrink, h // self._shrink) for w, h, _ in side.images]
-        size = sizes[rng.choice(len(sizes), p=[image[2] for image in side.images])]
-        files = self._files[size]
-        if len(files) < images:
-            files.append(photograph(photos[rng.integers(2)], size, rng))
-        return text, size, int(rng.integers(len(files)))
-
-    def __getitem__(self, index: int) -> Pair:
-        query, target = (self._item(index, *side) for side in self._rows[index])
-        return Pair(self.pair_id(index), query, target, subset="Mix")
-
-    def _item(self, index: int, text: str, size: tuple[int, int] | None, file: int) -> Item:
-        images = (self._files[size][file],) if size else ()
-        return Item(text=("<|image_1|>\n" if images else "") + text, images=images, name=f"{index}")
-
-    def pair_id(self, index: int) -> str:
-        return f"Mix:{index}"
-
-    def digest(self, index: int) -> int:
-        return index
-
-
-def photograph(photo: PIL.Image.Image, size: tuple[int, int], rng: np.random.Generator) -> bytes:
-    """A part of a photograph at the wanted size, as JPEG."""
-    width, height = size
-    scale = max(width / photo.width, height / photo.height) * rng.uniform(1.0, 1.6)
-    grown = photo.resize((round(photo.width * scale) + 1, round(photo.height * scale) + 1))
-    x = int(rng.integers(grown.width - width + 1))
-    y = int(rng.integers(grown.height - height + 1))
-    buffer = io.BytesIO()
-    grown.crop((x, y, x + width, y + height)).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -128,7 +62,7 @@ def budget_for(spec: InputSpec, pairs: int) -> Budget:
     return Budget(rows=max(rows, 4), row_length=4096, crops=max(crops, 10), groups=pairs)
 
 
-def compare(source: MixedPairs, builder: SequenceBuilder, repeats: int) -> None:
+def compare(source: AssumedPairs, builder: SequenceBuilder, repeats: int) -> None:
     """One core: our path by stages, then the peer's on the same items."""
     spec = builder.spec
     items = [item for i in range(len(source)) for item in (source[i].query, source[i].target)]
@@ -231,7 +165,7 @@ def same_crops(images: list[bytes], image_processor, spec: InputSpec) -> str:
     return f"{equal} of {total} uint8 crops equal ours, largest difference {largest}"
 
 
-def scale(source: MixedPairs, builder: SequenceBuilder, workers: list[int], pairs: int) -> None:
+def scale(source: AssumedPairs, builder: SequenceBuilder, workers: list[int], pairs: int) -> None:
     """The whole stream in wall-clock time, after the first batches, and the CPU time it takes.
 
     This process's part is what does not grow with workers: receiving crops and packing.
@@ -269,7 +203,7 @@ def memory(builder: SequenceBuilder, rows: int, workers: int) -> None:
 
     Of this process, and of each of its worker processes (pages they share count in each).
     """
-    source = MixedPairs(rows, 4, shrink=8)
+    source = AssumedPairs(rows, 4, shrink=8)
     budget = budget_for(builder.spec, 8)
     iterator = train_iterator(
         source, builder, budget, seed=0, num_shards=1, epochs=1, num_workers=workers
@@ -335,7 +269,7 @@ def main() -> None:
     if args.memory:
         memory(builder, args.rows, args.workers[0] if args.workers else 0)
         return
-    source = MixedPairs(args.pairs, args.images)
+    source = AssumedPairs(args.pairs, args.images)
     if args.workers:
         scale(source, builder, args.workers, 2 * args.pairs)
     else:

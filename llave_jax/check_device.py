@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import jax
 from llave_jax.common import command_line
 from llave_jax.common.files import write_text
 from llave_jax.config import Config
-from llave_jax.device_check import attention, collectives, golden, report
+from llave_jax.device_check import attention, collectives, golden, report, training
 from llave_jax.models.llave import attention_cases
 from llave_jax.ops.attention_choice import choose
 from llave_jax.parallel import processes
@@ -61,6 +62,9 @@ def check(config: Config, *, short: bool) -> Iterator[report.Row]:
         dtypes = (config.dtype,) if short else ("float32", "bfloat16")
         yield from golden.agreement(mesh, chosen, dtypes)
     yield from collectives.exchanges(mesh)
+    if not short:
+        with tempfile.TemporaryDirectory() as folder:
+            yield from training.measure(config, mesh, Path(folder))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -135,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
-    return command_line.run(_command, parse_args(argv))
+    return command_line.run(_command, parse_args(argv), (ValueError, OSError, FloatingPointError))
 
 
 if __name__ == "__main__":

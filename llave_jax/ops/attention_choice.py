@@ -25,7 +25,7 @@ from llave_jax.parallel import processes
 
 log = logging.getLogger(__name__)
 
-# Segments of checked rows are not longer than this.
+# What splash attention is told of checked rows, unless their segments are longer: a bound that none reaches.
 MAX_SEGMENT_LENGTH = 600
 # What was chosen in this process, by what it was chosen for.
 _chosen: dict[tuple[Any, ...], str] = {}
@@ -131,7 +131,7 @@ def implementation(name: str, case: Case, *, interpret: bool = False) -> Callabl
     if interpret:
         kernel = functools.partial(kernel, interpret=True)
     if name == "splash" and case.causal:
-        kernel = functools.partial(kernel, max_segment_length=MAX_SEGMENT_LENGTH)
+        kernel = functools.partial(kernel, max_segment_length=max(MAX_SEGMENT_LENGTH, case.longest))
     return kernel
 
 

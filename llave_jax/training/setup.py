@@ -451,13 +451,27 @@ def make_state(
     Raises:
       ValueError: the checkpoint does not suit this run (`Checkpoints.restore`).
     """
-    model, step = training.model, training.step
+    step = training.step
     if checkpoints.latest_step is not None:
         state = checkpoints.restore(step.state, iterator)
         log.info("continuing from step %d", int(state.step))
         return state
     if config.model.path is not None:
         return step.init(model_dir.load_params(config.model.path, mesh=mesh, dtype=jnp.float32))
+    return random_state(config, training)
+
+
+def random_state(config: Config, training: Training) -> TrainState:
+    """The state before the first step of a model that is trained from scratch.
+
+    Args:
+      config: of the run.
+      training: what the run consists of.
+
+    Returns:
+      The state, made in its shards.
+    """
+    model, step = training.model, training.step
 
     def from_seed(key: jax.Array) -> TrainState:
         return step.init(model.init(key, example_batch(model.config))["params"])
