@@ -5,6 +5,7 @@ Each job is started as a user would start it; processes find each other over the
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from llave_jax.parallel import sharding
+from llave_jax.training.metrics import read_metrics
 from llave_jax.weights import model_dir
 
 STEPS = 20
@@ -201,6 +203,13 @@ def ends(jobs, timeout=120):
             job.kill()
 
 
+def wait_for_lines(workdir, jobs, more_than=0):
+    """Until a run has written so many lines of metrics."""
+    while len(read_metrics(workdir)) <= more_than:
+        assert all(job.poll() is None for job in jobs), ends(jobs)
+        time.sleep(0.1)
+
+
 def test_processes_with_different_configs_are_refused_by_key(tmp_path, place):
     flags = ((), ("--config.loss.alpha=5.0", "--config.seed=3"))
     for status, said in ends(start_tiny(tmp_path, place, flags)):
@@ -222,12 +231,27 @@ def test_an_error_of_one_process_is_said_by_all(tmp_path, place):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_death_of_a_process_ends_the_other_with_its_name(killed, tmp_path, place):
     jobs = start_tiny(tmp_path, place)
-    metrics = tmp_path / "run/metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()):
-        assert all(job.poll() is None for job in jobs), ends(jobs)
-        time.sleep(0.1)
+    wait_for_lines(tmp_path / "run", jobs)
     jobs[killed].kill()
     status, said = ends(jobs, timeout=60)[1 - killed]
     assert status not in (0, 2)
     assert f"error: process {killed} (" in said
     assert f"pid {jobs[killed].pid}) has ended without a word" in said
+
+
+def test_one_process_that_is_told_to_stop_stops_both_after_the_same_step(tmp_path, place):
+    """SIGTERM to the second process, then Ctrl-C to both; each time the run goes on where it was saved."""
+    workdir, last = tmp_path / "run", 0
+    for number, told in ((signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1))):
+        jobs = start_tiny(tmp_path, place)
+        wait_for_lines(workdir, jobs, more_than=last + 2)
+        for process in told:
+            jobs[process].send_signal(number)
+        ended = ends(jobs)
+        saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+        for status, said in ended:
+            assert status == 128 + number, said
+            assert f"told to stop: step {saved} is saved" in said
+        assert [line["step"] for line in read_metrics(workdir)] == list(range(1, saved + 1))
+        assert saved > last
+        last = saved
