@@ -181,7 +181,7 @@ def torture(config: Path, workdir: Path, kills: int, rng: random.Random, life: f
             run.kill()
         if name == signal.SIGTERM and run.returncode not in (143, -15, 0):
             outcome.differences.append(f"status {run.returncode} after SIGTERM")
-        gone, alive = psutil.wait_procs(children, timeout=20)
+        _, alive = psutil.wait_procs(children, timeout=20)
         outcome.differences += [f"worker still there: {child}" for child in alive]
         key = f"{moment} {name.name}"
         outcome.kills[key] = outcome.kills.get(key, 0) + 1
