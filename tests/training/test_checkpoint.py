@@ -330,6 +330,52 @@ def test_the_last_n_are_kept_and_nothing_of_those_removed(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
 
 
+MESHES = ({"data": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}, {"data": 1})
+
+
+@pytest.mark.parametrize("after", MESHES, ids=str)
+def test_parameters_and_optimiser_are_the_same_on_another_mesh(after, tmp_path):
+    """Of 8 devices, divided in another way, or of one."""
+    rng = np.random.default_rng(0)
+    flat = {
+        "image_newline": rng.random(8, np.float32),
+        "projector/linear_1/kernel": rng.random((8, 16), np.float32),
+    }
+    places = {"image_newline": ("fsdp",), "projector/linear_1/kernel": ("fsdp", "tensor")}
+
+    def target_on(mesh_axes, state):
+        count = int(np.prod(list(mesh_axes.values())))
+        mesh = sharding.make_mesh(
+            {"data": 1, "fsdp": 1, "tensor": 1, **mesh_axes}, jax.devices()[:count]
+        )
+
+        def place(path, x):
+            name = next((n for n in places if sharding.path_string(path).endswith(n)), None)
+            spec = jax.sharding.PartitionSpec(*(places[name] if name and x.ndim else ()))
+            target = jax.sharding.NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target)
+
+        return jax.tree_util.tree_map_with_path(place, state)
+
+    opt_state = adamw().init(flat)
+    gradients = {path: jnp.asarray(rng.random(x.shape, np.float32)) for path, x in flat.items()}
+    _, opt_state = adamw().update(gradients, opt_state, flat)
+    state = TrainState(jnp.int32(1), sharding.unflatten(flat), opt_state)
+    before = jax.tree.map(
+        lambda x, target: jax.device_put(x, target.sharding),
+        state,
+        target_on({"data": 2, "fsdp": 4}, state),
+    )
+    save(tmp_path, before)
+    target = target_on(after, state)
+    found = restore(tmp_path, target)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    places_found, places_wanted = (
+        jax.tree.map(lambda x: x.sharding, tree) for tree in (found, target)
+    )
+    assert places_found == places_wanted
+
+
 # A folder that cannot be written.
 
 
