@@ -181,6 +181,7 @@ def told(workdir):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", ["best is saved, scores are not", "scores are saved"])
 def test_a_kill_around_an_evaluation_changes_nothing(
     window, evaluated, place, tmp_path, monkeypatch
@@ -210,6 +211,7 @@ def test_a_kill_around_an_evaluation_changes_nothing(
 # Signals.
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_an_evaluation_keeps_the_step_and_scores_it_later(
     evaluated, place, tmp_path, monkeypatch
 ):
