@@ -20,14 +20,8 @@ APPENDED = {
     ("-m llave_jax.train", ""): "--config.steps=2 --config.log_every=1 --config.data.num_workers=0",
     ("-m llave_jax.train", "configs/quickstart.py"): "--config.eval.benchmark=None",
     ("-m llave_jax.train", "configs/finetune.py"): "--config.batch.pairs=8",
-    **dict.fromkeys(
-        [
-            ("-m llave_jax.train", "configs/llave_"),
-            ("-m llave_jax.train", "configs/ablations.py"),
-        ],
-        "--config.steps=1 --config.batch.pairs=8 --config.batch.micro_batches=2 "
-        "--config.model.inputs.max_length=512",
-    ),
+    ("-m llave_jax.train", "configs/llave_"): "--config.steps=1 --config.batch.pairs=8 "
+    "--config.batch.micro_batches=2 --config.model.inputs.max_length=512",
     ("tools/prepare_data.py", ""): "--num-workers=1",
     # The stand-in's embeddings do not have the size of a released model's.
     ("tools/check_example.py", ""): "--size=0.5B",
