@@ -50,6 +50,7 @@ def test_a_step_is_measured_beside_its_plan(quick, config, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_fails(quick, config, tmp_path, monkeypatch):
     monkeypatch.setattr(training.memory, "device_limit", lambda device: 1000)
     monkeypatch.setattr(training.attention, "speed", lambda case, device: iter(()))

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from llave_jax import embed, evaluate
 from llave_jax.embedding.embedder import Embedder
@@ -14,6 +15,7 @@ from tests.test_golden import REFUSED, load_cases, make_item
 LEAST_COSINE = 1 - (16 * 2**-8) ** 2 / 2
 
 
+@pytest.mark.slow
 def test_bfloat16_embeddings_are_close_to_float32(golden, golden_model):
     items = [make_item(c, golden) for c in load_cases(golden)["cases"] if c["name"] not in REFUSED]
     whole, half = (

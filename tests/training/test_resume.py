@@ -177,6 +177,7 @@ CHANGES = {
 LONGER = {"steps": {"steps": 8}, "data.epochs": {"steps": None, "data.epochs": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", LONGER)
 def test_a_finished_run_goes_on_longer_on_the_schedule_of_its_new_length(
     key, runs, place, tmp_path
