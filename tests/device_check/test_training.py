@@ -1,18 +1,23 @@
 """The training step as `check_device` measures it: every figure beside what it is compared with."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from llave_jax.config import default_config
 from llave_jax.device_check import attention, training
+from llave_jax.parallel import sharding
 from llave_jax.planning import chips
 from llave_jax.planning.assumed_pairs import AssumedPairs
-from llave_jax.training import setup
+
+SOURCE = functools.cache(lambda: AssumedPairs(100, images=1, shrink=8))
 
 
 @pytest.fixture
 def quick(monkeypatch):
+    monkeypatch.setattr(training, "AssumedPairs", lambda count, images: SOURCE())
     monkeypatch.setattr(training, "INPUT_SECONDS", 0.1)
     monkeypatch.setattr(training, "STEPS", 1)
     monkeypatch.setattr(attention, "REPEATS", 1)
@@ -34,8 +39,13 @@ def config():
     return config
 
 
+def one_device():
+    return sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+
+
+@pytest.mark.slow
 def test_a_step_is_measured_beside_its_plan(quick, config, tmp_path):
-    rows = list(training.measure(config, setup.make_mesh(config), tmp_path))
+    rows = list(training.measure(config, one_device(), tmp_path))
     checks = [row.check for row in rows]
     assert checks == ["input", *["speed of attention"] * 4, "memory", "training step", "input"]
     by_check = {row.check: row for row in rows}
@@ -54,21 +64,19 @@ def test_a_step_is_measured_beside_its_plan(quick, config, tmp_path):
 def test_a_step_that_does_not_fit_fails(quick, config, tmp_path, monkeypatch):
     monkeypatch.setattr(training.memory, "device_limit", lambda device: 1000)
     monkeypatch.setattr(training.attention, "speed", lambda case, device: iter(()))
-    (row,) = (
-        r for r in training.measure(config, setup.make_mesh(config), tmp_path) if r.passed is False
-    )
+    (row,) = (r for r in training.measure(config, one_device(), tmp_path) if r.passed is False)
     assert row.check == "memory"
     assert "of 0.00 that it may take" in row.text
 
 
 def test_a_step_that_would_take_too_long_is_not_run(quick, config, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_product_rate", lambda dtype: 1.0)
-    *_, row = training.measure(config, setup.make_mesh(config), tmp_path)
+    *_, row = training.measure(config, one_device(), tmp_path)
     assert row.text.startswith("not run: it would take")
 
 
 def test_assumed_pairs_are_what_they_say(tmp_path):
-    source = AssumedPairs(20, images=1, shrink=8)
+    source = SOURCE()
     has_image, words = source.queries()
     assert has_image.any()
     assert not has_image.all()

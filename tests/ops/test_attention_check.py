@@ -5,6 +5,7 @@ Kernels stand in for an accelerator's: on CPUs "auto" is the XLA form, which not
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 import subprocess
@@ -187,15 +188,21 @@ def test_embedder_does_not_use_a_broken_kernel(device, golden_model, caplog):
     np.testing.assert_array_equal(model.encode(items), expected)
 
 
-def test_train_does_not_use_a_broken_kernel(device, golden, tmp_path, caplog, monkeypatch):
-    # The last layer computes single tokens, without a kernel.
-    text = dataclasses.replace(text_runs.MODEL.text, num_layers=2)
-    monkeypatch.setattr(text_runs, "MODEL", dataclasses.replace(text_runs.MODEL, text=text))
-    text_runs.write_place(tmp_path, golden / "checkpoint")
+def test_train_does_not_use_a_broken_kernel(device, golden_model, tmp_path, caplog):
+    sides = {"qry_image_path": "", "pos_image_path": ""}
+    rows = [{"qry": f"which is {i}?", "pos_text": f"it is {i}", **sides} for i in range(16)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "numbers.json").write_text(json.dumps(rows))
     device(not_finite)
-    changes = {"steps": 1, "eval.benchmark": None}
-    # With it, the loss would not be finite, which ends a run.
-    assert train(text_runs.make_config(tmp_path, changes), tmp_path / "run")
+    changes = {
+        "model.path": str(golden_model.directory),
+        "data.on_error": "skip",
+        "steps": 1,
+        "eval.benchmark": None,
+    }
+    config = text_runs.make_config(tmp_path, changes)
+    # With the kernel, the loss would not be finite, which ends a run.
+    assert train(config, tmp_path / "run")
     assert 'attention "triton" IS NOT USED' in caplog.text
 
 
