@@ -25,6 +25,7 @@ from llave_jax.parallel import processes
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 PAGE = (ROOT / "docs/launch.md").read_text()
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
 SCALING = (ROOT / "docs/scaling.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -110,7 +111,7 @@ def test_scripts_know_the_exit_statuses():
     )
     assert f"status == {processes.STOPPED}" in slurm
     assert f"$status == [0{command_line.USER_ERROR}]" in loop
-    assert f"| SIGTERM | the step that was under way | {processes.STOPPED} |" in PAGE
+    assert f"| SIGTERM | the step that was under way | {processes.STOPPED} |" in OPERATIONS
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

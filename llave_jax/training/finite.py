@@ -32,7 +32,7 @@ def check_finite(state: TrainState) -> None:
         raise FloatingPointError(
             f"step {int(state.step)}: {len(bad)} of {len(names)} arrays of the parameters and the optimiser are "
             f"not finite ({', '.join(bad[:3])}), though loss and gradient were: the update was too large "
-            "(config.optim.learning_rate). This step is not saved; the last checkpoint is kept"
+            "(config.optim.learning_rate). This step is not saved; checkpoints that are there are kept"
         )
 
 

@@ -7,6 +7,7 @@ TensorBoard shows is made from it anew whenever a process begins.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.summary import scalar
 
+from llave_jax.common.directories import make_directory
 from llave_jax.common.files import write_text
 from llave_jax.training.weights_and_biases import WandbLog
 
@@ -58,7 +60,7 @@ class MetricsWriter:
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         board = directory / BOARD
-        board.mkdir(parents=True, exist_ok=True)
+        make_directory(board)
         for old in board.glob("events.out.tfevents.*"):
             old.unlink()
         self._board = EventsWriter(str(board / "events"))
@@ -71,10 +73,11 @@ class MetricsWriter:
 
         Args:
           step: optimiser steps done.
-          values: metric -> value.
+          values: metric -> value. Those that are not finite are left out: JSON has no number for them.
         """
         if not self._enabled:
             return
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         line = {"step": step, "time": round(time.time(), 3), **values}
         rest = (json.dumps(line) + "\n").encode()
         # Mostly one call. A line that a full disk cuts short is left out when the file is read.

@@ -1,6 +1,6 @@
 """What of a run's config may change when the run is continued, key by key.
 
-Every key has its place in one of the two tables here; docs/launch.md shows them. What a checkpoint
+Every key has its place in one of the two tables here; docs/operations.md shows them. What a checkpoint
 itself must agree with (processes, data, optimiser) is checked where it is read.
 """
 
@@ -172,7 +172,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def table() -> str:
-    """The two tables in Markdown, as docs/launch.md has them."""
+    """The two tables in Markdown, as docs/operations.md has them."""
     lines = ["| may change | decides |", "|---|---|"]
     lines += [f"| {_listed(keys)} | {what} |" for what, keys in MAY_CHANGE.items()]
     lines += ["", "| may not change | decides |", "|---|---|"]

@@ -90,7 +90,7 @@ def record_config(config: Config, workdir: Path) -> None:
             raise ValueError(
                 f"{workdir} holds a run with another config ({'; '.join(refused)}); "
                 "use another --workdir, or the config it began with. What may change is listed in "
-                "docs/launch.md"
+                "docs/operations.md"
             )
     write_text(path, text)
 

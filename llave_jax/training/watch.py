@@ -104,7 +104,6 @@ class Watch:
         finite = values.pop("finite", True)
         if not (finite and math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             self._count(step, values, batch, skips)
-            values = {name: value for name, value in values.items() if math.isfinite(value)}
             values[IS_SKIPPED] = 1
         else:
             self._in_a_row = 0
@@ -126,6 +125,8 @@ class Watch:
         self._in_a_row += 1
         limits = self._nonfinite
         what = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            what += ", but the update is not finite (config.optim.learning_rate)"
         in_row = self._in_a_row > limits.max_in_a_row
         if skips and not in_row and self._skipped <= limits.max_in_all:
             log.warning(
@@ -138,7 +139,7 @@ class Watch:
             what += f"; such steps are {count}, more than config.nonfinite.{limit}={limits[limit]}"
         rows = [row for pack in batch.ids for shard in pack for row in shard if row]
         raise FloatingPointError(
-            f"{what}; the last checkpoint is kept. Rows of this process's batch: {', '.join(rows)}"
+            f"{what}; checkpoints that are there are kept. Rows of this process's batch: {', '.join(rows)}"
         )
 
     def _write(self, step: int, values: dict[str, float]) -> None:
