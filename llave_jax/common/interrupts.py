@@ -24,7 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds that Python code has to end by itself.
 GRACE = 5.0
 # Seconds within which a repeated signal is the same: `timeout` and some shells send each one twice.
-_REPEAT = 0.3
+REPEAT = 0.3
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -173,7 +173,7 @@ class _Taker:
                 if first is None:
                     first = number, now
                     self._end_later(number)
-                elif now - first[1] > _REPEAT:
+                elif now - first[1] > REPEAT:
                     self._end(number)
         os.close(self._read)
 

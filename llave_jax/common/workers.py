@@ -10,9 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from llave_jax.common.interrupts import deferred
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from llave_jax.common.interrupts import SIGNALS, deferred
 
 
 @contextlib.contextmanager
@@ -26,7 +24,7 @@ def starting_workers() -> Iterator[None]:
         if not hasattr(signal, "pthread_sigmask"):
             yield
             return
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             yield
         finally:
@@ -38,7 +36,7 @@ def follow_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 

@@ -25,6 +25,7 @@ import PIL.Image
 import pyarrow
 import pyarrow.parquet
 
+from llave_jax.common.directories import make_directory
 from llave_jax.common.files import replace_directory, scratch_directory
 from llave_jax.digits import scenes
 from llave_jax.evaluation.mmeb_data import DatasetInfo
@@ -158,7 +159,7 @@ def _write(root: Path, seed: int, sizes: Sizes) -> None:
 
     images = _Images(root, "train_images", annotations)
     rows = _train_rows(scans, train, sizes.train, np.random.default_rng([seed, 1]), images)
-    (root / "train").mkdir()
+    make_directory(root / "train")
     for subset, subset_rows in rows.items():
         text = json.dumps(subset_rows, indent=1)
         (root / "train" / f"{subset}.json").write_text(text + "\n", encoding="utf-8")
@@ -166,7 +167,7 @@ def _write(root: Path, seed: int, sizes: Sizes) -> None:
     images = _Images(root, "eval/images", annotations)
     rows = _eval_rows(scans, test, sizes.eval, np.random.default_rng([seed, 2]), images)
     for subset, subset_rows in rows.items():
-        (root / "eval" / subset).mkdir()
+        make_directory(root / "eval" / subset)
         table = pyarrow.Table.from_pylist(subset_rows, schema=_EVAL_SCHEMA)
         pyarrow.parquet.write_table(table, root / "eval" / subset / "test-00000-of-00001.parquet")
 
@@ -183,7 +184,7 @@ class _Images:
         self._annotations = annotations
         for folder in (*SUBSETS, SCENES):
             if folder not in (VQA, RETRIEVAL_I2T, RETRIEVAL_T2I):
-                (self._root / folder).mkdir(parents=True)
+                make_directory(self._root / folder)
 
     def save(
         self,

@@ -26,20 +26,16 @@ from typing import Any
 import jax
 from jax._src import distributed
 
+from llave_jax.common.interrupts import GRACE, REPEAT, SIGNALS
 from llave_jax.parallel import peers
 from llave_jax.parallel.processes import STOPPED
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Seconds that Python code has to end by itself before the process is ended.
-GRACE = 5.0
 # Seconds that a step may wait for its data once the job is told to stop.
 DATA_LIMIT = 30.0
 # Seconds that the processes of a job wait for each other, and between two questions whether one was told.
 AGREEMENT_LIMIT, POLL = 60.0, 1.0
-# Seconds within which a repeated signal is the same: `timeout` and some shells send each one twice.
-REPEAT = 0.3
 
 
 class StopRequested(BaseException):

@@ -17,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NoReturn
 
+from llave_jax.common.directories import make_directory
 from llave_jax.common.files import staged_directory
 from llave_jax.common.paths import OutsideRoot, check_links, is_plain_name
 from llave_jax.common.progress import Progress
@@ -368,12 +369,12 @@ def _write_carried(path: Path, weights: HfWeights, carried: list[str]) -> None:
 
 def _copy_source_files(source: Path, target: Path, weights: HfWeights) -> None:
     """Copy all files that are not weights, as they are."""
-    target.mkdir()
+    make_directory(target)
     weight_files = {file.path for file in weights.files}
     for path in model_files(source):
         if path not in weight_files:
             copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(copy.parent)
             shutil.copyfile(path, copy)
     left_out = [str(p.relative_to(source)) for p in _files(source) if _is_other_weights(p, source)]
     if left_out:

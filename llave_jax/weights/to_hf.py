@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llave_jax.common.directories import make_directory
 from llave_jax.common.files import staged_directory
 from llave_jax.common.progress import Progress
 from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig
@@ -308,6 +309,6 @@ def _tower_name(target: Path, config: LlaveConfig, origin: Origin) -> str:
         named = section(origin.config, LLAVE_KEY, "config.json").get("mm_vision_tower")
         return named if isinstance(named, str) else usual
     name = "siglip_tower"
-    (target / name).mkdir()
+    make_directory(target / name)
     write_json(target / name / "config.json", hf_config_export.tower_values(config.vision))
     return name

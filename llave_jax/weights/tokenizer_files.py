@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llave_jax.common.directories import make_directory
 from llave_jax.weights.json_files import read_json, section, write_json
 from llave_jax.weights.safetensors_io import CheckpointError
 
@@ -106,7 +107,7 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
       source: directory to copy from.
       target: directory to copy to; it is made if it is missing.
     """
-    target.mkdir(exist_ok=True)
+    make_directory(target)
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
