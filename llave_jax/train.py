@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 
 from llave_jax.common import command_line
+from llave_jax.common.directories import closed_to_other_writers
 from llave_jax.common.files import write_text
 from llave_jax.config import Config
 from llave_jax.data.pipeline import skip_limit
@@ -63,7 +64,7 @@ def train(config: Config, workdir: Path) -> bool:
     """
     check_config(config)
     run_files.check_processes(config, workdir)
-    with stopping.listen() as stop, workdir_lock.locked(workdir):
+    with closed_to_other_writers(), stopping.listen() as stop, workdir_lock.locked(workdir):
         clock = Clock(workdir, enabled=jax.process_index() == 0)
         try:
             complete = _train(config, workdir, stop, clock)

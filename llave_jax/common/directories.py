@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -31,3 +33,14 @@ def make_directory(path: str | os.PathLike, *, private: bool = False) -> Path:
         folder.mkdir(mode=mode, exist_ok=True)
     path.mkdir(mode=mode, exist_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def closed_to_other_writers() -> Iterator[None]:
+    """While the block runs, what this process makes cannot be written by others, also what libraries make."""
+    before = os.umask(0o022)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)

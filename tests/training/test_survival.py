@@ -357,8 +357,19 @@ def observed(place, tmp_path_factory):
             inner.setattr(Watch, "_finish", kill)
             with pytest.raises(Killed):
                 train.train(make_config(place, config), workdir)
-        assert train.train(make_config(place, config), workdir)
+        umask = os.umask(0)
+        try:
+            assert train.train(make_config(place, config), workdir)
+            assert os.umask(0) == 0
+        finally:
+            os.umask(umask)
     return workdir
+
+
+def test_others_cannot_write_into_a_run_whatever_the_umask(observed):
+    made = list(observed.rglob("*"))
+    assert any(path.parent.name == "checkpoints" for path in made)
+    assert not [path for path in made if path.stat().st_mode & 0o022]
 
 
 def test_each_line_says_where_its_seconds_went(observed):
