@@ -103,8 +103,9 @@ def restart(workdir: Path, steps: int, cache: Path | None) -> float:
     command += ["--config.checkpoint.best_metric=None"]
     metrics = workdir / "metrics.jsonl"
     start = time.perf_counter()
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, **silent)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     seconds = None
     while process.poll() is None:
         lines = metrics.read_text().splitlines() if metrics.exists() else []

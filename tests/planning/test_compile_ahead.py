@@ -392,6 +392,6 @@ def test_exchanges_are_known_by_where_they_come_from(op_name, expected):
 @pytest.mark.slow
 def test_overflow_is_reported(tiny_config):
     pytest.importorskip("libtpu", reason="needs the libtpu wheel: pip install llave_jax[tpu]")
-    done = compile_tiny(tiny_config, "--topology=v5e:2x2", "--config.batch.pairs=1048576")
+    done = compile_tiny(tiny_config, "--topology=v5e:2x2", "--config.batch.crops_per_pair=100000")
     assert done.returncode == 1, done.stderr[-3000:]
     assert "RESOURCE_EXHAUSTED" in json.loads(done.stdout.splitlines()[-1])["does_not_fit"]
