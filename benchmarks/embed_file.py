@@ -145,7 +145,8 @@ def run(model: Path, source: Path, output: Path, kill_at: int | None = None) -> 
 
 def items_done(progress: Path) -> int:
     lines = progress.read_text().split("\n")[1:-1]
-    return sum(json.loads(line)["items"] for line in lines)
+    # The line of a complete output has no items of its own.
+    return sum(json.loads(line).get("items", 0) for line in lines)
 
 
 def check(output: Path, size: int) -> None:

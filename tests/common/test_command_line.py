@@ -217,7 +217,7 @@ def test_an_installed_package_finds_its_configs_and_commands(wheel, tmp_path):
         done.stderr
     )
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert set(scripts) == {"llave-train", "llave-embed", "llave-evaluate", "llave-convert"}
+    assert set(scripts) >= {"llave-train", "llave-embed", "llave-evaluate", "llave-convert"}
     for script in scripts:
         done = subprocess.run([tmp_path / "venv/bin" / script, "--help"], **options)
         assert done.stdout.startswith(f"usage: {script} "), done.stderr
