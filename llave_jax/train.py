@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import grain
 import jax
 
 from llave_jax.common import command_line
@@ -25,6 +27,7 @@ from llave_jax.common.files import write_text
 from llave_jax.config import Config
 from llave_jax.data.pipeline import skip_limit
 from llave_jax.data.skips import TooManySkips
+from llave_jax.data.sources import PairSource
 from llave_jax.inputs.chat import check_vocabulary
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.parallel import peers, processes, sharding, stopping
@@ -32,10 +35,15 @@ from llave_jax.training import batch_shape, run_files, setup, workdir_lock
 from llave_jax.training.batch_search import BatchSearch, with_batch
 from llave_jax.training.checkpoint import Checkpoints
 from llave_jax.training.config_check import check_config
+from llave_jax.training.evaluation import TrainingEvaluation
 from llave_jax.training.finite import check_finite
 from llave_jax.training.goodput import CHECKPOINT, DATA_WAIT, EVALUATION, STEPS, Clock
+from llave_jax.training.metrics import MetricsWriter
 from llave_jax.training.profiling import Profile
 from llave_jax.training.skipped_rows import check_skipped_rows, report_skipped_rows
+from llave_jax.training.state import TrainState
+from llave_jax.training.train_step import TrainStep
+from llave_jax.training.watch import Watch
 from llave_jax.training.workdir_lock import WorkdirInUse
 
 log = logging.getLogger(__name__)
@@ -75,21 +83,36 @@ def train(config: Config, workdir: Path) -> bool:
         return complete
 
 
+@dataclasses.dataclass
+class _Run:
+    """A run that is set up. All but `state` and the skipped rows stay as they are."""
+
+    config: Config
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    source: PairSource
+    iterator: grain.DatasetIterator
+    step: TrainStep
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    evaluation: TrainingEvaluation
+    watch: Watch
+    start: int
+    total_steps: int
+    state: TrainState
+    skipped: tuple[str, ...] = ()
+
+
 def _train(config: Config, workdir: Path, stop: stopping.Stopping, clock: Clock) -> bool:
-    begins = contextlib.ExitStack()
-    with begins:
+    with contextlib.ExitStack() as begins:
         # Up to the end of the first step there is nothing to save.
         begins.enter_context(stop.interruptible())
-        return _steps(config, workdir, stop, clock, begins)
+        run = _set_up(config, workdir, clock)
+        complete, last_step = _make_steps(run, stop, clock, begins)
+    return _finish(run, clock, complete, last_step)
 
 
-def _steps(
-    config: Config,
-    workdir: Path,
-    stop: stopping.Stopping,
-    clock: Clock,
-    begins: contextlib.ExitStack,
-) -> bool:
+def _set_up(config: Config, workdir: Path, clock: Clock) -> _Run:
     first_process = jax.process_index() == 0
     if first_process:
         workdir_lock.remove_leftovers(workdir)
@@ -133,84 +156,104 @@ def _steps(
     if not evaluation.has_stopped and evaluation.due(start, total_steps):
         with clock.spent(EVALUATION):
             evaluation.run(state.params, start, writer)
-
     watch = setup.make_watch(config, writer, training.schedule, total_steps, start, clock, workdir)
-    profile = Profile(config, workdir)
     clock.begin(start)
-    skipped: tuple[str, ...] = ()
-    last_step = start
+    return _Run(
+        *(config, workdir, mesh, source, iterator, training.step, checkpoints),
+        *(writer, evaluation, watch, start, total_steps, state),
+    )
 
-    def save() -> None:
-        # Nothing is saved before its loss and all of it are known to be finite.
-        watch.drain()
-        with clock.spent(CHECKPOINT):
-            check_finite(state)
-            writer.sync()
-            checkpoints.save(state, iterator)
 
+def _make_steps(
+    run: _Run, stop: stopping.Stopping, clock: Clock, begins: contextlib.ExitStack
+) -> tuple[bool, int]:
+    """Trains up to the last step, or until the run is told to stop.
+
+    Returns:
+      Whether all is done and scored, and the last step done.
+    """
+    config, evaluation, checkpoints = run.config, run.evaluation, run.checkpoints
+    last_step, told = run.start, False
     # A checkpoint that is being written is completed, also after an error.
     with (
         contextlib.closing(checkpoints),
-        contextlib.closing(profile),
-        watch.progress,
+        contextlib.closing(Profile(config, run.workdir)) as profile,
+        run.watch.progress,
     ):
-        told = False
-        for step in range(start + 1, start + 1 if evaluation.has_stopped else total_steps + 1):
+        for step in range(run.start + 1, run.total_steps + 1):
+            if evaluation.has_stopped:
+                break
             profile.before(step)
-            with clock.spent(DATA_WAIT), stop.waiting_for_data():
-                batch = next(iterator)
-            skipped = batch.skipped
-            arrays = (batch.packed, batch.target_ids)
-            state, metrics = training.step.run(
-                state, *sharding.device_put_batch(arrays, mesh, leading_axes=1)
-            )
+            metrics = _make_step(run, step, stop, clock)
             last_step = step
-            if step == start + 1:
+            if step == run.start + 1:
                 begins.close()
                 clock.turn_to(STEPS)
-            watch.add(step, metrics, batch)
             profile.after(step, metrics)
-            if step % config.log_every == 0 and jax.process_count() > 1:
-                limit = skip_limit(source, config.data.max_skip_share)
-                check_skipped_rows(skipped, list(source.subsets), limit, workdir)
             told = stop.at(step) | checkpoints.must_stop(step)
-            is_last, evaluates = step == total_steps, evaluation.due(step, total_steps)
+            is_last = step == run.total_steps
+            evaluates = evaluation.due(step, run.total_steps)
             if is_last or (evaluates and config.eval.patience is not None):
                 # It may be the run's last line. The line of its evaluation is the sign that it is over.
-                watch.drain()
-                watch.write_last()
+                run.watch.drain()
+                run.watch.write_last()
             # A step is saved before it is evaluated: an evaluation that is stopped is begun again.
             if told or is_last or evaluates or step % config.checkpoint.every == 0:
-                save()
+                _save(run, clock)
             if told:
                 log.warning("told to stop: step %d is saved; the same command goes on", step)
                 break
             if evaluates:
                 try:
                     with clock.spent(EVALUATION), stop.interruptible(checkpoints.wait):
-                        evaluation.run(state.params, step, writer, checkpoints.wait)
+                        evaluation.run(run.state.params, step, run.writer, checkpoints.wait)
                 except stopping.StopRequested:
                     log.warning("told to stop: step %d is saved, and not yet evaluated", step)
                     told = True
                     break
-                watch.restart_clock()
-            if evaluation.has_stopped:
-                break
+                run.watch.restart_clock()
         begins.close()
-        watch.drain()
-    evaluation.close()
-    writer.close()
-    if waiting := len(iterator.get_state()["carry"]):
+        run.watch.drain()
+    is_evaluated = not (told and evaluation.due(last_step, run.total_steps))
+    return (last_step == run.total_steps and is_evaluated) or evaluation.has_stopped, last_step
+
+
+def _make_step(run: _Run, step: int, stop: stopping.Stopping, clock: Clock) -> dict[str, jax.Array]:
+    """Reads a batch and has the devices begin a step; they may still be at it afterwards."""
+    with clock.spent(DATA_WAIT), stop.waiting_for_data():
+        batch = next(run.iterator)
+    run.skipped = batch.skipped
+    arrays = sharding.device_put_batch((batch.packed, batch.target_ids), run.mesh, leading_axes=1)
+    run.state, metrics = run.step.run(run.state, *arrays)
+    run.watch.add(step, metrics, batch)
+    if step % run.config.log_every == 0 and jax.process_count() > 1:
+        limit = skip_limit(run.source, run.config.data.max_skip_share)
+        check_skipped_rows(run.skipped, list(run.source.subsets), limit, run.workdir)
+    return metrics
+
+
+def _save(run: _Run, clock: Clock) -> None:
+    # Nothing is saved before its loss and all of it are known to be finite.
+    run.watch.drain()
+    with clock.spent(CHECKPOINT):
+        check_finite(run.state)
+        run.writer.sync()
+        run.checkpoints.save(run.state, run.iterator)
+
+
+def _finish(run: _Run, clock: Clock, complete: bool, last_step: int) -> bool:
+    run.evaluation.close()
+    run.writer.close()
+    if waiting := len(run.iterator.get_state()["carry"]):
         log.info("%d pairs that this process has read had no room before the last step", waiting)
-    report_skipped_rows(skipped, workdir)
-    is_evaluated = not (told and evaluation.due(last_step, total_steps))
-    complete = (last_step == total_steps and is_evaluated) or evaluation.has_stopped
+    report_skipped_rows(run.skipped, run.workdir)
     if complete:
-        evaluation.report(last_step)
-    log.info("%d of %d steps done: %s", last_step, total_steps, watch.last_loss or "nothing to do")
-    if first_process:
-        text = clock.summary(evaluation.best())
-        write_text(workdir / "summary.txt", text + "\n")
+        run.evaluation.report(last_step)
+    done = run.watch.last_loss or "nothing to do"
+    log.info("%d of %d steps done: %s", last_step, run.total_steps, done)
+    if jax.process_index() == 0:
+        text = clock.summary(run.evaluation.best())
+        write_text(run.workdir / "summary.txt", text + "\n")
         print(f"\n{text}\n", flush=True)
     return complete
 

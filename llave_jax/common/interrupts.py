@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -113,7 +113,61 @@ def deferred() -> Iterator[None]:
 def take_again() -> None:
     """Takes the signals back from a library, within `interruptible`: `jax.distributed` takes SIGTERM."""
     if _active is not None:
-        _active.take()
+        _active.signals.take()
+
+
+class SignalThread:
+    """Takes SIGINT and SIGTERM until it is closed, also while the main thread does not come back to Python.
+
+    Args:
+      handler: runs in the main thread when Python gets to it, as one of `signal.signal`.
+      first: runs in a thread of its own, with the number of the first signal.
+      again: the same, with the number of a later one.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[int, FrameType | None], None],
+        first: Callable[[int], None],
+        again: Callable[[int], None],
+    ):
+        self._handler, self._first, self._again = handler, first, again
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+        self.take()
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+
+    def take(self) -> None:
+        """Takes the signals back from a library."""
+        for number in SIGNALS:
+            signal.signal(number, self._handler)
+
+    def close(self) -> None:
+        """Gives the signals back to whoever had them before."""
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        os.close(self._write)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(REPEAT)
+
+    def _watch(self) -> None:
+        told: float | None = None
+        while numbers := os.read(self._read, 16):
+            for number in numbers:
+                # Others may have taken a signal for themselves meanwhile.
+                if number not in SIGNALS or signal.getsignal(number) != self._handler:
+                    continue
+                now = time.monotonic()
+                if told is None:
+                    told = now
+                    self._first(number)
+                elif now - told > REPEAT:
+                    self._again(number)
+        os.close(self._read)
 
 
 class _Taker:
@@ -121,31 +175,18 @@ class _Taker:
         self._number: int | None = None
         self._raised = False
         self.defers = False
-        self._closed = threading.Event()
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-        self.take()
+        self._closed = False
+        self.signals = SignalThread(self._raise, self._end_later, self._end)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._report_unraisable
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
-
-    def take(self) -> None:
-        for number in SIGNALS:
-            signal.signal(number, self._raise)
 
     def close(self) -> None:
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self.signals.close()
         sys.unraisablehook = self._hook
         if self._number is not None and _is_command():
             # The interpreter still waits for threads, and jax for other processes.
             self._end_later(self._number)
         else:
-            self._closed.set()
-            # Wakes the watch, which closes the other end.
-            os.close(self._write)
+            self._closed = True
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if self._number is None:
@@ -158,24 +199,9 @@ class _Taker:
             raise Interrupted(self._number)
 
     def _report_unraisable(self, unraisable: Any) -> None:
-        """Python cannot raise in some places, such as a destructor: the watch ends the process then."""
+        """Python cannot raise in some places, such as a destructor: the timer ends the process then."""
         if not isinstance(unraisable.exc_value, Interrupted):
             self._hook(unraisable)
-
-    def _watch(self) -> None:
-        first: tuple[int, float] | None = None
-        while numbers := os.read(self._read, 16):
-            for number in numbers:
-                # Others may have taken a signal for themselves meanwhile.
-                if number not in SIGNALS or signal.getsignal(number) != self._raise:
-                    continue
-                now = time.monotonic()
-                if first is None:
-                    first = number, now
-                    self._end_later(number)
-                elif now - first[1] > REPEAT:
-                    self._end(number)
-        os.close(self._read)
 
     def _end_later(self, number: int) -> None:
         timer = threading.Timer(GRACE, self._end, (number,))
@@ -183,7 +209,7 @@ class _Taker:
         timer.start()
 
     def _end(self, number: int) -> None:
-        if self._closed.is_set():
+        if self._closed:
             return
         for child in multiprocessing.active_children():
             child.kill()

@@ -6,6 +6,7 @@ rows as fit. Rows that do not fit wait for a later step, and so do copies of a r
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import enum
@@ -151,16 +152,17 @@ class StepIterator(grain.DatasetIterator):
         self._taken: set[int] = set()
         self._target_ids: dict[str, np.ndarray] = {}
 
+    @abc.abstractmethod
     def _fill(self) -> None:
         """Places the pairs of one step in the packers, and keeps in `_carry` those that wait.
 
         Raises:
           StopIteration: there are none left.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _epochs_read(self) -> float:
-        raise NotImplementedError
+        """Passes over the data that the stream has made."""
 
     def _row_at(self, position: int) -> int:
         """The row of a pair that waits."""

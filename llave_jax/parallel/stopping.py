@@ -26,7 +26,7 @@ from typing import Any
 import jax
 from jax._src import distributed
 
-from llave_jax.common.interrupts import GRACE, REPEAT, SIGNALS
+from llave_jax.common.interrupts import GRACE, SignalThread
 from llave_jax.parallel import peers
 from llave_jax.parallel.processes import STOPPED
 
@@ -62,14 +62,10 @@ class Stopping:
         self._raised = False
         self._leave_at_once = False
         self._waits_since: float | None = None
-        # When this process itself was told.
-        self._told: float | None = None
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._before: dict[int, Any] = {}
+        self._signals: SignalThread | None = None
         self._client: Any = None
-        self._wakeup: tuple[int, int] = (-1, -1)
-        self._wakeup_before = -1
 
     @property
     def status(self) -> int:
@@ -126,14 +122,27 @@ class Stopping:
         finally:
             self._waits_since = None
 
+    def take_signals(self) -> None:
+        """Takes SIGTERM and SIGINT, until `close`. Only the main thread can."""
+        self._signals = SignalThread(self._handle, self._first, self._again)
+
+    def close(self) -> None:
+        """Gives the signals back, and ends the threads."""
+        if self._signals is not None:
+            self._signals.close()
+        self._closed.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(2 * POLL)
+
     def join_processes(self) -> None:
         """Takes part in what the processes of the job agree on; call after `processes.initialize`."""
-        if self._threads and distributed.global_state.client is not None and self._client is None:
-            self._client = distributed.global_state.client
+        client = distributed.global_state.client
+        if self._signals is not None and client is not None and self._client is None:
+            self._client = client
             self._key = f"llave_jax/stop/{_count()}"
-            for number in self._before:
-                # jax has taken SIGTERM for its own notice, which knows neither SIGINT nor a second signal.
-                signal.signal(number, self._handle)
+            # jax has taken SIGTERM for its own notice, which knows neither SIGINT nor a second signal.
+            self._signals.take()
             self._start(self._poll)
 
     def hold(self) -> None:
@@ -160,19 +169,13 @@ class Stopping:
         self._threads.append(thread)
         thread.start()
 
-    def _listen(self) -> None:
-        while numbers := os.read(self._wakeup[0], 16):
-            for number in numbers:
-                if number not in self._before:
-                    continue
-                now = time.monotonic()
-                if self._told is None:
-                    self._told = now
-                    if self.number is None or self._client is None:
-                        self.number = number
-                        self._start(self._begin)
-                elif now - self._told > REPEAT:
-                    self._end(f"{signal.Signals(number).name} came again: ended at once")
+    def _first(self, number: int) -> None:
+        if self.number is None or self._client is None:
+            self.number = number
+            self._start(self._begin)
+
+    def _again(self, number: int) -> None:
+        self._end(f"{signal.Signals(number).name} came again: ended at once")
 
     def _begin(self) -> None:
         """The first signal has come to this process."""
@@ -298,27 +301,11 @@ def listen() -> Iterator[Stopping]:
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    stopping._wakeup = (read, write)
-    for number in SIGNALS:
-        stopping._before[number] = signal.signal(number, stopping._handle)
-    stopping._wakeup_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    stopping._start(stopping._listen)
+    stopping.take_signals()
     _active = stopping
     try:
         stopping.join_processes()
         yield stopping
     finally:
         _active = None
-        signal.set_wakeup_fd(stopping._wakeup_before)
-        for number, handler in stopping._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        stopping._closed.set()
-        # Wakes the thread that reads.
-        os.write(write, b"\0")
-        os.close(write)
-        for thread in stopping._threads:
-            if thread is not threading.current_thread():
-                thread.join(2 * POLL)
-        os.close(read)
+        stopping.close()

@@ -10,9 +10,10 @@ import pytest
 # The process says where it is, and then stays there. The last words are what it has done.
 SCRIPT = """
 import hashlib, sys, threading, time
+from llave_jax.common import interrupts
 from llave_jax.parallel import stopping
 state = sys.argv[1]
-stopping.GRACE, stopping.DATA_LIMIT, stopping.REPEAT = 0.5, 0.5, 0.05
+stopping.GRACE, stopping.DATA_LIMIT, interrupts.REPEAT = 0.5, 0.5, 0.05
 
 
 def say(text):
