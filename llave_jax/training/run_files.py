@@ -26,6 +26,7 @@ from llave_jax.training import batch_shape, resume
 from llave_jax.training.best import BEST
 from llave_jax.weights import model_dir
 from llave_jax.weights.checkpoint_seal import package_versions
+from llave_jax.weights.json_files import read_json
 from llave_jax.weights.run_params import has_checkpoint
 from llave_jax.weights.tokenizer_files import same_tokenizer_files
 
@@ -77,12 +78,13 @@ def record_config(config: Config, workdir: Path) -> None:
       workdir: the run's directory.
 
     Raises:
-      ValueError: the run in `workdir` cannot go on with this config; it names the keys.
+      ValueError: the run in `workdir` cannot go on with this config, naming the keys; or the config that it
+        began with cannot be read.
     """
     path = workdir / CONFIG
     text = config.to_json(indent=2, sort_keys=True) + "\n"
     if path.exists() and has_checkpoint(workdir):
-        before = json.loads(path.read_text())
+        before = read_json(path)
         resume.keep_batch(config, before)
         text = config.to_json(indent=2, sort_keys=True) + "\n"
         refused = resume.refused_changes(before, json.loads(text))
@@ -121,7 +123,7 @@ def record_batch_plan(
     asked = {"shards": shards, "set_by_hand": settings}
     begun = None
     if jax.process_index() == 0 and path.exists() and has_checkpoint(workdir):
-        begun = json.loads(path.read_text())
+        begun = read_json(path)
     begun = processes.json_from_first_process(begun)
     if begun is None:
         plan = find(None)

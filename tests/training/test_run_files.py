@@ -90,6 +90,14 @@ def test_on_other_devices_the_expected_fill_stays(config, tmp_path):
     assert plan(config, tmp_path, unread, shards=4) == moved
 
 
+@pytest.mark.parametrize("name", ["config.json", "batch_plan.json"])
+def test_a_damaged_file_of_the_run_is_named(config, name, tmp_path):
+    save_checkpoint(tmp_path)
+    (tmp_path / name).write_text('{"batch": ')
+    with pytest.raises(ValueError, match=f"{name}: not JSON"):
+        plan(config, tmp_path, unread)
+
+
 def test_what_is_set_by_hand_wins_and_is_not_planned(config, tmp_path):
     config.batch.update(row_length=512, tokens_per_pair=128.0, crops_per_pair=7.0, taps=4, fill=0.9)
     found = plan(config, tmp_path, unread)
