@@ -12,6 +12,7 @@ class MissingPackage(ImportError, ValueError):
 # Module -> (name of its package, the extra that brings it).
 _PACKAGES = {
     "av": ("PyAV", "video"),
+    "lancedb": ("LanceDB", "search"),
     "ir_measures": ("ir-measures", "retrieval"),
     "wandb": ("wandb", "wandb"),
 }
