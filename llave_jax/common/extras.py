@@ -14,6 +14,9 @@ _PACKAGES = {
     "av": ("PyAV", "video"),
     "lancedb": ("LanceDB", "search"),
     "ir_measures": ("ir-measures", "retrieval"),
+    "prometheus_client": ("prometheus-client", "serve"),
+    "starlette": ("Starlette", "serve"),
+    "uvicorn": ("uvicorn", "serve"),
     "wandb": ("wandb", "wandb"),
 }
 

@@ -48,7 +48,7 @@ CONTAINERS = (
 MAX_FRAMES = 1_000_000
 MAX_FRAME_PIXELS = 40_000_000
 MAX_FRAMES_READ = 10_000
-# Seconds for one reading of a file. A damaged file can keep a decoder busy without end.
+# Seconds for one reading of a file, unless the caller allows fewer. A damaged file can keep a decoder busy without end.
 MAX_SECONDS = 1800.0
 
 # (number of frames, average frames per second) -> indices of the frames to read, ascending.
@@ -66,7 +66,10 @@ def check_installed() -> None:
 
 
 def decode_frames(
-    path: str | os.PathLike, indices_fn: IndicesFn, name: str = ""
+    path: str | os.PathLike,
+    indices_fn: IndicesFn,
+    name: str = "",
+    max_seconds: float | None = None,
 ) -> list[PIL.Image.Image]:
     """RGB frames of the file's first video stream, at the indices asked for.
 
@@ -77,6 +80,7 @@ def decode_frames(
       path: a video file in one of CONTAINERS, with any codec that FFmpeg reads.
       indices_fn: called with the number of frames and the stream's average rate.
       name: where the video comes from (file, row), for errors.
+      max_seconds: for one reading of the file; None: MAX_SECONDS.
 
     Returns:
       Images of mode "RGB", one for each index.
@@ -87,18 +91,19 @@ def decode_frames(
       MissingPackage: PyAV is not installed.
     """
     check_installed()
+    max_seconds = MAX_SECONDS if max_seconds is None else max_seconds
     path = os.fspath(path)
     where = f"{name} ({path})" if name and path not in name else path
     if not os.path.isfile(path):
         raise ImageError(where, "the video file does not exist")
-    announced, fps = _count(path, where)
+    announced, fps = _count(path, where, max_seconds)
     indices = list(indices_fn(announced, fps))
     if len(indices) > MAX_FRAMES_READ:
         raise ImageError(
             where,
             f"{len(indices)} frames would be read; the limit is {MAX_FRAMES_READ} (max_frames of the model)",
         )
-    frames, decoded = _decode(path, where, set(indices))
+    frames, decoded = _decode(path, where, set(indices), max_seconds)
     if decoded == 0:
         raise ImageError(where, f"none of its {announced} video frames can be decoded")
     if decoded != announced:
@@ -108,15 +113,15 @@ def decode_frames(
         again = list(indices_fn(decoded, fps))
         if again != indices:
             indices = again
-            frames, _ = _decode(path, where, set(indices))
+            frames, _ = _decode(path, where, set(indices), max_seconds)
     return [frames[index] for index in indices]
 
 
-def _open(path: str, where: str):
+def _open(path: str, where: str, max_seconds: float):
     # An absolute path has no prefix such as "concat:" that FFmpeg would take for a protocol.
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
     try:
-        container = av.open(os.path.abspath(path), options=options, timeout=MAX_SECONDS)
+        container = av.open(os.path.abspath(path), options=options, timeout=max_seconds)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise ImageError(
             where, f"not a readable video in a container such as mp4, mkv, webm or avi: {error}"
@@ -147,10 +152,11 @@ def _check_pixels(width: int, height: int, where: str) -> None:
 class _Limit:
     """Counts frames or packets of one reading, and its time."""
 
-    def __init__(self, where: str):
+    def __init__(self, where: str, seconds: float):
         self._where = where
         self._count = 0
-        self._end = time.monotonic() + MAX_SECONDS
+        self._seconds = seconds
+        self._end = time.monotonic() + seconds
 
     def add(self) -> None:
         """One more; raises ImageError at a limit."""
@@ -158,17 +164,17 @@ class _Limit:
         if self._count > MAX_FRAMES:
             raise ImageError(self._where, f"more than {MAX_FRAMES} frames, the limit of a video")
         if time.monotonic() > self._end:
-            raise ImageError(self._where, f"is not read within {MAX_SECONDS:.0f} seconds")
+            raise ImageError(self._where, f"is not read within {self._seconds:.0f} seconds")
 
 
-def _count(path: str, where: str) -> tuple[int, float]:
+def _count(path: str, where: str, max_seconds: float) -> tuple[int, float]:
     """Frames announced by the container's packets, and the average frame rate."""
-    with _open(path, where) as container:
+    with _open(path, where, max_seconds) as container:
         stream = container.streams.video[0]
         rate: Fraction | None = stream.average_rate or stream.guessed_rate
         count = 0
         try:
-            limit = _Limit(where)
+            limit = _Limit(where, max_seconds)
             for packet in container.demux(stream):
                 limit.add()
                 # The demuxer ends with an empty packet; edit lists mark packets not to be shown.
@@ -182,12 +188,14 @@ def _count(path: str, where: str) -> tuple[int, float]:
     return count, float(rate)
 
 
-def _decode(path: str, where: str, indices: set[int]) -> tuple[dict[int, PIL.Image.Image], int]:
+def _decode(
+    path: str, where: str, indices: set[int], max_seconds: float
+) -> tuple[dict[int, PIL.Image.Image], int]:
     """The frames at `indices` by their index, and how many frames the file decodes to."""
     frames: dict[int, PIL.Image.Image] = {}
     decoded = 0
-    with _open(path, where) as container:
-        for frame in _shown_frames(container, where):
+    with _open(path, where, max_seconds) as container:
+        for frame in _shown_frames(container, where, max_seconds):
             if decoded in indices:
                 _check_pixels(frame.width, frame.height, where)
                 frames[decoded] = frame.to_image()
@@ -195,12 +203,12 @@ def _decode(path: str, where: str, indices: set[int]) -> tuple[dict[int, PIL.Ima
     return frames, decoded
 
 
-def _shown_frames(container, where: str) -> Iterator[Any]:
+def _shown_frames(container, where: str, max_seconds: float) -> Iterator[Any]:
     """Frames in presentation order; what is damaged is left out and logged."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     packets = container.demux(stream)
-    limit = _Limit(where)
+    limit = _Limit(where, max_seconds)
     while True:
         limit.add()
         try:
