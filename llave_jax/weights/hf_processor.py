@@ -11,28 +11,70 @@ from llave_jax.weights.hf_inputs import onevision_inputs
 from llave_jax.weights.json_files import read_json, section
 from llave_jax.weights.safetensors_io import CheckpointError
 
-# A conversation in the form that the model was trained with. Images come before the text of their turn.
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+# One user message as the model was trained to embed it: `inputs.chat` in Jinja, for transformers, sentence-transformers
+# and vLLM. It always ends with the assistant's turn of `inputs.chat`, whose last newline is the embedding's token, also
+# without `add_generation_prompt`. A system message is the prompt: it goes in front of the user's text. Whoever has
+# written the usual system message or an empty assistant turn by hand gets the same text. What would become a vector of
+# another prompt than the model's is refused.
 CHAT_TEMPLATE = """\
+{%- set turn = namespace(prompt='', text='', placed='', images=0, leading=0, users=0) -%}
 {%- for message in messages -%}
-{%- if loop.first and message['role'] != 'system' -%}
-{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception("the role is " ~ message['role'] ~ "; expected one message of the role user, and for a prompt one of the role system") -}}
 {%- endif -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- set said = namespace(text='', placed='') -%}
 {%- if message['content'] is string -%}
-{{ message['content'] }}
+{%- set said.text = message['content'] -%}
+{%- set said.placed = message['content'] -%}
 {%- else -%}
-{%- for part in message['content'] if part['type'] in ('image', 'video') -%}
-{{ '<' + part['type'] + '>\\n' }}
-{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}
-{{ part['text'] }}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' -%}
+{%- set said.text = said.text ~ part['text'] -%}
+{%- set said.placed = said.placed ~ part['text'] -%}
+{%- elif part['type'] in ['image', 'image_url'] and message['role'] == 'user' -%}
+{%- set turn.images = turn.images + 1 -%}
+{%- if not said.text -%}{%- set turn.leading = turn.leading + 1 -%}{%- endif -%}
+{%- set said.placed = said.placed ~ '<image>' -%}
+{%- else -%}
+{{- raise_exception("a message of the role " ~ message['role'] ~ " has a part of type " ~ part['type'] ~ "; expected texts, and images in the user's message. Videos are embedded by llave_jax alone: transformers lays them out in another way") -}}
+{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
+{%- if message['role'] == 'user' -%}
+{%- set turn.users = turn.users + 1 -%}
+{%- set turn.text = said.text -%}
+{%- set turn.placed = said.placed -%}
+{%- elif message['role'] == 'system' and said.text | trim != 'You are a helpful assistant.' -%}
+{%- set turn.prompt = turn.prompt ~ said.text -%}
+{%- elif message['role'] == 'assistant' and said.text | trim -%}
+{{- raise_exception("the assistant's message holds text; an embedding is made of one user message") -}}
 {%- endif -%}
+{%- endfor -%}
+{%- if turn.users != 1 -%}
+{{- raise_exception("there are " ~ turn.users ~ " messages of the role user; an embedding is made of one") -}}
+{%- endif -%}
+{%- set turn.text = turn.prompt ~ turn.text -%}
+{%- for number in range(1, 10) -%}
+{%- set turn.text = turn.text | replace('<|image_' ~ number ~ '|>', '<image>') -%}
+{%- endfor -%}
+{%- set markers = turn.text.split('<image>') | length - 1 -%}
+{%- if markers and markers != turn.images -%}
+{{- raise_exception("the text has " ~ markers ~ " image marker(s) for " ~ turn.images ~ " image(s)") -}}
+{%- endif -%}
+{%- if not turn.images -%}
+{%- set content = turn.text -%}
+{%- elif markers and (markers > 1 or turn.text.startswith('<image>')) -%}
+{%- set content = turn.text -%}
+{%- elif turn.images == 1 and (markers or not turn.leading) -%}
+{%- set content = ('<image>\\n' ~ (turn.text | replace('<image>', '') | trim)) | trim -%}
+{%- elif turn.images == turn.leading -%}
+{%- set content = ('<image>\\n' * turn.images ~ turn.text) | trim -%}
+{%- else -%}
+{%- set content = turn.prompt ~ turn.placed -%}
+{%- endif -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\\n' ~ content ~ '<|im_end|>\\n<|im_start|>assistant\\n\\n<|im_end|>\\n' -}}
 """
 
 

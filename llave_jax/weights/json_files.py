@@ -70,12 +70,14 @@ def section(values: Mapping[str, Any], key: str, where: str | os.PathLike) -> di
     return inner
 
 
-def write_json(path: Path, values: dict[str, Any], *, sort_keys: bool = True) -> None:
+def write_json(
+    path: Path, values: dict[str, Any] | list[dict[str, Any]], *, sort_keys: bool = True
+) -> None:
     """Writes a file of a directory that is being staged: the write itself is not atomic.
 
     Args:
       path: of the file.
-      values: key -> value.
+      values: key -> value, or a list of such.
       sort_keys: write keys in alphabetical order; otherwise in the order of `values`.
     """
     text = json.dumps(values, indent=2, sort_keys=sort_keys, ensure_ascii=False)

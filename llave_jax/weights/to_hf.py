@@ -1,8 +1,8 @@
 """Model directory or training run -> Hugging Face directory.
 
 In the layout that the model was converted from, its files are written again, byte for byte if nothing
-has changed. In the other layout, or for a model made here, a new directory is written. It has a model
-card unless nothing has changed.
+has changed. In the other layout, or for a model made here, a new directory is written. Unless nothing has
+changed, it has a model card, and in the OneVision layout what sentence-transformers and vLLM read.
 """
 
 from __future__ import annotations
@@ -23,12 +23,19 @@ from llave_jax.common.files import staged_directory
 from llave_jax.common.progress import Progress
 from llave_jax.models.config import SIGLIP_SO400M, LlaveConfig
 from llave_jax.models.parameters import EMBEDDING, LM_HEAD, WEIGHTS
-from llave_jax.weights import hf_config_export, hf_names, hf_processor, model_card, model_dir
+from llave_jax.weights import (
+    hf_config_export,
+    hf_names,
+    hf_processor,
+    model_card,
+    model_dir,
+    sentence_transformers,
+)
 from llave_jax.weights.export_source import ExportSource, Origin
 from llave_jax.weights.from_hf import INDEX_FILE, SINGLE_FILE
 from llave_jax.weights.hf_inputs import LLAVE_KEY, with_inputs, write_text_limit
 from llave_jax.weights.hf_names import LAYOUTS, HfTensor
-from llave_jax.weights.json_files import section, write_json
+from llave_jax.weights.json_files import read_json, section, write_json
 from llave_jax.weights.safetensors_io import (
     CheckpointError,
     SafetensorsWriter,
@@ -79,8 +86,11 @@ def convert_to_hf(
         else:
             same = False
             _write_translated(staged, model, layout, show_progress)
-        if not same:
-            _write_card(staged, Path(output).absolute().name, model, layout, base_model)
+        if same:
+            return
+        if layout == "onevision":
+            _write_embedding_files(staged, model)
+        _write_card(staged, Path(output).absolute().name, model, layout, base_model)
 
 
 def _write_original(target: Path, model: ExportSource, show_progress: bool) -> bool:
@@ -280,7 +290,6 @@ def _write_settings(
         write_json(
             target / "video_preprocessor_config.json", hf_processor.video_processor_values(config)
         )
-        (target / "chat_template.jinja").write_text(hf_processor.CHAT_TEMPLATE, encoding="utf-8")
     else:
         values = text_values = hf_config_export.to_llave(
             config, origin.config, dtype, _tower_name(target, config, origin)
@@ -296,6 +305,24 @@ def _write_settings(
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         kept = {key: text_values[key] for key in special if key in text_values}
         write_json(target / generation.name, {"_from_model_config": True, **kept})
+
+
+def _write_embedding_files(target: Path, model: ExportSource) -> None:
+    """Write what makes an embedding model of a checkpoint: the chat template and sentence-transformers' files.
+
+    The chat template of the source is one for chats: it ends before the token that is pooled. It may stand in several
+    files, and which of them counts differs between versions of transformers, so all are replaced by one.
+    """
+    (target / hf_processor.CHAT_TEMPLATE_FILE).write_text(
+        hf_processor.CHAT_TEMPLATE, encoding="utf-8"
+    )
+    (target / "chat_template.json").unlink(missing_ok=True)
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        path = target / name
+        if path.is_file() and "chat_template" in (values := read_json(path)):
+            del values["chat_template"]
+            write_json(path, values, sort_keys=False)
+    sentence_transformers.write_files(target, model.config, {})
 
 
 def _tower_name(target: Path, config: LlaveConfig, origin: Origin) -> str:
