@@ -536,6 +536,11 @@ class Index:
             for batch in self._table.search().select([name]).to_batches():
                 yield vectors_of(batch.column(name))
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """The metadata columns that filters may name: Arrow types by name."""
+        return {field.name: str(field.type) for field in metadata_fields(self._schema())}
+
     def info(self) -> dict[str, Any]:
         """What the index is.
 
@@ -558,7 +563,7 @@ class Index:
             "kinds": {kind: count for kind, count in kinds.items() if count},
             **dataclasses.asdict(settings),
             "not_in_ann": unindexed,
-            "columns": {f.name: str(f.type) for f in metadata_fields(self._schema())},
+            "columns": self.columns,
             "fragments": stats["fragment_stats"]["num_fragments"],
             "version": version,
             "bytes": size,

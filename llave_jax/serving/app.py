@@ -11,7 +11,8 @@ import base64
 import dataclasses
 import mimetypes
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
+from llave_jax.search.index import Index
 from llave_jax.serving import items as client_items
+from llave_jax.serving import searching
 from llave_jax.serving.batcher import (
     Batcher,
     Cancelled,
@@ -49,6 +52,7 @@ _FIELDS = {
     *("prompt_name", "input_type", "truncate", "truncate_prompt_tokens", "on_error"),
 }
 _PLENTY_OF_NUMBERS = 50_000
+_SEARCHES = 4
 
 
 @dataclasses.dataclass
@@ -86,6 +90,9 @@ class App:
         self._held = HeldBytes(limits.held_bytes)
         self._model: Model | None = None
         self._batcher: Batcher | None = None
+        self._index: Index | None = None
+        # Searching an index holds a thread while the disk is read.
+        self._searches = ThreadPoolExecutor(_SEARCHES, thread_name_prefix="search")
         self._draining = False
         self._created = int(time.time())
         self.metrics = Metrics(
@@ -97,6 +104,9 @@ class App:
             self._files["/"] = self._files["/index.html"]
         routes = [
             Route("/v1/embeddings", self.embeddings, methods=["POST"]),
+            Route("/search", self.search, methods=["POST"]),
+            Route("/index", self.index),
+            Route("/items/{id:path}/thumbnail", self.thumbnail),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/health", self.health),
@@ -112,14 +122,15 @@ class App:
             hosts,
         )
 
-    def start(self, model: Model, batcher: Batcher) -> None:
+    def start(self, model: Model, batcher: Batcher, index: Index | None = None) -> None:
         """Begins to answer requests that need the model.
 
         Args:
           model: what clients are told of it.
           batcher: embeds their items.
+          index: of its vectors, to be searched; None: there is none.
         """
-        self._model, self._batcher = model, batcher
+        self._model, self._batcher, self._index = model, batcher, index
         self.metrics.ready.set(1)
 
     def drain(self) -> None:
@@ -156,6 +167,58 @@ class App:
             asked = _Asked.parse(fields, model, self._limits)
             ticket = await self._embed(asked.items, batcher, request, stop=not asked.skip)
         return await self._answer(asked, ticket, model)
+
+    async def search(self, request: Request) -> Response:
+        """POST /search"""
+        model, batcher = self._serving()
+        index = self._searched()
+        async with Body(request.scope, request.receive, self._limits, self._held) as fields:
+            if fields.get("model") is not None:
+                _check_model(fields["model"], model)
+            columns = await self._in_thread(lambda: index.columns)
+            asked = searching.parse(fields, columns, model.prompts, self._limits)
+            ticket = None
+            if asked.item is not None:
+                ticket = await self._embed([asked.item], batcher, request, stop=True)
+        if ticket is not None:
+            vector = _embedded(ticket, 0).vector
+        else:
+            vector = await self._in_thread(
+                lambda: _existing(index.vector, asked.like or "", "like")
+            )
+        began = time.monotonic()
+        hits = await self._in_thread(lambda: index.search(vector, asked.k, where=asked.where))
+        seconds = round(time.monotonic() - began, 6)
+        results = [searching.result(hit, index.settings.thumbnails) for hit in hits]
+        return json_response({"results": results, "model": model.name, "search_seconds": seconds})
+
+    async def index(self, request: Request) -> Response:
+        """GET /index: what can be searched, and by which columns it can be filtered."""
+        model, _ = self._serving()
+        index = self._searched()
+        described = await self._in_thread(lambda: searching.describe(index))
+        return json_response({**described, "model": model.name})
+
+    async def thumbnail(self, request: Request) -> Response:
+        """GET /items/ID/thumbnail"""
+        self._serving()
+        index, id = self._searched(), request.path_params["id"]
+        picture = await self._in_thread(lambda: _existing(index.thumbnail, id, "id"))
+        if picture is None:
+            raise ApiError(404, "the item has no thumbnail", "not_found")
+        return Response(
+            picture, headers={"cache-control": "private, max-age=300"}, media_type="image/jpeg"
+        )
+
+    def _searched(self) -> Index:
+        if self._index is None:
+            raise ApiError(
+                404, "this server has no index; its operator can name one (--index)", "no_index"
+            )
+        return self._index
+
+    async def _in_thread(self, action: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._searches, action)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
@@ -256,14 +319,16 @@ class App:
             self.metrics.items(kind, result)
 
     async def _answer(self, asked: _Asked, ticket: Ticket, model: Model) -> Response:
+        if not asked.skip:
+            # What the others were given up for.
+            for number, outcome in enumerate(ticket.outcomes):
+                if not isinstance(outcome, Embedded | Cancelled):
+                    _embedded(ticket, number)
         outcomes: list[Embedded | ApiError] = []
-        for number, outcome in enumerate(ticket.outcomes):
-            if isinstance(outcome, Embedded):
-                outcomes.append(outcome)
-            elif not isinstance(outcome, Cancelled):
-                error = _item_error(outcome, ticket.items[number])
-                if not asked.skip:
-                    raise error
+        for number in range(len(ticket.items)):
+            try:
+                outcomes.append(_embedded(ticket, number))
+            except ApiError as error:
                 outcomes.append(error)
         tokens = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, Embedded))
 
@@ -291,12 +356,23 @@ async def _until_left(request: Request) -> None:
         pass
 
 
-def _item_error(error: Exception | None, item: ClientItem) -> ApiError:
-    if isinstance(error, ItemError):
-        return invalid(str(error), error.where, error.code)
-    return ApiError(
+def _embedded(ticket: Ticket, number: int) -> Embedded:
+    """An item's result; raises ApiError if there is none."""
+    outcome, item = ticket.outcomes[number], ticket.items[number]
+    if isinstance(outcome, Embedded):
+        return outcome
+    if isinstance(outcome, ItemError):
+        raise invalid(str(outcome), outcome.where, outcome.code)
+    raise ApiError(
         500, f"{item.where}: the model failed on it; the server's log says why", "internal_error"
     )
+
+
+def _existing(read: Callable[[str], Any], id: str, param: str) -> Any:
+    try:
+        return read(id)
+    except KeyError as error:
+        raise ApiError(404, f"the index has no item {id[:100]!r}", "not_found", param) from error
 
 
 def _check_model(name: Any, model: Model) -> None:

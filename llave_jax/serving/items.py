@@ -117,10 +117,7 @@ def parse_content(content: Any, where: str, limits: Limits) -> ClientItem:
             where,
         )
     text = "\n".join(texts if markers else pieces)
-    if not found:
-        _check_text(text, where, limits)
-    elif len(text) > limits.characters:
-        raise invalid(f"{where}: has more than {limits.characters} characters", where)
+    (_check_characters if found else _check_text)(text, where, limits)
     return ClientItem(text, pictures, videos[0] if videos else None, where=where)
 
 
@@ -244,10 +241,18 @@ def _part(part: Any, at: str, where: str) -> tuple[str, str]:
 def _check_text(text: str, where: str, limits: Limits) -> None:
     if not text.strip():
         raise invalid(f"{where}: is empty; expected a text, an image or a video", where)
+    _check_characters(text, where, limits)
+
+
+def _check_characters(text: str, where: str, limits: Limits) -> None:
     if len(text) > limits.characters:
         raise invalid(
             f"{where}: has {len(text)} characters; the limit is {limits.characters}", where
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise invalid(f"{where}: is no Unicode text (half of a surrogate pair)", where) from error
 
 
 def _is_number(value: Any) -> bool:

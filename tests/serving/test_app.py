@@ -3,87 +3,16 @@
 import asyncio
 import base64
 import dataclasses
-import io
 import json
-from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import PIL.Image
 import pytest
 
-from llave_jax.serving.app import App, Model
-from llave_jax.serving.batcher import Batcher
-from llave_jax.serving.guard import HEADERS, Keys
-from llave_jax.serving.settings import Limits
-from tests.serving.fake_engine import DIMENSION, LONGEST, FakeEngine, vector_of
-
-SMALL = dataclasses.replace(
-    Limits(), body_bytes=100_000, held_bytes=250_000, items=20, images=2, pixels=10_000, waiting=40
-)
-
-
-def data_uri(size=(20, 10), color="red", kind="png"):
-    buffer = io.BytesIO()
-    PIL.Image.new("RGB", size, color).save(buffer, kind)
-    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def image_part(uri):
-    return {"type": "image_url", "image_url": {"url": uri}}
-
-
-TEXT_PART = {"type": "text", "text": "What is in it?"}
-
-
-@pytest.fixture
-def serve():
-    """serve(...) -> what a test needs: the application, its engine, and `post`, `get`, `call`."""
-    batchers = []
-
-    def serve(limits=SMALL, keys=(), hosts=None, start=True, prompts=("query",), **options):
-        engine = FakeEngine(limits=limits)
-        app = App(limits, Keys(keys), hosts)
-        batcher = Batcher(engine, max_waiting=limits.waiting, observer=app.metrics, **options)
-        batchers.append(batcher)
-        if start:
-            app.start(Model("tiny", DIMENSION, LONGEST, prompts), batcher)
-
-        async def request(method, path, **arguments):
-            transport = httpx.ASGITransport(app.asgi, raise_app_exceptions=False)
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://localhost"
-            ) as client:
-                return await client.request(method, path, **arguments)
-
-        def call(method, path, **arguments):
-            return asyncio.run(request(method, path, **arguments))
-
-        def post(path="/v1/embeddings", **fields):
-            return call("POST", path, json=fields)
-
-        return SimpleNamespace(
-            app=app,
-            engine=engine,
-            batcher=batcher,
-            call=call,
-            post=post,
-            request=request,
-            get=lambda path, **arguments: call("GET", path, **arguments),
-        )
-
-    yield serve
-    for batcher in batchers:
-        batcher.close(0.0)
-
-
-def error_of(response, status=400):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    for leak in ("llave_jax/", "Traceback", "site-packages", "/tmp", "Error("):
-        assert leak not in response.text
-    return error
+from llave_jax.serving.app import Model
+from llave_jax.serving.guard import HEADERS
+from tests.serving.fake_engine import DIMENSION, LONGEST, vector_of
+from tests.serving.in_process import SMALL, TEXT_PART, data_uri, error_of, image_part
 
 
 def test_texts(serve):
