@@ -1,14 +1,15 @@
-"""Command line: embed items of a JSON-lines file.
+"""Command line: embed items of files and folders.
 
     python -m llave_jax.embed --model DIR --input items.jsonl --output DIR
+    python -m llave_jax.embed --model DIR --input photos/ --output DIR
 
-A line is an object with any of `text`, `image`, `images`, `video`, and an optional `id`; paths are
-relative to the file. Writes embeddings.npy (float32 [n, D], L2-normalised) and ids.jsonl (one id a
-line; an item without an id has its number, from 0), both in the order of the input. With --on-error
+Reads JSON lines (objects with any of `text`, `image`, `images`, `video`, and an optional `id`), parquet files
+with columns of these names or others, and pictures; paths are relative to the file that names them. Writes embeddings.npy (float32 [n, D], L2-normalised) and ids.jsonl (one id a
+line; a picture's is its path, any other item without one has its number, from 0), both in the order of the input. With --on-error
 skip, items that cannot be read are left out of both files and listed in skipped.jsonl. run.json names
 the model and its precision.
 
-The same command continues a job that was stopped in any way. It embeds lines that were added to the
+The same command continues a job that was stopped in any way. It embeds items that were added to the
 input, and embeds items again whose text, images or videos have changed, with the rest of their chunk.
 Files are compared by size, times and inode first; if one of these differs, by their content. What stands in DIR
 is compared with its checksums, and what was cut off or changed is embedded again.
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 import jax
 
 from llave_jax.common import command_line, interrupts
+from llave_jax.embedding import item_sources
 from llave_jax.embedding.bulk import embed_file
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.run_info import record_run, settings_of
@@ -42,7 +44,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = command_line.Parser("llave_jax.embed", __doc__)
     command_line.add_model_argument(parser)
-    parser.add_argument("--input", required=True, help="JSON-lines file of items")
     parser.add_argument("--output", required=True, help="directory to write")
     parser.add_argument("--batch-size", type=int, help="items encoded together; default: automatic")
     parser.add_argument("--max-length", type=int, help="tokens of an item; default: the model's")
@@ -53,6 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="an item that cannot be read ends the job, or is left out and listed",
     )
     command_line.add_dtype_argument(parser)
+    item_sources.add_arguments(parser)
     processes.add_arguments(parser)
     return parser.parse_args(argv)
 
@@ -67,7 +69,7 @@ def _command(args: argparse.Namespace) -> None:
     fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config)
     result = embed_file(
         embedder,
-        args.input,
+        item_sources.from_arguments(args),
         args.output,
         fingerprint,
         model=args.model,

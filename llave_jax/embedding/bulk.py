@@ -1,7 +1,7 @@
-"""Embedding of a file of items into a directory. A job may die at any moment and continue.
+"""Embedding of many items into a directory. A job may die at any moment and continue.
 
-Owns which chunks are embedded: new ones, and those whose items have changed. Lines are
-`item_lines.py`, the output directory is `store.py`, the model is `embedder.py`.
+Owns which chunks are embedded: new ones, and those whose items have changed. Items come from
+`item_sources.py`, the output directory is `store.py`, the model is `embedder.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from llave_jax.common.content import digest
 from llave_jax.common.progress import Progress
 from llave_jax.embedding.checks import check_embeddings
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.embedding.item_lines import Line, count_items, read_lines, take_chunk
+from llave_jax.embedding.entries import Entry, take_chunk
+from llave_jax.embedding.item_sources import ItemSource, open_items
 from llave_jax.embedding.store import Chunk, Store
 from llave_jax.inputs.content import item_key, item_stamp
 from llave_jax.inputs.item import Item
@@ -47,7 +48,7 @@ class Result(NamedTuple):
 
 def embed_file(
     embedder: Embedder,
-    source: str | os.PathLike,
+    source: str | os.PathLike | ItemSource,
     output: str | os.PathLike,
     fingerprint: str,
     *,
@@ -55,14 +56,14 @@ def embed_file(
     batch_size: int | None = None,
     on_error: str = "raise",
 ) -> Result:
-    """Embed a JSON-lines file into a directory, continuing what an earlier call did.
+    """Embed items into a directory, continuing what an earlier call did.
 
     The input is read once, a chunk at a time; memory grows only by a short entry for each chunk. With
     several processes all call this alike, and the first writes.
 
     Args:
       embedder: the model.
-      source: file of items.
+      source: what `open_items` returned, or the path of one input.
       output: directory of the results.
       fingerprint: of the model; work of another model is not continued.
       model: as its user calls it, for messages.
@@ -77,15 +78,15 @@ def embed_file(
         not finite, or `output` holds work on other items or of another model.
       OSError: the input cannot be read or the output cannot be written.
     """
-    source = Path(source)
+    items = source if isinstance(source, ItemSource) else open_items(source)
     dimension = embedder.config.text.hidden_size
-    with _Output(source, Path(output), fingerprint, dimension, on_error) as out:
-        lines, index = read_lines(source), 0
-        while chunk := take_chunk(lines, out.recorded_size(index)):
+    with _Output(items, Path(output), fingerprint, dimension, on_error) as out:
+        entries, index = iter(items), 0
+        while chunk := take_chunk(entries, out.recorded_size(index)):
             if on_error == "raise":
-                for line in chunk:
-                    if line.error:
-                        raise ValueError(line.error)
+                for entry in chunk:
+                    if entry.error:
+                        raise ValueError(entry.error)
             if not out.keep(index, chunk):
                 out.add(index, chunk, *_encode(embedder, chunk, model, batch_size, on_error))
             index += 1
@@ -93,10 +94,10 @@ def embed_file(
 
 
 def _encode(
-    embedder: Embedder, chunk: list[Line], model: str, batch_size: int | None, on_error: str
+    embedder: Embedder, chunk: list[Entry], model: str, batch_size: int | None, on_error: str
 ) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """Embeddings of a chunk's readable items, and (index, reason) of the others."""
-    readable = {i: line.item for i, line in enumerate(chunk) if line.item is not None}
+    readable = {i: entry.item for i, entry in enumerate(chunk) if entry.item is not None}
     places, items = list(readable), list(readable.values())
     failures: dict[int, str] = {}
     if on_error == "skip":
@@ -106,7 +107,7 @@ def _encode(
     fine = [i for i in range(len(items)) if i not in failures]
     vectors = vectors[fine]
     check_embeddings(vectors, [items[i] for i in fine], model)
-    skipped = {i: line.error for i, line in enumerate(chunk) if line.item is None}
+    skipped = {i: entry.error for i, entry in enumerate(chunk) if entry.item is None}
     skipped |= {places[i]: reason for i, reason in failures.items()}
     return vectors, sorted(skipped.items())
 
@@ -119,20 +120,20 @@ class _Output:
     _threads: ThreadPoolExecutor
     _progress: Progress
 
-    def __init__(self, source: Path, output: Path, model: str, dimension: int, on_error: str):
+    def __init__(self, source: ItemSource, output: Path, model: str, dimension: int, on_error: str):
         self._source, self._path, self._on_error = source, output, on_error
         self._stamp = self._content = ""
         self._closing = contextlib.ExitStack()
 
         def start() -> None:
             # Raises before anything is written if there is no input.
-            total = count_items(source)
+            total = source.count()
             self._store = self._closing.enter_context(
                 Store(
                     output,
                     model=model,
                     dimension=dimension,
-                    source=str(source.resolve()),
+                    source=source.resolved(),
                     items=total,
                 )
             )
@@ -156,7 +157,7 @@ class _Output:
 
         return on_first_process(size)
 
-    def keep(self, index: int, chunk: list[Line]) -> bool:
+    def keep(self, index: int, chunk: list[Entry]) -> bool:
         """Whether the vectors of these items are there already."""
 
         def check() -> bool:
@@ -181,7 +182,7 @@ class _Output:
     def add(
         self,
         index: int,
-        chunk: list[Line],
+        chunk: list[Entry],
         vectors: np.ndarray,
         skipped: list[tuple[int, str]],
     ) -> None:
@@ -202,7 +203,7 @@ class _Output:
 
         def end() -> None:
             if not count:
-                raise ValueError(f"{self._source}: has no items")
+                raise ValueError(f"{self._source.name}: has no items")
             self._store.finish(count)
 
         on_first_process(end)
@@ -211,40 +212,41 @@ class _Output:
             numbers = (self._store.num_rows, self._store.num_skipped)
         return Result(self._path / "embeddings.npy", *numbers)
 
-    def _skip(self, index: int, chunk: list[Line], old: Chunk) -> None:
+    def _skip(self, index: int, chunk: list[Entry], old: Chunk) -> None:
         """Enter a chunk that an earlier call has embedded."""
         if old.skipped and self._on_error == "raise":
             raise ValueError(old.skipped[0][1])
         self._list(index, chunk)
         self._progress.skip(len(chunk))
 
-    def _list(self, index: int, chunk: list[Line]) -> None:
-        self._store.list_items(index, [line.number for line in chunk], [line.id for line in chunk])
+    def _list(self, index: int, chunk: list[Entry]) -> None:
+        self._store.list_items(
+            index, [entry.number for entry in chunk], [entry.id for entry in chunk]
+        )
 
-    def _note_change(self, chunk: list[Line]) -> None:
-        if self._store.source != str(self._source.resolve()):
+    def _note_change(self, chunk: list[Entry]) -> None:
+        if self._store.source != self._source.resolved():
             raise ValueError(
                 f"{self._path} holds embeddings of other items, from {self._store.source}; use "
                 "another --output"
             )
         logging.getLogger(__name__).info(
-            "%s: items of lines %d to %d have changed; they are embedded again",
-            self._source,
-            chunk[0].number,
-            chunk[-1].number,
+            "items from %s to %s have changed; they are embedded again",
+            chunk[0].where,
+            chunk[-1].where,
         )
 
-    def _digest(self, chunk: list[Line], digest_of: Callable[[Item], bytes]) -> str:
+    def _digest(self, chunk: list[Entry], digest_of: Callable[[Item], bytes]) -> str:
         """Digest of a chunk's items, in order. Items that cannot be read have digests too."""
 
-        def line_digest(line: Line) -> bytes:
-            if line.item is None:
-                return digest(line.error.encode("utf-8", "backslashreplace"))
+        def entry_digest(entry: Entry) -> bytes:
+            if entry.item is None:
+                return digest(entry.error.encode("utf-8", "backslashreplace"))
             try:
-                return digest_of(line.item)
+                return digest_of(entry.item)
             except (OSError, ValueError) as error:  # ValueError: a null byte in a path
                 return digest(f"unreadable: {type(error).__name__}".encode())
 
-        has_files = any(line.weight > 1 for line in chunk)
-        digests = self._threads.map(line_digest, chunk) if has_files else map(line_digest, chunk)
+        has_files = any(entry.weight > 1 for entry in chunk)
+        digests = self._threads.map(entry_digest, chunk) if has_files else map(entry_digest, chunk)
         return digest(*digests).hex()

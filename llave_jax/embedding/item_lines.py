@@ -1,75 +1,76 @@
-"""Items in a JSON-lines file, as `llave_jax.embed` reads them: one at a time, in chunks.
+"""Items in a JSON-lines file.
 
-A line is an object with any of `text`, `image`, `images`, `video` and an optional `id`; paths are
-relative to the file. They may lead anywhere: the file is the user's own list of the user's own files.
+A line is an object with any of `text`, `image`, `images`, `video`, an optional `id` and an optional object
+`metadata`; paths are relative to the file. They may lead anywhere: the file is the user's own list of the
+user's own files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llave_jax.common.json_text import LINE_TOO_LONG, json_lines, parse_json
-from llave_jax.common.text import shortened
-from llave_jax.inputs.images import refuse_data_uri
-from llave_jax.inputs.item import Item, as_item
+from llave_jax.embedding import entries
+from llave_jax.embedding.entries import Entry, Piece, failed_entry, make_entry, resolve_path
 
-# Items are saved in chunks, so a killed job loses at most one: 8192 texts, 1024 images or 64 videos.
-# Small chunks would end in many small batches.
-CHUNK_WEIGHT = 8192
-IMAGE_WEIGHT, VIDEO_WEIGHT = 8, 128
+# Of the lines of a piece, unless one line alone is longer.
+_PIECE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """One line of the input.
+class LinesPiece(Piece):
+    """Consecutive lines, which are not parsed before they are asked for.
 
     Attributes:
-      number: of the line, from 1.
-      id: what the line gives, or the number of items before it.
-      item: None if the line is not an item.
-      error: why it is not; "" if it is.
+      source: path of the file.
+      lines: number and bytes of each; None for a line that is too long.
+      position: entries of the whole input before them.
     """
 
-    number: int
-    id: Any
-    item: Item | None
-    error: str = ""
+    source: Path
+    lines: tuple[tuple[int, bytes | None], ...]
+    position: int
 
-    @property
-    def weight(self) -> int:
-        """The line's share of a chunk: texts count 1."""
-        if self.item is None:
-            return 1
-        if self.item.video is not None:
-            return VIDEO_WEIGHT
-        return max(1, IMAGE_WEIGHT * len(self.item.images))
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def entries(self) -> Iterator[Entry]:
+        for i, (number, text) in enumerate(self.lines):
+            yield _parse(text, self.source, number, self.position + i)
 
 
-def read_lines(source: Path) -> Iterator[Line]:
-    """Read a file of items, one at a time; empty lines do not count.
+def line_pieces(source: Path, position: int = 0) -> Iterator[LinesPiece]:
+    """Read a file of items, a few lines at a time; empty lines do not count.
 
     Args:
       source: the file, or a pipe.
+      position: entries of the whole input before it.
 
     Yields:
-      Each line, also those that are not items.
+      Its lines, in order.
 
     Raises:
       OSError: the file cannot be read.
     """
-    position = 0
+    lines: list[tuple[int, bytes | None]] = []
+    size = 0
     with open(source, "rb") as file:
         for number, text in json_lines(file):
-            yield _parse(text, f"{source}:{number}", number, position, source.parent)
-            position += 1
+            lines.append((number, text))
+            size += len(text or b"")
+            if len(lines) >= entries.PIECE_ENTRIES or size >= _PIECE_BYTES:
+                yield LinesPiece(source, tuple(lines), position)
+                position += len(lines)
+                lines, size = [], 0
+    if lines:
+        yield LinesPiece(source, tuple(lines), position)
 
 
-def _parse(text: bytes | None, where: str, number: int, position: int, root: Path) -> Line:
-    item_id = position
+def _parse(text: bytes | None, source: Path, number: int, position: int) -> Entry:
+    where, entry_id = f"{source}:{number}", position
     try:
         if text is None:
             raise ValueError(f"{where}: {LINE_TOO_LONG}")
@@ -79,13 +80,14 @@ def _parse(text: bytes | None, where: str, number: int, position: int, root: Pat
             raise ValueError(f"{where}: is not JSON ({error}); expected one object") from error
         if not isinstance(values, dict):
             raise ValueError(f"{where}: is {type(values).__name__}; expected an object")
-        item_id = values.pop("id", position)
-        item = as_item(_resolve(values, root, where), where)
-        item.text.encode("utf-8")  # JSON can hold half a surrogate pair, which no encoding can
+        entry_id = values.pop("id", position)
+        metadata = values.pop("metadata", None)
+        if metadata is not None and not isinstance(metadata, dict):
+            raise ValueError(f"{where}: metadata is {type(metadata).__name__}; expected an object")
+        values = _resolve(values, source.parent, where)
     except ValueError as error:
-        message = shortened(str(error))
-        return Line(number, item_id, None, message if where in message else f"{where}: {message}")
-    return Line(number, item_id, item)
+        return failed_entry(where, number, entry_id, error)
+    return make_entry(where, number, entry_id, values, metadata or {})
 
 
 def _resolve(values: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
@@ -94,11 +96,8 @@ def _resolve(values: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
     def resolve(key: str, value: Any) -> Any:
         if value is None:
             return None
-        if isinstance(value, str) and value:
-            refuse_data_uri(value, where)
-            return str(root / value)
-        if value == "":
-            raise ValueError(f"{where}: {key} has an empty path; leave it out, or say null")
+        if isinstance(value, str):
+            return resolve_path(key, value, root, where)
         raise ValueError(f"{where}: {key} holds {type(value).__name__}; expected a path")
 
     resolved = {}
@@ -110,43 +109,3 @@ def _resolve(values: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
         else:
             resolved[key] = resolve(key, value)
     return resolved
-
-
-def take_chunk(lines: Iterator[Line], size: int) -> list[Line]:
-    """The next lines, to be embedded and kept together.
-
-    Args:
-      lines: what `read_lines` returned; the chunk is taken off it.
-      size: how many; 0: as many as CHUNK_WEIGHT allows.
-
-    Returns:
-      The lines; none at the end of the input.
-    """
-    if size:
-        return list(itertools.islice(lines, size))
-    chunk, weight = [], 0
-    for line in lines:
-        chunk.append(line)
-        weight += line.weight
-        if weight >= CHUNK_WEIGHT:
-            break
-    return chunk
-
-
-def count_items(source: Path) -> int | None:
-    """Count the lines that are not empty.
-
-    Args:
-      source: the file, or a pipe.
-
-    Returns:
-      The number of items; None for a pipe, which can be read only once.
-
-    Raises:
-      OSError: there is no such file.
-    """
-    if not source.is_file():
-        source.stat()  # raises if there is nothing at all
-        return None
-    with open(source, "rb") as file:
-        return sum(1 for _ in json_lines(file))

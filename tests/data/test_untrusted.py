@@ -15,7 +15,7 @@ from llave_jax.common.directories import make_directory
 from llave_jax.common.json_text import MAX_LINE_BYTES, json_lines, parse_json
 from llave_jax.data.image_store import ImageStore
 from llave_jax.data.sources import open_source
-from llave_jax.embedding.item_lines import count_items, read_lines
+from llave_jax.embedding.item_sources import open_items
 from llave_jax.evaluation import mmeb_data
 from llave_jax.evaluation.retrieval import read_task
 from llave_jax.inputs.images import ImageError
@@ -159,11 +159,11 @@ def test_a_line_without_end_is_an_error_of_its_line(tmp_path):
             (4, False),
             (5, False),
         ]
-    lines = list(read_lines(path))
+    lines = list(open_items(path))
     assert [bool(line.error) for line in lines] == [False, True, True, False]
     assert f"{path}:3: the line has more than 16 MiB" in lines[1].error
     assert "NaN" in lines[2].error
-    assert count_items(path) == 4
+    assert open_items(path).count() == 4
     os.rename(path, tmp_path / "Set.jsonl")
     with pytest.raises(ValueError, match=r"Set\.jsonl line 3"):
         open_source(tmp_path / "Set.jsonl")

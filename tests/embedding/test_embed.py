@@ -19,8 +19,9 @@ import PIL.Image
 import pytest
 
 from llave_jax.common import files
-from llave_jax.embedding import bulk, item_lines, store
+from llave_jax.embedding import bulk, entries, store
 from llave_jax.embedding.embedder import Embedder
+from llave_jax.embedding.item_sources import open_items
 from llave_jax.inputs import images
 from llave_jax.inputs.content import item_key
 from llave_jax.inputs.item import as_item
@@ -32,9 +33,9 @@ SIZE = 16
 
 SMALL_CHUNKS = """
 from llave_jax import embed
-from llave_jax.embedding import item_lines
+from llave_jax.embedding import entries
 
-item_lines.CHUNK_WEIGHT = 16
+entries.CHUNK_WEIGHT = 16
 raise SystemExit(embed.main())
 """
 
@@ -69,8 +70,8 @@ class FakeEmbedder:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """4 texts or 2 pictures each."""
-    monkeypatch.setattr(item_lines, "CHUNK_WEIGHT", 4)
-    monkeypatch.setattr(item_lines, "IMAGE_WEIGHT", 2)
+    monkeypatch.setattr(entries, "CHUNK_WEIGHT", 4)
+    monkeypatch.setattr(entries, "IMAGE_WEIGHT", 2)
 
 
 class Case:
@@ -81,10 +82,10 @@ class Case:
         self.input, self.output = folder / "items.jsonl", folder / "out"
         folder.mkdir(exist_ok=True)
 
-    def write(self, *entries):
+    def write(self, *values):
         """Texts, objects, or bytes as they are."""
         lines = []
-        for entry in entries:
+        for entry in values:
             if isinstance(entry, str):
                 entry = {"text": entry}
             lines.append(entry if isinstance(entry, bytes) else json.dumps(entry).encode())
@@ -107,7 +108,7 @@ class Case:
         names = {path.name for path in self.output.iterdir()}
         assert names - {"skipped.jsonl"} == {"embeddings.npy", "ids.jsonl", "progress.jsonl"}
         skipped = {entry["line"] for entry in self.skipped()}
-        lines = [line for line in item_lines.read_lines(self.input) if line.number not in skipped]
+        lines = [line for line in open_items(self.input) if line.number not in skipped]
         assert self.ids() == [line.id for line in lines]
         assert self.result == (self.output / "embeddings.npy", len(lines), len(skipped))
         vectors = np.load(self.output / "embeddings.npy")
@@ -182,7 +183,7 @@ def test_a_picture_changed_under_its_name(case, caplog):
     case.picture("3.bmp", 200)
     caplog.set_level("INFO")
     assert case.run() == ["2", "3"]
-    assert "lines 3 to 4 have changed" in caplog.text
+    assert f"items from {case.input}:3 to {case.input}:4 have changed" in caplog.text
 
 
 def test_a_picture_changed_while_work_was_stopped(case, monkeypatch):
@@ -338,7 +339,7 @@ def test_null_is_a_missing_picture(case):
         {"text": "<image> beside <image>", "images": ["a.bmp", None]},
         {"text": "no picture", "image": None, "images": None, "video": None},
     )
-    pictures = [line.item.images for line in item_lines.read_lines(case.input)]
+    pictures = [line.item.images for line in iter(open_items(case.input))]
     assert pictures == [(None,), (str(case.folder / "a.bmp"), None), ()]
 
 
@@ -681,7 +682,7 @@ def test_the_input_is_not_held(case, monkeypatch):
         most = max(most, len(alive))
         return item
 
-    monkeypatch.setattr(item_lines, "as_item", watched)
+    monkeypatch.setattr(entries, "as_item", watched)
     monkeypatch.setattr(Case, "check", lambda self: None)
     case.write(*(f"text {i}" for i in range(400)))
     case.run()
@@ -693,9 +694,9 @@ def test_the_input_is_not_held(case, monkeypatch):
 def test_weights_bound_chunks(case):
     picture, video = {"image": "a.bmp"}, {"video": "a.mp4"}
     case.write(*["text"] * 5, *[picture] * 5, *[video] * 2)
-    lines = item_lines.read_lines(case.input)
+    lines = iter(open_items(case.input))
     sizes = []
-    while chunk := item_lines.take_chunk(lines, 0):
+    while chunk := entries.take_chunk(lines, 0):
         sizes.append(len(chunk))
     assert sizes == [4, 3, 2, 2, 1]
 
@@ -727,7 +728,7 @@ def test_a_marker_without_a_picture_is_named(embedder, case):
 def test_vectors_are_those_of_the_embedder(embedder, real):
     result = bulk.embed_file(embedder, real.input, real.output, "model", on_error="skip")
     assert result[1:] == (6, 1)
-    items = [line.item for line in item_lines.read_lines(real.input)]
+    items = [line.item for line in open_items(real.input)]
     np.testing.assert_allclose(np.load(result.path), embedder.encode(items[:6]), atol=1e-6)
     assert real.ids() == ["c0", "c1", "picture", "c2", "c3", "c4"]
     assert real.skipped()[0]["id"] == "missing"
@@ -820,7 +821,7 @@ def test_several_processes(golden_model, embedder, case):
     said = run("--on_error=skip")
     assert "41 embeddings" in said[0][0]
     assert "embeddings" not in said[1][0]
-    texts = [line.item for line in item_lines.read_lines(case.input) if line.number != 9]
+    texts = [line.item for line in iter(open_items(case.input)) if line.number != 9]
     vectors = np.load(case.output / "embeddings.npy")
     np.testing.assert_allclose(vectors, embedder.encode(texts), rtol=0, atol=1e-5)
     assert [entry["line"] for entry in case.skipped()] == [9]

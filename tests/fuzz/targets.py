@@ -22,7 +22,8 @@ from llave_jax.common.json_text import parse_json
 from llave_jax.data.image_store import ImageStore
 from llave_jax.data.rows import RowError
 from llave_jax.data.sources import open_source
-from llave_jax.embedding.item_lines import read_lines
+from llave_jax.embedding.item_sources import open_items
+from llave_jax.embedding.item_tables import Columns
 from llave_jax.evaluation import mmeb_data
 from llave_jax.evaluation.retrieval import read_task
 from llave_jax.inputs import anyres, video_decode
@@ -252,6 +253,45 @@ CORPUS = [
 ]
 
 
+TABLE = {
+    "id": ["a", "b", "c", "d"],
+    "text": ["a text", "<image>\nlook", None, ""],
+    "image": [None, {"bytes": b"x", "path": "0.png"}, {"bytes": None, "path": "0.png"}, None],
+    "images": [["0.png"], [], None, ["0.png", None]],
+    "year": [1, None, 3, 4],
+}
+
+
+def _table(base: Path, case: Path, rng: Rng) -> None:
+    folder = case / "in"
+    folder.mkdir()
+    columns = dict(TABLE)
+    for name in rng.sample(list(columns), rng.randrange(3)):
+        columns[name] = rng.choice(
+            (
+                [b"\xff", None, b"", b"0.png"],
+                [rng.choice(TEXTS).replace("\ud800", "") for _ in range(4)],
+                [1, 2, None, 2**60],
+                [None] * 4,
+                [{"bytes": "x"}, {"bytes": ""}, None, {"bytes": None}],
+                [[b"x"], [b""], [None], None],
+            )
+        )
+    if rng.random() < 0.2:
+        del columns[rng.choice(list(columns))]
+    path = folder / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=rng.randint(1, 4))
+    if rng.random() < 0.6:
+        _rewrite(path, lambda data: mutate_bytes(data, rng))
+    chosen = Columns(
+        text=rng.choice((None, "text", "image")), metadata=rng.choice(((), ("year", "images")))
+    )
+    for entry in open_items(rng.choice((path, folder)), columns=chosen):
+        assert entry.weight > 0
+        assert entry.num_bytes >= 0
+        assert entry.item is not None or "t.parquet" in entry.error, entry
+
+
 def _items(base: Path, case: Path, rng: Rng) -> None:
     folder = case / "in"
     folder.mkdir()
@@ -261,7 +301,7 @@ def _items(base: Path, case: Path, rng: Rng) -> None:
         number = rng.randrange(len(lines))
         lines[number] = mutate_json_text(lines[number], rng)
         (folder / "items.jsonl").write_bytes(b"\n".join(lines))
-        for line in read_lines(folder / "items.jsonl"):
+        for line in open_items(folder / "items.jsonl"):
             json.dumps(line.id), line.weight
             assert line.item is not None or "items.jsonl" in line.error, line
         return
@@ -376,6 +416,7 @@ TARGETS: dict[str, Target] = {
     "model_dir": Target(_make_models, _model_dir),
     "rows": Target(_make_rows, _rows),
     "items": Target(_nothing, _items),
+    "table": Target(_nothing, _table),
     "archive": Target(_nothing, _archive),
     "image": Target(_make_images, _image),
     "video": Target(_make_videos, _video),

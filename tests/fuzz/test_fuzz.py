@@ -18,7 +18,7 @@ def test_broken_inputs_are_read_or_refused_clearly():
     command = [sys.executable, "-m", "tests.fuzz", "--cases", "4", "--workers", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert done.stdout.count(": 4 cases in") == 9
+    assert done.stdout.count(": 4 cases in") == 10
 
 
 def test_errors_that_a_user_cannot_act_on_are_noticed():
