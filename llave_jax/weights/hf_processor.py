@@ -13,29 +13,31 @@ from llave_jax.weights.safetensors_io import CheckpointError
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
-# One user message as the model was trained to embed it: `inputs.chat` in Jinja, for transformers, sentence-transformers
-# and vLLM. It always ends with the assistant's turn of `inputs.chat`, whose last newline is the embedding's token, also
-# without `add_generation_prompt`. A system message is the prompt: it goes in front of the user's text. Whoever has
-# written the usual system message or an empty assistant turn by hand gets the same text. What would become a vector of
-# another prompt than the model's is refused.
+# `inputs.chat` in Jinja, for transformers, sentence-transformers and vLLM: one user message becomes the prompt that the
+# model was trained with. The assistant's turn, whose last newline is the token that is pooled, is always there, with or
+# without `add_generation_prompt`. Parts are joined by newlines. A system message is a prompt, in front of the user's
+# text; the usual system message and an empty assistant turn, which other guides tell people to add, change nothing.
+# Whatever else would become a vector of another prompt is refused.
 CHAT_TEMPLATE = """\
 {%- set turn = namespace(prompt='', text='', placed='', images=0, leading=0, users=0) -%}
 {%- for message in messages -%}
 {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
 {{- raise_exception("the role is " ~ message['role'] ~ "; expected one message of the role user, and for a prompt one of the role system") -}}
 {%- endif -%}
-{%- set said = namespace(text='', placed='') -%}
+{%- set said = namespace(text='', placed='', texts=0) -%}
 {%- if message['content'] is string -%}
 {%- set said.text = message['content'] -%}
 {%- set said.placed = message['content'] -%}
 {%- else -%}
 {%- for part in message['content'] -%}
+{%- if not loop.first -%}{%- set said.placed = said.placed ~ '\\n' -%}{%- endif -%}
 {%- if part['type'] == 'text' -%}
-{%- set said.text = said.text ~ part['text'] -%}
+{%- set said.text = said.text ~ ('\\n' if said.texts else '') ~ part['text'] -%}
+{%- set said.texts = said.texts + 1 -%}
 {%- set said.placed = said.placed ~ part['text'] -%}
 {%- elif part['type'] in ['image', 'image_url'] and message['role'] == 'user' -%}
 {%- set turn.images = turn.images + 1 -%}
-{%- if not said.text -%}{%- set turn.leading = turn.leading + 1 -%}{%- endif -%}
+{%- if not said.texts -%}{%- set turn.leading = turn.leading + 1 -%}{%- endif -%}
 {%- set said.placed = said.placed ~ '<image>' -%}
 {%- else -%}
 {{- raise_exception("a message of the role " ~ message['role'] ~ " has a part of type " ~ part['type'] ~ "; expected texts, and images in the user's message. Videos are embedded by llave_jax alone: transformers lays them out in another way") -}}
@@ -63,16 +65,14 @@ CHAT_TEMPLATE = """\
 {%- if markers and markers != turn.images -%}
 {{- raise_exception("the text has " ~ markers ~ " image marker(s) for " ~ turn.images ~ " image(s)") -}}
 {%- endif -%}
-{%- if not turn.images -%}
 {%- set content = turn.text -%}
-{%- elif markers and (markers > 1 or turn.text.startswith('<image>')) -%}
-{%- set content = turn.text -%}
-{%- elif turn.images == 1 and (markers or not turn.leading) -%}
-{%- set content = ('<image>\\n' ~ (turn.text | replace('<image>', '') | trim)) | trim -%}
-{%- elif turn.images == turn.leading -%}
+{%- if turn.images == turn.leading and turn.images and not markers -%}
 {%- set content = ('<image>\\n' * turn.images ~ turn.text) | trim -%}
-{%- else -%}
-{%- set content = turn.prompt ~ turn.placed -%}
+{%- elif turn.images -%}
+{%- set content = turn.text if markers else turn.prompt ~ turn.placed -%}
+{%- if turn.images == 1 and not content.startswith('<image>') -%}
+{%- set content = ('<image>\\n' ~ (content | replace('<image>', '') | trim)) | trim -%}
+{%- endif -%}
 {%- endif -%}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\\n' ~ content ~ '<|im_end|>\\n<|im_start|>assistant\\n\\n<|im_end|>\\n' -}}
 """

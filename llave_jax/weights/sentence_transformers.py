@@ -72,7 +72,7 @@ def _transformer_values(config: LlaveConfig) -> dict:
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     return {
         "do_lower_case": False,
-        "max_seq_length": min(config.inputs.max_length, config.inputs.max_text_length),
+        "max_seq_length": config.inputs.max_length,
         "modality_config": {
             "text": forward,
             "image": forward,
