@@ -35,6 +35,7 @@ from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.hf_names import LAYOUTS
 from llave_jax.weights.resolve import is_checkpoint
 from llave_jax.weights.to_hf import convert_to_hf
+from tests.fuzz import http_requests
 from tests.fuzz.mutations import (
     TEXTS,
     mutate_bytes,
@@ -422,4 +423,5 @@ TARGETS: dict[str, Target] = {
     "video": Target(_make_videos, _video),
     "json": Target(_nothing, _json),
     "config": Target(_nothing, _config),
+    "http": Target(http_requests.make, http_requests.run),
 }
