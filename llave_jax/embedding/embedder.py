@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import jax
@@ -17,13 +18,15 @@ import numpy as np
 import PIL.Image
 
 from llave_jax.common.progress import Progress
-from llave_jax.embedding.embedding_step import build_embedding_step
+from llave_jax.embedding.compilation_cache import use_compilation_cache
+from llave_jax.embedding.embedding_step import build_embedding_step, crop_cost
 from llave_jax.embedding.lockstep import in_lockstep, merge_failures
 from llave_jax.embedding.reading import ItemReader
 from llave_jax.embedding.shapes import BatchShapes, IndexedBatch
+from llave_jax.inputs.batch import Budget, PackedBatch, budget_of, empty_batch
 from llave_jax.inputs.cuts import CutWarnings
-from llave_jax.inputs.item import Item, ItemLike
-from llave_jax.inputs.sequence import SequenceBuilder
+from llave_jax.inputs.item import Item, ItemLike, as_item, refuse_paths, with_prompt
+from llave_jax.inputs.sequence import SequenceBuilder, TokenSequence
 from llave_jax.models.llave import Llave, attention_cases
 from llave_jax.ops.attention_choice import choose
 from llave_jax.parallel import sharding
@@ -62,8 +65,14 @@ class Embedder:
         self.mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
         self.builder = SequenceBuilder(tokenizer, model.config.input_spec)
         self._cuts = CutWarnings()
-        self._tokens_per_batch = tokens_per_batch
-        self._apply = build_embedding_step(model, self.mesh)
+        self._num_shards = len(sharding.local_shards(self.mesh))
+        self._shapes = BatchShapes(
+            model.config.input_spec, self._num_shards, tokens_per_batch, crop_cost(model.config)
+        )
+        step = build_embedding_step(model, self.mesh)
+        self._step = jax.jit(lambda params, batch: step(params, batch)[:, 0])
+        self._programs: dict[Budget, Any] = {}
+        self._compiling = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -96,6 +105,7 @@ class Embedder:
         Raises:
           CheckpointError: there is no such model, or it is incomplete or of a form that is not known.
         """
+        use_compilation_cache()
         directory = resolve_model(model)
         mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
         if dtype is None:
@@ -115,6 +125,89 @@ class Embedder:
         )
         params = model_dir.load_params(directory, mesh=mesh, dtype=jnp.dtype(dtype))
         return cls(module, params, model_dir.load_tokenizer(directory), mesh, **options)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens of the largest batch, over the devices of this process."""
+        return self._num_shards * max(b.rows * b.row_length for b in self._shapes.ladder)
+
+    def prepare(
+        self,
+        item: ItemLike,
+        *,
+        prompt: str | None = None,
+        allow_paths: bool = True,
+    ) -> TokenSequence:
+        """Reads an item and lays it out. Any number of threads may do so.
+
+        Args:
+          item: as for `encode`.
+          prompt: goes before the item's text, behind the image markers at its start.
+          allow_paths: whether images and videos may be files of this machine.
+
+        Returns:
+          What `pack` takes.
+
+        Raises:
+          ValueError: the item is empty, cannot be read, or names a file that it may not.
+        """
+        item = as_item(item, "item")
+        if not allow_paths:
+            refuse_paths(item)
+        sequence = self.builder(with_prompt(item, prompt or ""))
+        with self._compiling:
+            self._cuts.note(sequence)
+        return sequence
+
+    def pack(self, sequences: Sequence[TokenSequence]) -> IndexedBatch:
+        """One batch, of a shape of the ladder.
+
+        Args:
+          sequences: at least one. The first is in the batch, and of the others, in order, those that have
+            room. A batch whose first sequence is a text has texts only.
+
+        Returns:
+          The batch, and int32 [S, G]: the index of the sequence in each slot, -1 where a slot is empty.
+
+        Raises:
+          ValueError: there are no sequences.
+        """
+        return self._shapes.pack(sequences)
+
+    def forward(self, batch: PackedBatch) -> jax.Array:
+        """Starts the device on a batch. Its program is compiled if this is the first batch of its shape.
+
+        Args:
+          batch: of `pack`.
+
+        Returns:
+          float32 [S, G, D], L2-normalised, without meaning in empty slots. `np.asarray` waits for it.
+        """
+        program = self._program(budget_of(batch))
+        return program(self.params, sharding.device_put_batch(batch, self.mesh))
+
+    def warm_up(self, *, show_progress: bool = False) -> None:
+        """Compiles every shape that batches have, unless it is known: afterwards nothing compiles.
+
+        Nothing is run, so this takes no memory of the device beyond the parameters. Programs that an earlier
+        process has compiled are read from the disk (`compilation_cache`).
+
+        Args:
+          show_progress: show a progress bar (plain lines where there is no terminal).
+        """
+        ladder = self._shapes.ladder
+        with Progress(len(ladder), "compiling", enabled=show_progress) as progress:
+            for budget in ladder:
+                self._program(budget)
+                progress.update(1)
+
+    def _program(self, budget: Budget) -> Any:
+        with self._compiling:
+            if budget not in self._programs:
+                batch = empty_batch(budget, self._num_shards, self.config.input_spec.crop)
+                shapes = sharding.abstract_batch(batch, self.mesh)
+                self._programs[budget] = self._step.lower(self.params, shapes).compile()
+            return self._programs[budget]
 
     def encode(
         self,
@@ -171,11 +264,9 @@ class Embedder:
         total = len(items) if isinstance(items, Sized) else None
         result = np.zeros((total or 0, self.config.text.hidden_size), np.float32)
         reader = ItemReader(self.builder, self._cuts, stop=stop)
-        spec, num_shards = self.config.input_spec, len(sharding.local_shards(self.mesh))
-        shapes = BatchShapes(spec, num_shards, self._tokens_per_batch, batch_size)
-        batches = shapes.batches(reader.sequences(items))
+        batches = self._shapes.batches(reader.sequences(items), batch_size)
         if jax.process_count() > 1:
-            batches = in_lockstep(batches, num_shards, spec.crop)
+            batches = in_lockstep(batches, self._num_shards, self.config.input_spec.crop)
         with Progress(total, "encoding", enabled=show_progress) as progress:
             for vectors, indices in self._run(batches):
                 filled = indices >= 0
@@ -194,12 +285,12 @@ class Embedder:
         """
         running: tuple[jax.Array, np.ndarray] | None = None
         for packed, indices in batches:
-            vectors = self._apply(self.params, sharding.device_put_batch(packed, self.mesh))
+            vectors = self.forward(packed)
             if running is not None:
-                yield np.asarray(running[0])[:, 0], running[1]
+                yield np.asarray(running[0]), running[1]
             running = vectors, indices
         if running is not None:
-            yield np.asarray(running[0])[:, 0], running[1]
+            yield np.asarray(running[0]), running[1]
 
 
 # What `encode` takes for one item, or for one item given by mistake, rather than for several items.

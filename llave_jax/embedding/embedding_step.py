@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from llave_jax.inputs.batch import PackedBatch
+from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave
+from llave_jax.models.parameters import parameter_shapes
 from llave_jax.parallel import sharding
 
 
@@ -35,3 +38,21 @@ def build_embedding_step(
         in_shardings=(None, sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
     )
+
+
+def crop_cost(config: LlaveConfig) -> float:
+    """What a crop costs, in tokens of the language model.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      The products of a crop in vision tower and projector, divided by those of a token in the layers of the
+      language model.
+    """
+    sizes = {path: math.prod(shape) for path, shape in parameter_shapes(config).items()}
+    per_patch = sum(
+        n for path, n in sizes.items() if path.startswith(("vision_tower", "projector"))
+    )
+    per_token = sum(n for path, n in sizes.items() if path.startswith("language_model/layers"))
+    return config.vision.num_patches * per_patch / per_token

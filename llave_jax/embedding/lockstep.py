@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llave_jax.embedding.shapes import IndexedBatch
-from llave_jax.inputs.batch import Budget, empty_batch
+from llave_jax.inputs.batch import Budget, budget_of, empty_batch
 from llave_jax.inputs.crops import CropGeometry
 
 
@@ -52,10 +53,7 @@ def _shape(batch: IndexedBatch | None) -> np.ndarray:
     """The fields of the batch's `Budget`, int32 [6]; zeros for None."""
     if batch is None:
         return np.zeros(6, np.int32)
-    packed = batch.packed
-    rows, length, taps = packed.tap_index.shape[1:]
-    crops, slots = packed.patches.shape[1], packed.valid.shape[1]
-    return np.array([rows, length, crops, slots, 1, taps], np.int32)
+    return np.array(dataclasses.astuple(budget_of(batch.packed)), np.int32)
 
 
 def merge_failures(failures: dict[int, str]) -> dict[int, str]:

@@ -1,31 +1,41 @@
-"""Batches of few shapes for sequences of any length, so that few programs are compiled.
+"""The few shapes that embedding compiles (the ladder), and how sequences go into batches of them.
 
-Sequences are grouped by what they need: row length, room for crops, width of taps. A group has one
-full-size batch; only its last, partly filled batches have other shapes. Reading items is `reading.py`,
-running the batches is `embedder.py`.
+A shape is a `Budget`. The ladder follows from the model's input settings and the tokens of a batch alone, so that
+all of it can be compiled before the first item comes. Reading items is `reading.py`, running the batches
+is `embedder.py`.
 """
 
 from __future__ import annotations
 
-import collections
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from llave_jax.inputs import anyres, video
 from llave_jax.inputs.batch import Budget, PackedBatch
 from llave_jax.inputs.config import InputSpec
 from llave_jax.inputs.packing import Packer, Planner
 from llave_jax.inputs.sequence import TokenSequence
 
-# Rows for texts: (longest text, row length). Plain attention costs as much as a row is long, and
-# texts of at most half a row fill it well.
+# Texts in bulk: (longest text, row length). Attention costs as much as a row is long, and texts of at
+# most half a row fill it well.
 TEXT_ROWS = ((64, 128), (512, 512))
-# After so many full batches of a group, its last sequences take a full batch as well. That costs less
-# than compiling a program for them.
-FULL_BATCHES_BEFORE_REST = 4
-# Slots are planned for texts of this length or more: the chat format alone has more than 16 tokens.
+# A single text has a row of its own: these lengths, and the model's.
+SINGLE_TEXT_ROWS = (64, 256, 1024, 4096)
+# Few texts share batches of these: (rows, row length).
+FEW_TEXTS = ((4, 128), (32, 128), (4, 512))
+# Images share rows of at least this length, if the model and the batch have room for them: of the
+# usual images 1 to 2 fill one.
+IMAGE_ROW = 4096
+# The chat format alone has more tokens than this.
 _SHORTEST_SEQUENCE = 16
+# What a batch costs beside its tokens, in tokens: the parameters are read once.
+_TOKENS_OF_A_CALL = 64
+# A batch is closed after so many sequences that have no room in it.
+_REFUSALS = 32
 
 
 class IndexedBatch(NamedTuple):
@@ -40,111 +50,236 @@ class IndexedBatch(NamedTuple):
     indices: np.ndarray
 
 
-class _Group(NamedTuple):
-    """What sequences of one batch have in common.
+def ladder(spec: InputSpec, tokens_per_batch: int) -> tuple[Budget, ...]:
+    """The shapes of all batches of a model, the smallest first. Each sequence fits into one of them.
 
-    Attributes:
-      row_length: tokens a row.
-      crops: crops of the largest sequence, rounded up to a power of two; 0 for texts.
-      taps: taps a visual token has.
+    Args:
+      spec: the model's input settings.
+      tokens_per_batch: tokens of a shard; a sequence that is longer has a batch of its own.
+
+    Returns:
+      What one shard has room for, in each shape.
     """
+    longest = _power_of_two(spec.config.max_length)
+    found = {*_text_shapes(longest, tokens_per_batch), *_image_shapes(spec, tokens_per_batch)}
+    return tuple(sorted(found, key=lambda b: (b.rows * b.row_length, b.crops, b.groups, b.taps)))
 
-    row_length: int
-    crops: int
-    taps: int
+
+def _text_shapes(longest: int, tokens_per_batch: int) -> Iterator[Budget]:
+    for length in {*(n for n in SINGLE_TEXT_ROWS if n < longest), longest}:
+        yield _texts(1, length)
+    for rows, length in FEW_TEXTS:
+        if length <= longest and rows * length <= tokens_per_batch:
+            yield _texts(rows, length)
+    for budget in _full_texts(longest, tokens_per_batch):
+        yield budget[1]
+
+
+def _texts(rows: int, length: int) -> Budget:
+    shortest = _SHORTEST_SEQUENCE if length <= 256 else 64
+    return Budget(rows, length, 0, rows * max(1, length // shortest), sides=1)
+
+
+def _full_texts(longest: int, tokens_per_batch: int) -> list[tuple[int, Budget]]:
+    """(longest text, full batch) of each kind of rows."""
+    kinds = [(text, row) for text, row in TEXT_ROWS if row < longest] + [(longest, longest)]
+    return [(text, _texts(max(1, tokens_per_batch // row), row)) for text, row in kinds]
+
+
+def _image_shapes(spec: InputSpec, tokens_per_batch: int) -> Iterator[Budget]:
+    config, crop = spec.config, spec.crop
+    longest = _power_of_two(config.max_length)
+    most_crops, image_taps = anyres.largest_image(config, crop)
+
+    def images(rows: int, length: int) -> Budget:
+        # A crop mostly has all its patches as tokens; what is cut off as padding is left to rounding.
+        crops = rows * max(1, round(length / crop.num_patches))
+        slots = rows * max(1, math.ceil(2 * length / crop.num_patches))
+        return Budget(rows, length, crops, slots, sides=1, taps=image_taps)
+
+    # One row: for an image of one crop with a short text, for twice and four times that, and the longest.
+    first = _power_of_two(crop.num_patches + 65)
+    for length in {*(n for n in (first, 2 * first, 4 * first) if n < longest), longest}:
+        yield images(1, length)
+    length = min(IMAGE_ROW, longest)
+    while length <= longest:
+        if (rows := tokens_per_batch // length) > 1:
+            yield images(rows, length)
+        length *= 2
+    # Videos, whose frames have few tokens each.
+    frame = video.video_taps(1, config, crop)
+    frames = math.ceil(config.max_length / max(1, frame.shape[0] - 1))
+    file_frames = min(frames, config.max_frames or frames)
+    # The most crops that `max_length` tokens can look at: each image has at least its base crop's tokens.
+    most = max(frames, math.ceil(config.max_length / crop.num_patches) * most_crops)
+    for crops in (file_frames, most):
+        slots = max(1, math.ceil(2 * longest / crop.num_patches))
+        taps = max(image_taps, frame.width)
+        yield Budget(1, longest, crops, slots, sides=1, taps=taps)
 
 
 class BatchShapes:
-    """Sorts sequences into batches.
+    """Puts sequences into batches of the ladder's shapes.
 
     Args:
       spec: the model's input settings.
       num_shards: S of this process's batches.
       tokens_per_batch: tokens of a shard.
-      batch_size: at most so many items in a shard; None: as many as fit.
+      crop_cost: what a crop costs in the vision tower, in tokens of the language model.
     """
 
     def __init__(
-        self, spec: InputSpec, num_shards: int, tokens_per_batch: int, batch_size: int | None
-    ):
+        self, spec: InputSpec, num_shards: int, tokens_per_batch: int, crop_cost: float
+    ) -> None:
+        self.ladder = ladder(spec, tokens_per_batch)
         self._spec = spec
         self._num_shards = num_shards
-        self._tokens_per_batch = tokens_per_batch
-        self._batch_size = batch_size
+        self._crop_cost = crop_cost
+        longest = _power_of_two(spec.config.max_length)
+        self._full_texts = _full_texts(longest, tokens_per_batch)
+        # Images in bulk: full batches first, then what holds those that do not fit there.
+        images = [budget for budget in self.ladder if budget.crops]
+        full = sorted((b for b in images if b.rows > 1), key=lambda b: b.row_length)
+        self._full_images = full + [b for b in images if b.rows == 1 and b.row_length == longest]
 
-    def batches(self, sequences: Iterable[tuple[int, TokenSequence]]) -> Iterator[IndexedBatch]:
-        """Batches as they fill up, and in the end what is left of each group.
+    def pack(self, sequences: Sequence[TokenSequence], most: int | None = None) -> IndexedBatch:
+        """One batch, of the shape that is used best: the work of what it holds for the work that it takes.
+
+        The first sequence is in it, and of the others, in order, those that have room. A batch whose first
+        sequence is a text has texts only, so that these need not wait for images; one that begins with an
+        image may hold texts as well.
+
+        Args:
+          sequences: at least one, of which as many as fit are taken.
+          most: at most so many are taken for each shard; None: no limit.
+
+        Returns:
+          The batch, whose indices are those of `sequences`.
+
+        Raises:
+          ValueError: there are no sequences, or the first one fits into no shape.
+        """
+        if not sequences:
+            raise ValueError("a batch needs at least one sequence")
+        has_crops = len(sequences[0].crops) > 0
+        limit = len(sequences) if most is None else min(len(sequences), most * self._num_shards)
+        sizes = [_Size.of(sequence) for sequence in sequences]
+        works = [size.length + self._crop_cost * size.crops for size in sizes]
+        all_work = sum(sorted(works, reverse=True)[:limit])
+        best: tuple[float, Budget, list[int]] | None = None
+        for budget in reversed(self.ladder):
+            if bool(budget.crops) != has_crops or not sizes[0].fits(budget):
+                continue
+            room = self._num_shards * self._work(budget)
+            cost = room + self._num_shards * _TOKENS_OF_A_CALL
+            if best is not None and min(all_work, room) / cost <= best[0]:
+                continue
+            taken = self._choose(budget, sizes, limit)
+            value = sum(works[index] for index in taken) / cost
+            if best is None or value > best[0]:
+                best = value, budget, taken
+        if best is None:
+            raise ValueError(
+                f"{sequences[0].name or 'item'}: {sizes[0]} fits into no shape of {self.ladder}"
+            )
+        _, budget, taken = best
+        packer = self._packer(budget)
+        for index in taken:
+            packer.add([sequences[index]], str(index))
+        return _emit(packer)
+
+    def batches(
+        self, sequences: Iterable[tuple[int, TokenSequence]], batch_size: int | None = None
+    ) -> Iterator[IndexedBatch]:
+        """Batches of many sequences, in bulk: full ones as they fill up, and in the end the rest.
 
         Args:
           sequences: (index of the item, its sequence), read as they are needed.
+          batch_size: at most so many items a shard; None: as many as fit.
 
         Yields:
           Batches that hold each sequence once.
         """
         packers: dict[Budget, Packer] = {}
-        members: dict[Budget, list[tuple[int, TokenSequence]]] = collections.defaultdict(list)
-        emitted: collections.Counter[Budget] = collections.Counter()
-        budgets: dict[_Group, Budget] = {}
+        waiting: dict[Budget, list[tuple[int, TokenSequence]]] = {}
+        limit = None if batch_size is None else batch_size * self._num_shards
         for index, sequence in sequences:
-            group = self._group(sequence)
-            if group not in budgets:
-                budgets[group] = self._full(group)
-            budget = budgets[group]
+            budget = self._full(sequence)
+            rest = waiting.setdefault(budget, [])
+            if limit is not None:
+                rest.append((index, sequence))
+                if len(rest) == limit:
+                    yield from self._all(rest, batch_size)
+                    rest.clear()
+                continue
             if budget not in packers:
                 packers[budget] = self._packer(budget)
             if not packers[budget].add([sequence], str(index)):
                 yield _emit(packers[budget])
-                emitted[budget] += 1
-                members[budget].clear()
+                rest.clear()
                 packers[budget].add([sequence], str(index))
-            members[budget].append((index, sequence))
-        for budget, rest in members.items():
-            packer = packers[budget]
-            if emitted[budget] < FULL_BATCHES_BEFORE_REST:
-                packer = self._packer(self._smallest([s for _, s in rest], budget))
-                for index, sequence in rest:
-                    packer.add([sequence], str(index))
-            yield _emit(packer)
+            rest.append((index, sequence))
+        # Their arrays are not needed for what is left.
+        packers.clear()
+        for images in (False, True):
+            kinds = (rest for budget, rest in waiting.items() if bool(budget.crops) == images)
+            yield from self._all(list(itertools.chain.from_iterable(kinds)), batch_size)
+
+    def _all(
+        self, sequences: list[tuple[int, TokenSequence]], batch_size: int | None
+    ) -> Iterator[IndexedBatch]:
+        """Batches of all of these."""
+        while sequences:
+            packed, indices = self.pack([sequence for _, sequence in sequences], batch_size)
+            items = np.array([index for index, _ in sequences], np.int32)
+            yield IndexedBatch(packed, np.where(indices >= 0, items[indices], -1).astype(np.int32))
+            taken = set(indices[indices >= 0].tolist())
+            sequences = [pair for place, pair in enumerate(sequences) if place not in taken]
+
+    def _work(self, budget: Budget) -> float:
+        return budget.rows * budget.row_length + self._crop_cost * budget.crops
+
+    def _choose(self, budget: Budget, sizes: Sequence[_Size], limit: int) -> list[int]:
+        """The sequences that have room in a shape."""
+        planner = Planner(budget, self._num_shards)
+        taken, refused = [], 0
+        for index, size in enumerate(sizes):
+            if len(taken) == limit or refused == _REFUSALS or planner.full:
+                break
+            if size.fits(budget) and planner.place([size.length], size.crops) is not None:
+                taken.append(index)
+            else:
+                refused += 1
+        return taken
 
     def _packer(self, budget: Budget) -> Packer:
         return Packer(budget, self._num_shards, self._spec.crop)
 
-    def _group(self, sequence: TokenSequence) -> _Group:
-        longest_row = _power_of_two(self._spec.config.max_length)
-        if crops := len(sequence.crops):
-            return _Group(longest_row, _power_of_two(crops), sequence.taps.width)
-        length = len(sequence)
-        row_length = next((row for longest, row in TEXT_ROWS if length <= longest), longest_row)
-        return _Group(min(row_length, longest_row), 0, sequence.taps.width)
+    def _full(self, sequence: TokenSequence) -> Budget:
+        """The batch that sequences like this one fill."""
+        size = _Size.of(sequence)
+        if not size.crops:
+            return next(budget for text, budget in self._full_texts if size.length <= text)
+        return next(budget for budget in self._full_images if size.fits(budget))
 
-    def _full(self, group: _Group) -> Budget:
-        """The full-size batch of a group."""
-        rows = max(1, self._tokens_per_batch // group.row_length)
-        crops = group.crops
-        if crops:
-            # A crop has at most `num_patches` tokens. Pooled crops have fewer: twice the room.
-            crops = max(2 * rows * group.row_length // self._spec.crop.num_patches, crops)
-        slots = self._batch_size or rows * max(1, group.row_length // _SHORTEST_SEQUENCE)
-        return Budget(rows, group.row_length, crops, slots, sides=1, taps=group.taps)
 
-    def _smallest(self, sequences: Sequence[TokenSequence], full: Budget) -> Budget:
-        """The smallest budget that holds all of these, out of few, so that each is compiled once."""
-        lengths = [len(sequence) for sequence in sequences]
-        crops = [len(sequence.crops) for sequence in sequences]
-        # Crops cost most, so their number is exact up to 8, and a multiple of 8 above.
-        all_crops = sum(crops) if sum(crops) <= 8 else -(-sum(crops) // 8) * 8
-        row_length = min(full.row_length, _power_of_two(max(lengths), least=64))
-        num_crops = max(-(-all_crops // self._num_shards), max(crops))
-        rows = 1
-        while True:
-            # Slots in proportion to rows, rather than one an item: fewer different shapes.
-            slots = max(1, min(full.groups, full.groups * rows // full.rows))
-            budget = Budget(rows, row_length, num_crops, slots, sides=1, taps=full.taps)
-            planner = Planner(budget, self._num_shards)
-            sizes = zip(lengths, crops, strict=True)
-            if all(planner.place([length], c) is not None for length, c in sizes):
-                return budget
-            rows, num_crops = 2 * rows, min(all_crops, 2 * num_crops)
+class _Size(NamedTuple):
+    """What a sequence needs."""
+
+    length: int
+    crops: int
+    taps: int
+
+    @staticmethod
+    def of(sequence: TokenSequence) -> _Size:
+        return _Size(len(sequence), len(sequence.crops), sequence.taps.width)
+
+    def fits(self, budget: Budget) -> bool:
+        return (
+            self.length <= budget.row_length
+            and self.crops <= budget.crops
+            and (self.taps <= budget.taps or not self.crops)
+        )
 
 
 def _emit(packer: Packer) -> IndexedBatch:
@@ -153,6 +288,6 @@ def _emit(packer: Packer) -> IndexedBatch:
     return IndexedBatch(packed, np.array(indices, np.int32))
 
 
-def _power_of_two(n: int, least: int = 1) -> int:
-    """The next power of two from n on, at least `least`."""
-    return max(least, 1 << (n - 1).bit_length()) if n else least
+def _power_of_two(n: int) -> int:
+    """The next power of two from n on."""
+    return 1 << max(0, n - 1).bit_length()

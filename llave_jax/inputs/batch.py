@@ -99,6 +99,20 @@ def empty_batch(budget: Budget, num_shards: int, crop: CropGeometry) -> PackedBa
     )
 
 
+def budget_of(batch: PackedBatch) -> Budget:
+    """The budget that fixed a batch's shapes.
+
+    Args:
+      batch: of any number of shards.
+
+    Returns:
+      What one shard has room for.
+    """
+    rows, row_length, taps = batch.tap_index.shape[1:]
+    sides, groups = batch.pooled.shape[1:]
+    return Budget(rows, row_length, batch.patches.shape[1], groups, sides, taps)
+
+
 def stack_batches(batches: Sequence[PackedBatch]) -> PackedBatch:
     """Micro-batches as one batch.
 

@@ -16,6 +16,8 @@ IMAGE_TOKEN = -200
 
 _NUMBERED_MARKER = re.compile(r"<\|image_\d+\|>")
 
+_LEADING_MARKERS = re.compile(r"\s*(?:(?:<image>|<\|image_\d+\|>)\s*)+")
+
 # The assistant's turn is a single newline: the embedding is read at the newline after its end.
 _BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
@@ -31,6 +33,19 @@ def count_markers(text: str) -> int:
       Their number.
     """
     return text.count(IMAGE_MARKER) + len(_NUMBERED_MARKER.findall(text))
+
+
+def end_of_leading_markers(text: str) -> int:
+    """Where a text goes on behind the image markers that it begins with.
+
+    Args:
+      text: user content.
+
+    Returns:
+      Index of the first character behind them and the space around them; 0 if it begins with none.
+    """
+    match = _LEADING_MARKERS.match(text)
+    return match.end() if match else 0
 
 
 def place_markers(text: str, num_images: int, name: str = "") -> str:

@@ -132,6 +132,40 @@ def as_item(item: ItemLike, name: str) -> Item:
     return _not_empty(Item(text, images=images, video=item.get("video"), name=name))
 
 
+def with_prompt(item: Item, prompt: str) -> Item:
+    """An item with an instruction in front of its text, behind the image markers that it begins with.
+
+    So MMEB's rows have it: `<image>`, a newline, the instruction, the text.
+
+    Args:
+      item: any item.
+      prompt: put before the text as it is; "" leaves the item alone.
+
+    Returns:
+      The item with the prompt.
+    """
+    if not prompt:
+        return item
+    start = chat.end_of_leading_markers(item.text)
+    return dataclasses.replace(item, text=item.text[:start] + prompt + item.text[start:])
+
+
+def refuse_paths(item: Item) -> None:
+    """Checks that an item names no file.
+
+    Args:
+      item: any item.
+
+    Raises:
+      ValueError: an image, the video or a frame of it is a path.
+    """
+    frames = () if item.video is None or isinstance(item.video, str | os.PathLike) else item.video
+    if isinstance(item.video, str | os.PathLike) or any(
+        isinstance(image, str | os.PathLike) for image in (*item.images, *frames)
+    ):
+        raise ValueError(f"{item.name or 'item'}: names a file; give the content of images instead")
+
+
 def missing_image(text: str) -> tuple[None, ...]:
     """The images of a text whose one image is missing.
 

@@ -323,6 +323,22 @@ def device_put_batch(batch: Any, mesh: Mesh, leading_axes: int = 0) -> Any:
     return jax.tree.map(put, batch)
 
 
+def abstract_batch(batch: Any, mesh: Mesh) -> Any:
+    """The shapes of a batch on its devices, as `device_put_batch` puts it there.
+
+    Args:
+      batch: tree of host arrays [S, ...] with this process's shards only.
+      mesh: the mesh.
+
+    Returns:
+      Tree of `jax.ShapeDtypeStruct` of all processes' shards.
+    """
+    place, total = batch_sharding(mesh), num_shards(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((total, *x.shape[1:]), x.dtype, sharding=place), batch
+    )
+
+
 def with_shardings(abstract: Any, shardings: Any) -> Any:
     """Add shardings to a tree of shapes.
 

@@ -1,5 +1,6 @@
 """The Embedder: order, forms of items, batches, items that cannot be read."""
 
+import contextlib
 import json
 import weakref
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llave_jax.embedding import shapes as batch_shapes
 from llave_jax.embedding.embedder import Embedder
+from llave_jax.embedding.shapes import ladder
 from llave_jax.inputs.item import Item, as_item
 from llave_jax.models.llave import Llave
 from llave_jax.parallel import sharding
@@ -113,17 +114,16 @@ def test_items_of_a_generator_are_not_kept(embedder):
 
 
 def test_many_batches_are_those_of_few(golden_model):
-    """What is left after many full batches takes a full batch as well."""
     model = Llave(golden_model.config, freeze_vision=True)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     small = Embedder(model, golden_model.params, golden_model.tokenizer, mesh, tokens_per_batch=256)
     texts = [f"caption {i} " + "word " * (i % 40) for i in range(101)]
     shapes = []
-    apply = small._apply
-    small._apply = lambda params, batch: shapes.append(batch.tokens.shape) or apply(params, batch)
+    forward = small.forward
+    small.forward = lambda batch: shapes.append(batch.tokens.shape) or forward(batch)
     vectors = small.encode(texts)
-    assert len(shapes) > 2 * batch_shapes.FULL_BATCHES_BEFORE_REST
-    assert len(set(shapes)) == 2  # one a length of rows
+    assert len(shapes) > 8
+    assert set(shapes) <= {(1, b.rows, b.row_length) for b in ladder(model.config.input_spec, 256)}
     alone = [small.encode(texts[i]) for i in (0, 39, 100)]
     np.testing.assert_allclose(vectors[[0, 39, 100]], alone, rtol=0, atol=1e-5)
 
@@ -216,3 +216,83 @@ def test_what_is_no_item(item, message, embedder):
 def test_unreadable_item_is_named(embedder):
     with pytest.raises(ValueError, match=r"item 1.*nowhere\.png"):
         embedder.encode(["fine", {"image": "nowhere.png"}])
+
+
+@pytest.fixture(scope="module")
+def warm(golden_model):
+    model = Llave(golden_model.config, freeze_vision=True)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
+    warm = Embedder(model, golden_model.params, golden_model.tokenizer, mesh, tokens_per_batch=1024)
+    warm.warm_up()
+    return warm
+
+
+@contextlib.contextmanager
+def counting_compilations():
+    """Counts the programs that are compiled while the block runs."""
+    compiled = []
+
+    def note(event, duration, **_):
+        if "compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+def picture(width, height):
+    return PIL.Image.new("RGB", (width, height), (width % 256, height % 256, 7))
+
+
+MIXTURES = st.lists(
+    st.one_of(
+        st.text("ab \n", min_size=1, max_size=3000).filter(str.strip),
+        st.builds(lambda w, h: {"text": "a", "image": picture(w, h)}, *[st.integers(1, 900)] * 2),
+        st.builds(lambda n: {"images": [picture(900, 3)] * n, "text": "many"}, st.integers(1, 9)),
+        st.builds(lambda n: {"video": [picture(40, 40)] * n}, st.integers(1, 40)),
+        st.just({"text": "<image> what?", "image": None}),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def test_counting_compilations():
+    with counting_compilations() as compiled:
+        jax.jit(lambda x: x + 3)(np.zeros(3))
+    assert compiled
+
+
+@settings(max_examples=15)
+@given(items=MIXTURES, batch_size=st.sampled_from([None, 2]))
+def test_nothing_compiles_after_warm_up(items, batch_size, warm):
+    with counting_compilations() as compiled:
+        vectors = warm.encode(items, batch_size)
+        sequences = [warm.prepare(item) for item in items]
+        found = np.zeros_like(vectors)
+        places = list(range(len(items)))
+        while sequences:
+            batch, indices = warm.pack(sequences)
+            out = np.asarray(warm.forward(batch))
+            filled = indices >= 0
+            found[[places[i] for i in indices[filled]]] = out[filled]
+            left = sorted(set(range(len(sequences))) - set(indices[filled].tolist()))
+            sequences, places = [sequences[i] for i in left], [places[i] for i in left]
+    assert not compiled
+    np.testing.assert_allclose(found, vectors, rtol=0, atol=2e-5)
+
+
+def test_a_prompt_goes_behind_leading_markers(warm, golden):
+    path = str(golden / "images" / "small.png")
+    prompted = warm.prepare({"text": "<|image_1|>\nWhat is it?", "image": path}, prompt="Answer: ")
+    expected = warm.prepare({"text": "<image>\nAnswer: What is it?", "image": path})
+    np.testing.assert_array_equal(prompted.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("item", [{"image": "a.png"}, {"video": "a.mp4"}, {"video": [Path("a")]}])
+def test_files_can_be_refused(item, warm):
+    with pytest.raises(ValueError, match="item: names a file"):
+        warm.prepare(item, allow_paths=False)
