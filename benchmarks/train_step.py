@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --preset llave-0.5b                  # one GPU, bfloat16
     python benchmarks/train_step.py --preset llave-2b --torch            # and transformers, same items
     python benchmarks/train_step.py --preset llave-0.5b --embed --torch
-    python benchmarks/train_step.py --preset tiny --pairs 8 --micro-batches 2 --dtype float32 --torch
+    python benchmarks/train_step.py --layers 4 --pairs 8 --micro-batches 4 --dtype float32 --torch  # a CPU
 
 Pairs have the sizes of MMEB's mix (llave_jax/planning/workload.py), random pixels and random tokens; weights
 are random. transformers' LlavaOnevision gets the same items as the authors feed it: padded, queries
@@ -14,6 +14,7 @@ and targets apart, SDPA, gradient checkpointing, frozen tower, AdamW. MFU counts
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -46,6 +47,12 @@ FROZEN = (("vision_tower/.*", None), (".*", 1.0))
 def main() -> None:
     args = parse_arguments()
     config = PRESETS[args.preset]
+    if args.layers:
+        config = dataclasses.replace(
+            config,
+            text=dataclasses.replace(config.text, num_layers=args.layers),
+            vision=dataclasses.replace(config.vision, num_layers=args.layers),
+        )
     pairs = [random_pair(config, i) for i in range(args.pairs)]
     batch = pack(config, pairs, args)
     lengths = np.array([len(s) for pair in pairs for s in pair])
@@ -63,6 +70,7 @@ def main() -> None:
             "program": name,
             "what": "embed" if args.embed else "train",
             "preset": args.preset,
+            "layers": args.layers,
             "device": jax.devices()[0].device_kind,
             "seconds": seconds,
             "pairs_per_second": len(pairs) / seconds,
@@ -79,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="llave-0.5b")
+    parser.add_argument("--layers", type=int, help="of each tower, instead of the preset's")
     parser.add_argument("--pairs", type=int, default=64, help="pairs of a step")
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")

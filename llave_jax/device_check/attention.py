@@ -82,9 +82,7 @@ def agreement(model_cases: list[Case], device: Any, *, with_peers: bool) -> Iter
     interpret = device.platform == "cpu"
     for case in model_cases:
         for name in ours(device.platform):
-            outcome = check(
-                implementation(name, case, interpret=interpret and name != "xla"), case, device
-            )
+            outcome = check(implementation(name, case, interpret=interpret), case, device)
             yield _row(name, case, outcome, is_ours=True)
         for name, make in peers(device.platform).items() if with_peers else ():
             try:
@@ -121,7 +119,7 @@ def speed(case: Case, device: Any) -> Iterator[Row]:
     names: dict[str, Callable[[Case], Any]] = {
         name: functools.partial(implementation, name)
         for name in ours(device.platform)
-        if name == "xla" or device.platform != "cpu"
+        if name not in KERNELS or device.platform != "cpu"
     }
     others = peers(device.platform)
     if device.platform == "cpu":

@@ -1,8 +1,8 @@
 """Attention over packed rows: one function, `attention`, with several implementations.
 
-Owns the choice of implementation and the XLA form, which is the reference and runs everywhere. The
-kernels for one kind of device each are `tpu_attention.py` and `gpu_attention.py`. An implementation
-that cannot compute a call raises an error; none falls back to another.
+Owns the choice of implementation and the XLA form, which is the reference and runs everywhere. Those for
+one kind of device each are `tpu_attention.py`, `gpu_attention.py` and `cpu_attention.py`. An
+implementation that cannot compute a call raises an error; none falls back to another.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from llave_jax.ops import gpu_attention, tpu_attention
+from llave_jax.ops import cpu_attention, gpu_attention, tpu_attention
 from llave_jax.parallel import sharding
 
 # What "auto" means on devices of a platform.
-AUTO = {"cpu": "xla", "tpu": "splash", "gpu": "triton"}
+AUTO = {"cpu": "blockwise", "tpu": "splash", "gpu": "triton"}
+# Written in Pallas, each for one kind of device.
 KERNELS = {"splash": tpu_attention.splash_attention, "triton": gpu_attention.triton_attention}
-IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
+IMPLEMENTATIONS = ("auto", "xla", "blockwise", *KERNELS)
 
 # The XLA form holds the scores of this many queries at once.
 QUERY_BLOCK = 512
@@ -55,8 +56,8 @@ def attention(
       max_segment_length: tokens of the longest segment, if segments ascend along a row (as packing
         leaves them) and this is known to be less than a row. It limits the memory of splash
         attention. If a longer segment occurs, all results of splash attention are NaN.
-      implementation: one of IMPLEMENTATIONS: "xla"; "splash" (TPU); "triton" (GPU); "auto", the one
-        for the default device.
+      implementation: one of IMPLEMENTATIONS: "xla"; "blockwise" (CPU); "splash" (TPU); "triton" (GPU);
+        "auto", the one for the default device.
 
     Returns:
       [B, T, H, E] in the query's dtype.
@@ -71,6 +72,10 @@ def attention(
     implementation = _resolve(implementation)
     if implementation == "xla":
         return xla_attention(query, key, value, segment_ids, causal=causal)
+    if implementation == "blockwise":
+        kernel = functools.partial(cpu_attention.blockwise_attention, causal=causal)
+        ids = () if segment_ids is None else (segment_ids,)
+        return sharding.map_rows_and_heads(kernel, (query, key, value), ids)
     if segment_ids is None:
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)
     kernel = functools.partial(KERNELS[implementation], causal=causal)

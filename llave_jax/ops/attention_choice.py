@@ -20,6 +20,7 @@ import jax
 from llave_jax.common.content import digest
 from llave_jax.common.files import cache_folder, write_text
 from llave_jax.ops import attention as attention_lib
+from llave_jax.ops import cpu_attention
 from llave_jax.ops.attention_check import MARGIN, Case, Outcome, check
 from llave_jax.parallel import processes
 
@@ -37,7 +38,7 @@ def choose(implementation: str, mesh: jax.sharding.Mesh, case: Case) -> str:
     For "auto", the one for the devices' platform is checked first, unless this kind of device has passed
     before. If it does not agree with the reference in float64, a warning says so and the XLA form is checked and
     used in its place. All processes of a job call this together, and choose the same. Nothing is checked on
-    CPUs, where "auto" is the XLA form, nor for devices that are not there (compiling ahead).
+    CPUs, where "auto" is no kernel, nor for devices that are not there (compiling ahead).
 
     Args:
       implementation: one of `ops.attention.IMPLEMENTATIONS`; what is not "auto" is used unchecked.
@@ -52,7 +53,11 @@ def choose(implementation: str, mesh: jax.sharding.Mesh, case: Case) -> str:
     """
     device = mesh.devices.flat[0]
     first = attention_lib.on_mesh(implementation, mesh)
-    if implementation != "auto" or first == "xla" or device not in jax.devices():
+    if (
+        implementation != "auto"
+        or first not in attention_lib.KERNELS
+        or device not in jax.devices()
+    ):
         return first
     case = _on_one_device(case, mesh)
     key = (first, device.device_kind, case)
@@ -118,15 +123,17 @@ def implementation(name: str, case: Case, *, interpret: bool = False) -> Callabl
     """An implementation of this package as `attention_check.check` takes it.
 
     Args:
-      name: "xla" or a key of `ops.attention.KERNELS`.
+      name: one of `ops.attention.IMPLEMENTATIONS`, but not "auto".
       case: what it will be tried on.
-      interpret: run kernels in Pallas's interpreter.
+      interpret: run kernels in Pallas's interpreter; what is no kernel runs as it is.
 
     Returns:
       (query, key, value, segment_ids) -> output.
     """
     if name == "xla":
         return functools.partial(attention_lib.xla_attention, causal=case.causal)
+    if name == "blockwise":
+        return functools.partial(cpu_attention.blockwise_attention, causal=case.causal)
     kernel = functools.partial(attention_lib.KERNELS[name], causal=case.causal)
     if interpret:
         kernel = functools.partial(kernel, interpret=True)

@@ -168,5 +168,5 @@ def test_masks_that_are_too_large_are_not_made():
 def test_speed_is_said_of_what_can_run(monkeypatch):
     monkeypatch.setattr(attention, "REPEATS", 1)
     rows = list(attention.speed(CASE, jax.devices()[0]))
-    assert [row.subject.partition(":")[0] for row in rows] == ["xla", "jax.nn"]
+    assert [row.subject.partition(":")[0] for row in rows] == ["blockwise", "xla", "jax.nn"]
     assert all(row.values["gradient_seconds"] > 0 for row in rows)

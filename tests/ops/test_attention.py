@@ -22,6 +22,7 @@ from llave_jax.models.siglip import SiglipTower
 from llave_jax.ops import attention as attention_lib
 from llave_jax.ops import gpu_attention, tpu_attention
 from llave_jax.ops.attention import attention, masked_attention, xla_attention
+from llave_jax.ops.cpu_attention import blockwise_attention
 from llave_jax.ops.gpu_attention import triton_attention
 from llave_jax.ops.tpu_attention import LANES, Blocks, splash_attention
 from llave_jax.parallel import sharding
@@ -67,18 +68,22 @@ def make_segments(rng, batch, length):
 
 @given(
     seed=st.integers(0, 2**32 - 1),
-    length=st.sampled_from([1, 40]),
+    length=st.sampled_from([1, 40, 300]),
     repeats=st.sampled_from([1, 3]),
     causal=st.booleans(),
+    implementation=st.sampled_from(["xla", "blockwise"]),
 )
-@settings(max_examples=15)
-def test_xla_is_the_formula(seed, length, repeats, causal):
+@settings(max_examples=30)
+def test_plain_forms_are_the_formula(seed, length, repeats, causal, implementation):
     rng = np.random.default_rng(seed)
     inputs = make_inputs(rng, 2, length, 2 * repeats, 2, 8)
     segments = make_segments(rng, 2, length)
-    actual = attention(*inputs, segment_ids=segments, causal=causal, implementation="xla")
-    np.testing.assert_allclose(actual, formula(*inputs, segments, causal), atol=TOLERANCE)
-    alone = attention(*inputs, causal=causal, implementation="xla")
+    used = np.asarray(segments) > 0
+    attend = functools.partial(attention, causal=causal, implementation=implementation)
+    actual = attend(*inputs, segment_ids=segments)
+    expected = formula(*inputs, segments, causal)
+    np.testing.assert_allclose(actual[used], expected[used], atol=TOLERANCE)
+    alone = attend(*inputs)
     one_segment = np.ones((2, length))
     np.testing.assert_allclose(alone, formula(*inputs, one_segment, causal), atol=TOLERANCE)
 
@@ -142,6 +147,41 @@ def test_kernel_is_the_reference(kernel, length, heads, groups, head_dim, causal
     inputs = make_inputs(rng, 1, length, heads, groups, head_dim)
     segments = make_segments(rng, 1, length) if causal else jnp.ones((1, length), jnp.int32)
     assert_is_the_reference(KERNELS[kernel], inputs, segments, causal=causal, interpret=True)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.sampled_from([64, 333]),
+    heads=st.sampled_from([(14, 2), (2, 2)]),
+    ids=st.sampled_from(["ascending", "any"]),
+    causal=st.booleans(),
+)
+@settings(max_examples=20)
+def test_blockwise_is_the_reference(seed, length, heads, ids, causal):
+    """Rows that end anywhere in a block, segments over several blocks, and segments that do not ascend."""
+    rng = np.random.default_rng(seed)
+    inputs = make_inputs(rng, 3, length, *heads, 16)
+    segments = make_segments(rng, 3, length)
+    if ids == "any":
+        segments = jnp.asarray(rng.integers(0, 3, segments.shape), jnp.int32)
+    assert_is_the_reference(blockwise_attention, inputs, segments, causal=causal)
+
+
+def test_blockwise_looks_at_no_other_segments():
+    """Values that are NaN spoil the blocks that hold a token of their segment; the others never read them."""
+    inputs = make_inputs(np.random.default_rng(0), 1, 4096, 7, 1, 8)
+    segments = jnp.repeat(jnp.arange(1, 5), 1024)[None]
+    query, key, value = inputs
+    value = value.at[0, :1024].set(jnp.nan)
+
+    def run(query, key, value):
+        out = blockwise_attention(query, key, value, segments, causal=True)
+        return out[:, 1280:].sum(), out
+
+    gradients, out = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+    assert np.isnan(out[0, :1024]).all()
+    assert np.isfinite(out[0, 1280:]).all()
+    assert all(np.isfinite(g[0, 1280:]).all() for g in gradients)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(14, 2), (6, 6), (12, 1)])
@@ -405,7 +445,7 @@ def test_vision_tower_pads_crops_for_kernels(kernel, monkeypatch):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, "blockwise"])
 @pytest.mark.parametrize("groups", [2, 1], ids=["heads-split", "heads-whole"])
 def test_kernels_run_on_a_mesh(kernel, groups, monkeypatch):
     """Each device on its rows, and on its heads where the tensor axis divides them."""

@@ -72,10 +72,15 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(
-    ("name", "case"), [("xla", CROPS), *((name, PACKED) for name in attention_lib.KERNELS)]
+    ("name", "case"),
+    [
+        ("xla", CROPS),
+        ("blockwise", CROPS),
+        *((name, PACKED) for name in attention_lib.IMPLEMENTATIONS[2:]),
+    ],
 )
 def test_right_implementations_pass_with_room(name, case):
-    attend = attention_choice.implementation(name, case, interpret=name != "xla")
+    attend = attention_choice.implementation(name, case, interpret=True)
     outcome = check(attend, case)
     assert outcome.passed, outcome.failure
     assert set(outcome.errors) == set(attention_check.RESULTS)

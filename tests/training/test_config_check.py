@@ -111,7 +111,7 @@ FIELDS = {
     "mesh.fsdp": AXIS,
     "mesh.tensor": AXIS,
     "dtype": names("float32", "bfloat16"),
-    "attention": names("auto", "xla", "splash", "triton"),
+    "attention": names("auto", "xla", "blockwise", "splash", "triton"),
     "vision_attention": names("auto", "xla"),
     "remat": names("none", "block", "both"),
     "checkpoint.every": integers(1),
