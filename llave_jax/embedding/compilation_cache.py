@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -31,7 +32,7 @@ def use_compilation_cache() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false keeps nothing: with these set, nothing is changed here. JAX locks
     the folder, so that any number of processes may use it.
     """
-    settings = jax.config
+    settings: Any = jax.config
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
     folder = cache_folder() / "compiled" / _machine()

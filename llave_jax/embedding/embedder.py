@@ -48,6 +48,7 @@ class Embedder:
       tokenizer: a Hugging Face fast tokenizer.
       mesh: the devices to run on; None: all of them along `data`.
       tokens_per_batch: tokens a device works on at once; fewer need less memory.
+      prompts: named prompts: name -> text.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Embedder:
         mesh: jax.sharding.Mesh | None = None,
         *,
         tokens_per_batch: int = 16_384,
+        prompts: Mapping[str, str] | None = None,
     ):
         self.model = model
         self.config = model.config
         self.params = params
         self.mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
         self.builder = SequenceBuilder(tokenizer, model.config.input_spec)
+        self.prompts = dict(prompts or {})
         self._cuts = CutWarnings()
         self._num_shards = len(sharding.local_shards(self.mesh))
         self._shapes = BatchShapes(
@@ -124,6 +127,7 @@ class Embedder:
             freeze_vision=True,
         )
         params = model_dir.load_params(directory, mesh=mesh, dtype=jnp.dtype(dtype))
+        options.setdefault("prompts", model_dir.load_prompts(directory))
         return cls(module, params, model_dir.load_tokenizer(directory), mesh, **options)
 
     @property
@@ -135,13 +139,15 @@ class Embedder:
         self,
         item: ItemLike,
         *,
+        prompt_name: str | None = None,
         prompt: str | None = None,
         allow_paths: bool = True,
     ) -> TokenSequence:
         """Reads an item and lays it out. Any number of threads may do so.
 
         Args:
-          item: as for `encode`.
+          item: as for `encode`; errors name an `Item` by its name.
+          prompt_name: one of `prompts`, if no prompt is given.
           prompt: goes before the item's text, behind the image markers at its start.
           allow_paths: whether images and videos may be files of this machine.
 
@@ -149,15 +155,26 @@ class Embedder:
           What `pack` takes.
 
         Raises:
-          ValueError: the item is empty, cannot be read, or names a file that it may not.
+          ValueError: the item is empty, cannot be read, or names a file that it may not; or there is no such
+            prompt.
         """
         item = as_item(item, "item")
         if not allow_paths:
             refuse_paths(item)
-        sequence = self.builder(with_prompt(item, prompt or ""))
+        sequence = self.builder(with_prompt(item, self._prompt(prompt_name, prompt)))
         with self._compiling:
             self._cuts.note(sequence)
         return sequence
+
+    def _prompt(self, name: str | None, text: str | None) -> str:
+        if text is not None:
+            return text
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            known = ", ".join(self.prompts) or "none"
+            raise ValueError(f"prompt_name is {name!r:.80}; this model's prompts are: {known}")
+        return self.prompts[name]
 
     def pack(self, sequences: Sequence[TokenSequence]) -> IndexedBatch:
         """One batch, of a shape of the ladder.

@@ -28,6 +28,7 @@ from llave_jax.weights import hf_config, hf_names, model_dir
 from llave_jax.weights.hf_names import HfTensor
 from llave_jax.weights.hf_processor import check_image_processor
 from llave_jax.weights.json_files import read_json, section
+from llave_jax.weights.prompts import read_hf_prompts, write_prompts
 from llave_jax.weights.safetensors_io import (
     DTYPE_NAMES,
     CheckpointError,
@@ -136,6 +137,7 @@ def convert_from_hf(
         _copy_source_files(source, staged / model_dir.SOURCE, weights)
         _write_layout(staged / model_dir.LAYOUT, weights, model.layout, plan.tied)
         model_dir.write_config(staged, model.config)
+        write_prompts(staged, read_hf_prompts(source))
     return model.config
 
 

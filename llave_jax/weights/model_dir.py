@@ -5,6 +5,7 @@
     carried.safetensors   tensors the embedding model does not use, kept for converting back
     source/               the other files of the Hugging Face checkpoint, and layout.json
     tokenizer/            for transformers.AutoTokenizer
+    prompts.json          named prompts, if the model has any (`prompts.py`)
 
 A training run is a model too: RUN/model is a model directory without model.safetensors, and the weights
 are the latest of RUN/checkpoints. The functions that load accept both.
@@ -29,6 +30,7 @@ from llave_jax.models.config import LlaveConfig
 from llave_jax.models.parameters import parameter_shapes
 from llave_jax.weights import tokenizer_files
 from llave_jax.weights.json_files import read_json, write_json
+from llave_jax.weights.prompts import PROMPTS, read_prompts
 from llave_jax.weights.safetensors_io import (
     CheckpointError,
     SafetensorsFile,
@@ -151,6 +153,21 @@ def write_config(path: Path, config: LlaveConfig) -> None:
     """
     values = {FORMAT_KEY: FORMAT, **config.to_dict()}
     write_json(path / CONFIG, values, sort_keys=False)
+
+
+def load_prompts(path: str | os.PathLike) -> dict[str, str]:
+    """The named prompts of a model.
+
+    Args:
+      path: a model directory or a training run.
+
+    Returns:
+      name -> text; empty if the model has none.
+
+    Raises:
+      CheckpointError: `path` is neither, or its prompts.json is broken.
+    """
+    return read_prompts(locate(path))
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
@@ -322,8 +339,9 @@ def _take_over(base: Path, target: Path) -> None:
     shutil.copytree(base / TOKENIZER, target / TOKENIZER)
     if (base / SOURCE).is_dir():
         shutil.copytree(base / SOURCE, target / SOURCE)
-    if (base / CARRIED).is_file():
-        shutil.copyfile(base / CARRIED, target / CARRIED)
+    for name in (CARRIED, PROMPTS):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, target / name)
 
 
 def _write_params(path: Path, config: LlaveConfig, params: Mapping[str, Any]) -> None:

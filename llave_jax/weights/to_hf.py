@@ -36,6 +36,7 @@ from llave_jax.weights.from_hf import INDEX_FILE, SINGLE_FILE
 from llave_jax.weights.hf_inputs import LLAVE_KEY, with_inputs, write_text_limit
 from llave_jax.weights.hf_names import LAYOUTS, HfTensor
 from llave_jax.weights.json_files import read_json, section, write_json
+from llave_jax.weights.prompts import read_prompts
 from llave_jax.weights.safetensors_io import (
     CheckpointError,
     SafetensorsWriter,
@@ -322,7 +323,7 @@ def _write_embedding_files(target: Path, model: ExportSource) -> None:
         if path.is_file() and "chat_template" in (values := read_json(path)):
             del values["chat_template"]
             write_json(path, values, sort_keys=False)
-    sentence_transformers.write_files(target, model.config, {})
+    sentence_transformers.write_files(target, model.config, read_prompts(model.directory))
 
 
 def _tower_name(target: Path, config: LlaveConfig, origin: Origin) -> str:

@@ -140,6 +140,7 @@ def _make_models(base: Path) -> None:
     _make_checkpoints(base / "hf")
     for name in ("llave", "onevision"):
         convert_from_hf(base / "hf" / name / "hf", base / name, show_progress=False)
+        (base / name / "prompts.json").write_text(json.dumps({"query": "Find: ", "document": ""}))
 
 
 def _model_dir(base: Path, case: Path, rng: Rng) -> None:
@@ -153,6 +154,7 @@ def _model_dir(base: Path, case: Path, rng: Rng) -> None:
             _rewrite(path, lambda _: json.dumps(values).encode())
     model_dir.load_config(case / "in")
     model_dir.open_params(case / "in")
+    model_dir.load_prompts(case / "in")
     if rng.random() < 0.3:
         model_dir.load_tokenizer(case / "in")
     convert_to_hf(case / "in", case / "out" / "hf", rng.choice(list(LAYOUTS)), show_progress=False)

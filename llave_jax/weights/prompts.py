@@ -1,0 +1,76 @@
+"""The named prompts of a model: `prompts.json` in a model directory, {"query": "...", "document": "..."}.
+
+A prompt is an instruction that goes in front of an item's text. A model directory without the file has none. A
+Hugging Face checkpoint has them in the settings of sentence-transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llave_jax.weights.json_files import read_json, write_json
+from llave_jax.weights.safetensors_io import CheckpointError
+from llave_jax.weights.sentence_transformers import SETTINGS
+
+PROMPTS = Path("prompts.json")
+
+
+def read_prompts(directory: Path) -> dict[str, str]:
+    """The prompts of a model directory.
+
+    Args:
+      directory: a model directory; of a training run, the one in it.
+
+    Returns:
+      name -> text; empty if the directory has no prompts.json.
+
+    Raises:
+      CheckpointError: the file is not an object of strings.
+    """
+    file = directory / PROMPTS
+    return _checked(read_json(file), file) if file.exists() else {}
+
+
+def write_prompts(directory: Path, prompts: Mapping[str, str]) -> None:
+    """Writes prompts into a model directory that is being staged; nothing if there are none.
+
+    Args:
+      directory: the model directory.
+      prompts: name -> text.
+    """
+    if prompts:
+        write_json(directory / PROMPTS, dict(prompts))
+
+
+def read_hf_prompts(directory: Path) -> dict[str, str]:
+    """The prompts of a Hugging Face checkpoint, as sentence-transformers has them.
+
+    Args:
+      directory: of the checkpoint.
+
+    Returns:
+      name -> text; empty without such settings. sentence-transformers writes an empty text for a prompt
+      that is not set: these are left out.
+
+    Raises:
+      CheckpointError: the settings are not in its form.
+    """
+    file = directory / SETTINGS
+    if not file.is_file():
+        return {}
+    values = read_json(file).get("prompts")
+    prompts = _checked({} if values is None else values, file)
+    return {name: text for name, text in prompts.items() if text}
+
+
+def _checked(values: Any, file: Path) -> dict[str, str]:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: prompts is {values!r:.60}; expected an object of texts")
+    for name, text in values.items():
+        if not isinstance(text, str):
+            raise CheckpointError(
+                f"{file}: the prompt {name!r:.60} is {text!r:.60}; expected a text"
+            )
+    return values
