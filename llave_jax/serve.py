@@ -108,7 +108,7 @@ def _command(args: argparse.Namespace) -> None:
         )
         embedder.warm_up()
         batcher = Batcher(
-            ModelEngine(embedder, limits, {}, fetch),
+            ModelEngine(embedder, limits, fetch),
             max_waiting=limits.waiting,
             deadline=args.deadline_ms / 1000,
             workers=args.workers or os.cpu_count() or 1,
@@ -118,6 +118,7 @@ def _command(args: argparse.Namespace) -> None:
             args.model_name or _name_of(args.model),
             embedder.config.text.hidden_size,
             embedder.config.inputs.max_length,
+            sorted(embedder.prompts),
         )
         app.start(model, batcher)
         log.info("%s: ready, as %s", http.url, model.name)

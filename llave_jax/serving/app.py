@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
+from llave_jax.embedding.precision import truncate
 from llave_jax.search.index import Index
 from llave_jax.serving import items as client_items
 from llave_jax.serving import searching
@@ -447,29 +447,13 @@ class _Asked:
         if isinstance(outcome, ApiError):
             error = bytes(json_response(outcome.body).body).decode()
             return f'{{"object":"embedding","index":{number},"embedding":null,"error":{error}}}'
-        vector = shortened(outcome.vector, self.dimensions)
+        vector = truncate(outcome.vector, self.dimensions)
         if self.base64:
             numbers = f'"{base64.b64encode(vector.astype("<f4").tobytes()).decode()}"'
         else:
             # Nine digits give back the same float32.
             numbers = "[" + ",".join(map("%.9g".__mod__, vector.tolist())) + "]"
         return f'{{"object":"embedding","index":{number},"embedding":{numbers}}}'
-
-
-def shortened(vector: np.ndarray, dimensions: int | None) -> np.ndarray:
-    """The first numbers of an embedding, normalised again.
-
-    Args:
-      vector: float32 [D].
-      dimensions: how many; None: all, as they are.
-
-    Returns:
-      float32 [dimensions].
-    """
-    if dimensions is None or dimensions == len(vector):
-        return vector
-    part = vector[:dimensions]
-    return part / max(float(np.linalg.norm(part)), 1e-12)
 
 
 def _one_of(fields: Mapping[str, Any], name: str, values: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ class ModelEngine:
     Args:
       embedder: the model.
       limits: of items.
-      prompts: of the model, by their names.
       fetch: reads URLs; None: they are refused.
     """
 
@@ -28,13 +27,11 @@ class ModelEngine:
         self,
         embedder: Embedder,
         limits: Limits,
-        prompts: Mapping[str, str],
         fetch: Callable[[str, int], bytes] | None = None,
     ):
         self.tokens_per_batch = embedder.tokens_per_batch
         self._embedder = embedder
         self._limits = limits
-        self._prompts = prompts
         self._fetch = fetch
 
     def prepare(self, item: ClientItem) -> TokenSequence:
@@ -50,9 +47,10 @@ class ModelEngine:
           ItemError: the item cannot be read, or is longer than the model reads.
         """
         loaded = load_item(item, self._embedder.config.inputs, self._limits, self._fetch)
-        prompt = None if item.prompt_name is None else self._prompts[item.prompt_name]
         try:
-            sequence = self._embedder.prepare(loaded, prompt=prompt, allow_paths=False)
+            sequence = self._embedder.prepare(
+                loaded, prompt_name=item.prompt_name, allow_paths=False
+            )
         except ValueError as error:
             raise ItemError.of(item, error) from error
         if sequence.num_cut and not item.truncate:

@@ -14,12 +14,14 @@ from tests.serving.in_process import TEXT_PART, data_uri, image_part
 
 @pytest.fixture(scope="module")
 def model(golden_model):
-    return Embedder.from_pretrained(golden_model.directory)
+    return Embedder.from_pretrained(
+        golden_model.directory, prompts={"query": "Find a picture of: "}
+    )
 
 
 @pytest.fixture(scope="module")
 def engine(model):
-    return ModelEngine(model, Limits(), {"query": "Find a picture of: "})
+    return ModelEngine(model, Limits())
 
 
 def item(content, **changes):
