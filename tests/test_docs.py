@@ -31,18 +31,18 @@ TREE = ("llave_jax", "tests", "tools", "configs", "benchmarks", "docs", "launch"
 # Runs each program given on the command line with --help, forked from one process that has imported what
 # all of them need, and prints {program: what it said}.
 HELP = """
-import json, os, runpy, sys, tempfile, traceback
+import json, os, re, runpy, sys, tempfile, traceback
 import absl.flags, flax.linen, grain.python, jax, matplotlib.pyplot, ml_collections, optax
 import orbax.checkpoint, pyarrow.parquet, sklearn.metrics, tensorboardX, transformers
 said = {}
 
-def ask(program, flag):
+def ask(program, *flags):
     with tempfile.TemporaryFile("w+") as output:
         child = os.fork()
         if child == 0:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
-            sys.argv = [program, flag]
+            sys.argv = [program, *flags]
             sys.path.insert(0, os.path.dirname(program) or os.getcwd())
             try:
                 if program.endswith(".py"):
@@ -62,6 +62,9 @@ def ask(program, flag):
 
 for program in sys.argv[1:]:
     said[program] = ask(program, "--help")
+    if "COMMAND" in said[program]:  # each of a program's commands has flags of its own
+        for command in re.findall(r"^    (\\w+) ", said[program], flags=re.M):
+            said[program] += ask(program, command, "--help")
     if "--helpfull" in said[program]:  # absl's short help has the flags of the program's own file only
         said[program] = ask(program, "--helpfull")
 print(json.dumps(said))

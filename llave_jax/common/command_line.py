@@ -80,6 +80,16 @@ class Parser(argparse.ArgumentParser):
             help="show where an error comes from, and what libraries say",
         )
 
+    def add_commands(self) -> Any:
+        """For a program of several commands, `PROGRAM COMMAND --flags`; `values.command` is the one given.
+
+        Returns:
+          An object whose `add_parser(name, help=...)` gives the parser of a command's flags.
+        """
+        return self.add_subparsers(
+            dest="command", required=True, metavar="COMMAND", parser_class=_Command
+        )
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parses flags in either spelling and loads the config; the rest is as in argparse."""
         given = [_with_dashes(argument) for argument in (sys.argv[1:] if args is None else args)]
@@ -106,7 +116,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with one line, as `run` does."""
-        self.exit(USER_ERROR, f"error: {shortened(message)} (--help lists the flags)\n")
+        _usage_error(self, message)
+
+
+class _Command(argparse.ArgumentParser):
+    """The parser of one of several commands."""
+
+    def __init__(self, **options: Any):
+        super().__init__(
+            **options,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        _usage_error(self, message)
+
+
+def _usage_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    parser.exit(USER_ERROR, f"error: {shortened(message)} (--help lists the flags)\n")
 
 
 def _with_dashes(argument: str) -> str:

@@ -188,36 +188,34 @@ def _described(kind: pa.DataType) -> str:
 
 
 def rows_table(
-    rows: Sequence[Row], vectors: np.ndarray, full: np.ndarray | None, schema: pa.Schema
+    rows: Sequence[Row], schema: pa.Schema, vectors: Mapping[str, np.ndarray] | None = None
 ) -> pa.Table:
     """Rows as a table.
 
     Args:
       rows: n of them.
-      vectors: [n, search_dimension], of the schema's precision.
-      full: [n, dimension], of the schema's precision; None if the schema has no such column.
       schema: of the index; all metadata of the rows have columns.
+      vectors: by the schema's names, [n, numbers] of its precision. None: the table has neither vectors nor
+        thumbnails.
 
     Returns:
       The table, with the schema's columns.
     """
+    kept = ("id", "kind", "text", "path", "digest", "stamp", *(["thumbnail"] if vectors else []))
     columns: dict[str, pa.Array] = {
         name: pa.array([getattr(row, name) for row in rows], schema.field(name).type)
-        for name in ("id", "kind", "text", "path", "thumbnail", "digest", "stamp")
+        for name in kept
     }
-    columns["vector"] = _vectors(vectors)
-    if full is not None:
-        columns["full_vector"] = _vectors(full)
+    for name, array in (vectors or {}).items():
+        flat = pa.array(array.reshape(-1))
+        columns[name] = pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
     for field in metadata_fields(schema):
         values = [_plain(row.metadata.get(field.name)) for row in rows]
         if pa.types.is_floating(field.type):
             values = [None if value is None else float(value) for value in values]
         columns[field.name] = pa.array(values, field.type)
-    return pa.table([columns[name] for name in schema.names], schema=schema)
-
-
-def _vectors(array: np.ndarray) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+    fields = [field for field in schema if field.name in columns]
+    return pa.table([columns[field.name] for field in fields], schema=pa.schema(fields))
 
 
 def vectors_of(column: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -34,6 +34,7 @@ from llave_jax.search.columns import (
     rows_table,
     vectors_of,
 )
+from llave_jax.search.id_set import IdSet
 
 TABLE = "items"
 KINDS = ("text", "image", "video", "mixed")
@@ -42,7 +43,6 @@ KINDS = ("text", "image", "video", "mixed")
 EXACT_NUMBERS = 64 << 20
 # Candidates that are compared with the vectors as they are kept, for each result that is asked for.
 REFINE = 5
-PROBES = 20
 # The index is trained anew when the table has grown by this factor.
 _GROWTH = 2
 # So many small fragments, of one addition each, are merged.
@@ -97,6 +97,8 @@ class Index:
         self._table = table
         self._closing = closing
         self._writable = writable
+        # Of a writer, which is the only one: questions for new ids are answered without the table.
+        self._ids: IdSet | None = None
 
     @classmethod
     def create(
@@ -228,6 +230,8 @@ class Index:
         Returns:
           Digest and stamp of those that are, by id.
         """
+        if self._writable:
+            ids = self._known_ids().among(ids)
         if not len(ids):
             return {}
         with _library_errors(self.path):
@@ -235,6 +239,15 @@ class Index:
             found = query.limit(len(ids)).to_arrow()
         names, *digests = (found[name].to_pylist() for name in ("id", "digest", "stamp"))
         return dict(zip(names, zip(*digests, strict=True), strict=True))
+
+    def _known_ids(self) -> IdSet:
+        if self._ids is None:
+            ids = IdSet()
+            with _library_errors(self.path):
+                for batch in self._table.search().select(["id"]).to_batches():
+                    ids.add(batch.column("id").to_pylist())
+            self._ids = ids
+        return self._ids
 
     def metadata_failures(self, metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
         """Why the metadata of items do not fit the columns of the index.
@@ -284,13 +297,11 @@ class Index:
         full = _unit(vectors[:, : settings.dimension], ids)
         searched = _unit(full[:, : settings.search_dimension], ids)
         number = np.dtype(settings.precision)
+        columns = {"vector": searched.astype(number)}
+        if settings.search_dimension < settings.dimension:
+            columns["full_vector"] = full.astype(number)
         self._fit_columns(rows)
-        table = rows_table(
-            rows,
-            searched.astype(number),
-            full.astype(number) if settings.search_dimension < settings.dimension else None,
-            self._schema(),
-        )
+        table = rows_table(rows, self._schema(), columns)
         replaced = len(self.present(ids))
         with _library_errors(self.path):
             if replaced:
@@ -298,7 +309,25 @@ class Index:
                 merge.when_not_matched_insert_all().execute(table)
             else:
                 self._table.add(table)
+        self._known_ids().add(ids)
         return replaced
+
+    def renew(self, rows: Sequence[Row]) -> None:
+        """Change all of some items but their vectors and thumbnails. One commit.
+
+        Args:
+          rows: of items that are in the index.
+
+        Raises:
+          ValueError, DiskFull: as for `add`.
+        """
+        self._check_writable()
+        if not len(rows):
+            return
+        self._fit_columns(rows)
+        with _library_errors(self.path):
+            merge = self._table.merge_insert("id").when_matched_update_all()
+            merge.execute(rows_table(rows, self._schema()))
 
     def _fit_columns(self, rows: Sequence[Row]) -> None:
         import pyarrow as pa
@@ -332,7 +361,7 @@ class Index:
             return self._table.delete(_among(ids) if where is None else where).num_deleted_rows
 
     def optimise(
-        self, *, approximate: bool | None = None, target: float = 0.95, compact: bool = False
+        self, *, approximate: bool | None = None, target: float = 0.98, compact: bool = False
     ) -> Settings:
         """Prepare the index for searching, after items were added or deleted.
 
@@ -418,7 +447,7 @@ class Index:
           k: how many are wanted.
           where: a filter of LanceDB's language over the columns; only items that pass are searched.
           exact: compare with every vector, also where there is an approximate index.
-          probes: partitions of the approximate index that are looked at; None: those that reached the recall
+          probes: partitions of the approximate index that are looked at; None: as many as reached the recall
             that was wanted.
 
         Returns:
@@ -451,11 +480,12 @@ class Index:
             search = search.select([*names, "_distance", *(["full_vector"] if rescore else [])])
             if where is not None:
                 search = search.where(where, prefilter=True)
-            if exact or settings.ann is None:
+            if probes is None and settings.ann is not None:
+                probes = settings.ann["probes"]
+            if exact or probes is None:
                 search = search.bypass_vector_index()
             else:
-                search = search.nprobes(probes or settings.ann.get("probes", PROBES))
-                search = search.refine_factor(REFINE)
+                search = search.nprobes(probes).refine_factor(REFINE)
             found = search.to_arrow()
         if rescore:
             scores = vectors_of(found["full_vector"]) @ query[0] if len(found) else np.zeros(0)

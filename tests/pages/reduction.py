@@ -26,6 +26,7 @@ APPENDED = {
     # The stand-in's embeddings do not have the size of a released model's.
     ("tools/check_example.py", ""): "--size=0.5B",
     ("benchmarks/input_pipeline.py", ""): "--model=tiny --pairs=4 --repeats=1 --rows=40",
+    ("benchmarks/index.py", ""): "--rows=10000 --dim=32",
     ("benchmarks/embed_file.py", ""): "--sizes 50",
     ("benchmarks/pack_efficiency.py", ""): "--pairs=1500",
     ("benchmarks/loss_memory.py", ""): "--pairs 256 --dims 16",

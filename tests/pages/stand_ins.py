@@ -48,7 +48,8 @@ def make_folder(folder: Path, blocks: list[Block]) -> None:
         (folder / name).symlink_to(ROOT / name)
     commands = "\n".join(block.text for block in blocks if block.mark is None)
     for name, make in _makers().items():
-        if name in commands and f"--output {name}" not in commands:
+        made = any(f"{flag} {name}" in commands for flag in ("--output", "--workdir"))
+        if name in commands and not made:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             make(folder / name)
     if "data/pairs.json" in commands:
@@ -64,6 +65,8 @@ def _makers() -> dict[str, Callable[[Path], object]]:
     return makers | {
         "clip.mp4": _clip,
         "items.jsonl": _items,
+        "photos/": _photos,
+        "runs/quickstart": _quickstart,
         "data/MMEB-train": lambda path: mmeb_tree.make_tree(path, 6),
         "data/MMEB-eval": _mmeb_eval,
         "data/MSRVTT": _msrvtt,
@@ -122,6 +125,20 @@ def _items(path: Path) -> None:
     _picture(path.with_name("first.jpg"))
     items = [{"id": "a", "text": "a cat"}, {"image": "first.jpg"}, {"text": "a dog"}]
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def _photos(path: Path) -> None:
+    path.mkdir()
+    for number in range(3):
+        _picture(path / f"{number}.jpg")
+
+
+def _quickstart(path: Path) -> None:
+    """A model, with pictures where its run has those of the benchmark."""
+    _model(path)
+    pictures = path / "digits/eval/images/Digits-Classification"
+    pictures.parent.mkdir(parents=True)
+    _photos(pictures)
 
 
 def _clip(path: Path) -> None:

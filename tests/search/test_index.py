@@ -16,6 +16,7 @@ pytest.importorskip("lancedb")
 
 from llave_jax.common.locks import OutputInUse
 from llave_jax.search import index as index_module
+from llave_jax.search import recall
 from llave_jax.search.columns import Row
 from llave_jax.search.index import Index
 
@@ -253,24 +254,31 @@ def test_fewer_numbers(tmp_path, kind):
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """3000 clustered items with an approximate index."""
-    path = tmp_path_factory.mktemp("large") / "a.lance"
+    return make_large(tmp_path_factory.mktemp("large") / "a.lance")
+
+
+def make_large(path, spread=0.1, **options):
     rng = np.random.default_rng(0)
     centres = vectors_of(30, seed=1)
-    vectors = centres[rng.integers(0, 30, 3000)] + 0.1 * rng.standard_normal((3000, D))
+    vectors = centres[rng.integers(0, 30, 3000)] + spread * rng.standard_normal((3000, D))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    with Index.create(path, D, model=MODEL) as index:
+    with Index.create(path, D, model=MODEL, **options) as index:
         index.add(rows_of(3000), vectors)
         index.optimise(approximate=True)
     return path, vectors
 
 
-def test_approximate_search_and_its_recall(large):
+@pytest.mark.parametrize("search_dim", [None, 6])
+def test_recall_is_measured(large, tmp_path, search_dim):
+    """With few numbers to search by, neighbours are missed, and the recall says how many."""
     path, vectors = large
+    if search_dim is not None:
+        path, vectors = make_large(tmp_path / "a.lance", search_dim=search_dim)
     with Index.open(path) as index:
         ann = index.settings.ann
         assert (ann["rows"], ann["sample"], index.info()["not_in_ann"]) == (3000, 100, 0)
         ids, queries = index.sample(100)
-        recall = []
+        shares = []
         for id, query in zip(ids, queries, strict=True):
             own = int(id.split()[1])
             np.testing.assert_allclose(query, vectors[own], atol=1e-6)
@@ -278,14 +286,36 @@ def test_approximate_search_and_its_recall(large):
             scores[own] = -2
             found = [h.id for h in index.search(query, 11) if h.id != id][:10]
             true = {f"item {i}" for i in np.argsort(-scores)[:10]}
-            recall.append(len(true & set(found)) / 10)
-            exact = index.search(query, 11, exact=True)
-            assert {h.id for h in exact} == true | {id}
-        assert ann["recall"] == pytest.approx(np.mean(recall), abs=0.005)
-        assert ann["recall"] >= 0.95
+            shares.append(len(true & set(found)) / 10)
+        exact = index.search(queries[0], 11, exact=True)
+        scores = vectors @ queries[0]
+        assert {h.id for h in exact} == {f"item {i}" for i in np.argsort(-scores)[:11]}
+        assert ann["recall"] == pytest.approx(np.mean(shares), abs=0.005)
+        if search_dim is None:
+            assert ann["recall"] >= ann["target"]
+        else:
+            assert 0.2 < ann["recall"] < 0.95
         hits = index.search(vectors[3], 5, where="kind = 'text'")
         scores = np.where(np.arange(3000) % 2, -2, vectors @ vectors[3])
         assert hits[0].score == pytest.approx(scores.max(), abs=1e-5)
+
+
+def test_as_few_partitions_as_reach_the_recall(tmp_path, monkeypatch):
+    from lancedb.index import IvfSq
+
+    def train(index):
+        index._table.create_index("vector", config=IvfSq("cosine", num_partitions=25))
+
+    monkeypatch.setattr(Index, "_train", train)
+    monkeypatch.setattr(recall, "PROBES", (1, 3, 25))
+    path, _ = make_large(tmp_path / "a.lance", spread=0.3)
+    with Index.open(path, write=True) as index:
+        best = index.settings.ann
+        assert best["recall"] >= best["target"]
+        few = index.optimise(approximate=True, target=0.3).ann
+        none = index.optimise(approximate=True, target=1.1).ann
+    assert (few["probes"], none["probes"]) == (1, 25)
+    assert 0.3 < few["recall"] < best["recall"] <= none["recall"]
 
 
 def test_new_items_are_found_before_and_after_they_enter_the_approximate_index(large, tmp_path):
@@ -294,7 +324,14 @@ def test_new_items_are_found_before_and_after_they_enter_the_approximate_index(l
     with Index.open(tmp_path / "a.lance", write=True) as index:
         index.add(rows_of(5, 5000), new)
         index.add([Row("item 1", "text", text="other")], vectors_of(1, seed=8))
+        index.renew([Row("item 7", "image", text="renewed", metadata={"year": 1})])
         for _ in range(2):
+            hit = index.search(large[1][7], 1)[0]
+            assert (hit.id, hit.text, hit.metadata) == ("item 7", "renewed", {"year": 1})
+            assert (index.thumbnail("item 7"), index.thumbnail("item 9")) == (
+                bytes([7]),
+                bytes([9]),
+            )
             assert index.search(new[2], 1)[0].id == "item 5002"
             assert index.search(vectors_of(1, seed=8)[0], 1)[0].text == "other"
             assert len(index) == 3005
