@@ -6,7 +6,8 @@
 HF is a checkpoint's directory, or its name on the Hugging Face hub (org/name or org/name@revision). The
 checkpoint has the layout of the authors' code (LlavaQwenForCausalLM: the released LLaVE models,
 LLaVA-OneVision, Aquila-VL, and what was fine-tuned from them) or of transformers' LlavaOnevision. With
---to-hf, DIR is a model directory or a training run.
+--to-hf, DIR is a model directory or a training run; for onevision, a few items are then embedded in float32 and kept
+in HF_DIR/check_vectors.json, with which tools/check_export.py compares other software.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from llave_jax.common import command_line
 from llave_jax.common.locks import only_writer
 from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.hf_names import LAYOUTS
 from llave_jax.weights.resolve import find_checkpoint, resolve_model
-from llave_jax.weights.to_hf import convert_to_hf
+from llave_jax.weights.to_hf import CHECK_VECTORS, convert_to_hf
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,12 +53,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="with --to-hf, for the model card: name on the hub of the model this one was trained "
         "from, such as lmms-lab/llava-onevision-qwen2-0.5b-ov",
     )
+    parser.add_argument(
+        "--no-check-vectors",
+        action="store_true",
+        help="with --to-hf onevision: embed nothing, for machines that cannot hold the model in float32",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in --output")
     args = parser.parse_args(argv)
     if args.to_hf and args.vision_config:
         parser.error("--vision-config is of use only without --to-hf")
     if args.base_model and not args.to_hf:
         parser.error("--base-model is of use only with --to-hf")
+    if args.no_check_vectors and args.to_hf != "onevision":
+        parser.error("--no-check-vectors is of use only with --to-hf onevision")
     return args
 
 
@@ -64,13 +73,16 @@ def _convert(args: argparse.Namespace) -> None:
     command_line.set_up_logging(args)
     with only_writer(args.output, inside=False):
         if args.to_hf:
-            convert_to_hf(
-                resolve_model(args.input),
+            source = resolve_model(args.input)
+            same = convert_to_hf(
+                source,
                 args.output,
                 args.to_hf,
                 base_model=args.base_model,
                 overwrite=args.overwrite,
             )
+            if args.to_hf == "onevision" and not same and not args.no_check_vectors:
+                _write_check_vectors(source, args.output)
         else:
             convert_from_hf(
                 find_checkpoint(args.input),
@@ -79,6 +91,15 @@ def _convert(args: argparse.Namespace) -> None:
                 overwrite=args.overwrite,
             )
     print(f"written to {args.output}")
+
+
+def _write_check_vectors(source: Path, export: str) -> None:
+    """The export is complete before: whatever ends this, it can be made up for with tools/check_export.py --write."""
+    # Imported here: other conversions need no JAX.
+    from llave_jax.embedding import check_vectors
+
+    print(f"embedding the items of {export}/{CHECK_VECTORS}", file=sys.stderr)
+    check_vectors.write(Path(export), check_vectors.make(source))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

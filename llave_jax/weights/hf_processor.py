@@ -16,7 +16,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # `inputs.chat` in Jinja, for transformers, sentence-transformers and vLLM: one user message becomes the prompt that the
 # model was trained with. The assistant's turn, whose last newline is the token that is pooled, is always there, with or
 # without `add_generation_prompt`. Parts are joined by newlines. A system message is a prompt, in front of the user's
-# text; the usual system message and an empty assistant turn, which other guides tell people to add, change nothing.
+# text and behind the images that this begins with; the usual system message and an empty assistant turn, which other guides tell people to add, change nothing.
 # Whatever else would become a vector of another prompt is refused.
 CHAT_TEMPLATE = """\
 {%- set turn = namespace(prompt='', text='', placed='', images=0, leading=0, users=0) -%}
@@ -49,6 +49,9 @@ CHAT_TEMPLATE = """\
 {%- set turn.text = said.text -%}
 {%- set turn.placed = said.placed -%}
 {%- elif message['role'] == 'system' and said.text | trim != 'You are a helpful assistant.' -%}
+{%- if '<image>' in said.text or '<|image_' in said.text -%}
+{{- raise_exception("the system message, which is the prompt, has an image marker") -}}
+{%- endif -%}
 {%- set turn.prompt = turn.prompt ~ said.text -%}
 {%- elif message['role'] == 'assistant' and said.text | trim -%}
 {{- raise_exception("the assistant's message holds text; an embedding is made of one user message") -}}
@@ -57,7 +60,6 @@ CHAT_TEMPLATE = """\
 {%- if turn.users != 1 -%}
 {{- raise_exception("there are " ~ turn.users ~ " messages of the role user; an embedding is made of one") -}}
 {%- endif -%}
-{%- set turn.text = turn.prompt ~ turn.text -%}
 {%- for number in range(1, 10) -%}
 {%- set turn.text = turn.text | replace('<|image_' ~ number ~ '|>', '<image>') -%}
 {%- endfor -%}
@@ -65,11 +67,17 @@ CHAT_TEMPLATE = """\
 {%- if markers and markers != turn.images -%}
 {{- raise_exception("the text has " ~ markers ~ " image marker(s) for " ~ turn.images ~ " image(s)") -}}
 {%- endif -%}
-{%- set content = turn.text -%}
-{%- if turn.images == turn.leading and turn.images and not markers -%}
-{%- set content = ('<image>\\n' * turn.images ~ turn.text) | trim -%}
-{%- elif turn.images -%}
-{%- set content = turn.text if markers else turn.prompt ~ turn.placed -%}
+{%- if turn.images and turn.images == turn.leading and not markers -%}
+{%- set content = ('<image>\\n' * turn.images ~ turn.prompt ~ turn.text) | trim -%}
+{%- else -%}
+{%- set written = turn.text if markers else turn.placed -%}
+{%- set behind = namespace(markers=written) -%}
+{%- for _ in range(turn.images) -%}
+{%- if behind.markers.lstrip().startswith('<image>') -%}
+{%- set behind.markers = behind.markers.lstrip()[7:].lstrip() -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set content = written[:written | length - behind.markers | length] ~ turn.prompt ~ behind.markers -%}
 {%- if turn.images == 1 and not content.startswith('<image>') -%}
 {%- set content = ('<image>\\n' ~ (content | replace('<image>', '') | trim)) | trim -%}
 {%- endif -%}

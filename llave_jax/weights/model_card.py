@@ -31,8 +31,23 @@ _PUBLISHERS = ("BAAI", "Qwen", "llava-hf", "lmms-lab", "zhibinlan")
 
 _LOADING = {
     "llave": "The files are in the layout of the authors' code (`LlavaQwenForCausalLM`), which loads them.",
-    "onevision": "transformers loads the files as `LlavaOnevisionForConditionalGeneration`. The embedding "
-    "is the last hidden state of the last token, L2-normalised.",
+    "onevision": """\
+sentence-transformers 6 loads the files:
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{title}")  # this directory, or its name on the hub: org/{title}
+query = model.encode({{"image": Image.open("photo.jpg"), "text": "What is in the image"}})
+target = model.encode("A cat and a dog")
+```
+
+So does vLLM (`vllm serve {title} --runner pooling --convert embed`); send texts and images as `messages`, never as
+`input`, which gets no chat template. transformers loads them as `LlavaOnevisionForConditionalGeneration`: the embedding
+is the last hidden state of the last token of the prompt that `chat_template.jinja` makes, L2-normalised. Items with their
+vectors, to check any of these, are in `check_vectors.json`; what differs between them, above all for several images
+in an item and for videos, is described in llave_jax's docs/export.md.""",
 }
 
 _TEXT = """\
@@ -51,7 +66,9 @@ L2-normalised vector of {width} dimensions. Architecture and training follow
 
 ## Use
 
-{loading} With llave_jax:
+{loading}
+
+With llave_jax:
 
 ```python
 from llave_jax import Embedder
@@ -139,7 +156,7 @@ def write_card(
         tiles=tiles,
         canvases=len(inputs.pinpoints),
         max_length=inputs.max_length,
-        loading=_LOADING[layout],
+        loading=_LOADING[layout].format(title=title),
         licence=_licence_text(licence, bool(known.get("license")), base_model),
     )
     path = target / (BESIDE_README if (target / README).exists() else README)

@@ -47,6 +47,9 @@ from llave_jax.weights.tokenizer_files import add_special_tokens, copy_tokenizer
 
 logger = logging.getLogger(__name__)
 
+# A few items with their vectors, for a comparison with other software (`embedding.check_vectors`).
+CHECK_VECTORS = "check_vectors.json"
+
 SHARD_BYTES = 5_000_000_000
 # The token embedding grows to a multiple of this.
 _ROWS_MULTIPLE = 64
@@ -60,7 +63,7 @@ def convert_to_hf(
     base_model: str | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
-) -> None:
+) -> bool:
     """Write a model as a Hugging Face directory.
 
     Args:
@@ -72,6 +75,9 @@ def convert_to_hf(
         what the source says of itself.
       overwrite: replace a directory that holds a model.
       show_progress: show a progress bar.
+
+    Returns:
+      Whether the files are those of the checkpoint that the model was converted from, byte for byte.
 
     Raises:
       CheckpointError: the weights and the directory's configuration differ.
@@ -88,10 +94,13 @@ def convert_to_hf(
             same = False
             _write_translated(staged, model, layout, show_progress)
         if same:
-            return
+            return True
+        # Those of the checkpoint that the model comes from.
+        (staged / CHECK_VECTORS).unlink(missing_ok=True)
         if layout == "onevision":
             _write_embedding_files(staged, model)
         _write_card(staged, Path(output).absolute().name, model, layout, base_model)
+    return False
 
 
 def _write_original(target: Path, model: ExportSource, show_progress: bool) -> bool:

@@ -22,6 +22,7 @@ from llave_jax.common.json_text import parse_json
 from llave_jax.data.image_store import ImageStore
 from llave_jax.data.rows import RowError
 from llave_jax.data.sources import open_source
+from llave_jax.embedding import check_vectors
 from llave_jax.embedding.item_sources import open_items
 from llave_jax.embedding.item_tables import Columns
 from llave_jax.evaluation import mmeb_data
@@ -34,7 +35,7 @@ from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.hf_names import LAYOUTS
 from llave_jax.weights.resolve import is_checkpoint
-from llave_jax.weights.to_hf import convert_to_hf
+from llave_jax.weights.to_hf import CHECK_VECTORS, convert_to_hf
 from tests.fuzz import http_requests
 from tests.fuzz.mutations import (
     TEXTS,
@@ -402,6 +403,28 @@ def _json(base: Path, case: Path, rng: Rng) -> None:
     parse_json(mutate_json_text(text, rng))
 
 
+def _make_check_vectors(base: Path) -> None:
+    items = check_vectors.check_items(28)
+    vectors = np.eye(len(items), 8, dtype=np.float32)
+    mistakes = (check_vectors.Mistake("no text", vectors[1]),)
+    check_vectors.write(base, check_vectors.CheckVectors(items, vectors, mistakes))
+
+
+def _check_vectors(base: Path, case: Path, rng: Rng) -> None:
+    _copy(base, case / "in")
+    path = case / "in" / CHECK_VECTORS
+    if rng.random() < 0.5:
+        _rewrite(path, lambda data: mutate_json_text(data, rng))
+    else:
+        values = mutate_json(json.loads(path.read_text()), rng)
+        _rewrite(path, lambda _: json.dumps(values).encode())
+    check = check_vectors.read(case / "in")
+    rows = [check_vectors.compare(check, i, check.vectors[i]) for i in range(len(check.items))]
+    check_vectors.explain(rows)
+    for item in check.items:
+        item.item()
+
+
 def _config(base: Path, case: Path, rng: Rng) -> None:
     preset = rng.choice(list(PRESETS.values()))
     values = json.loads(json.dumps(preset.to_dict()))
@@ -424,6 +447,7 @@ TARGETS: dict[str, Target] = {
     "image": Target(_make_images, _image),
     "video": Target(_make_videos, _video),
     "json": Target(_nothing, _json),
+    "check_vectors": Target(_make_check_vectors, _check_vectors),
     "config": Target(_nothing, _config),
     "http": Target(http_requests.make, http_requests.run),
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hypothesis
 import hypothesis.strategies as st
-import jinja2
 import pytest
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llave_jax.inputs import chat
+from llave_jax.inputs.item import Item, with_prompt
 from llave_jax.weights.hf_processor import CHAT_TEMPLATE
+
+jinja2 = pytest.importorskip("jinja2")  # comes with PyTorch
+sandbox = pytest.importorskip("jinja2.sandbox")
 
 IMAGE = {"type": "image"}
 # Texts as people write them, with markers of both kinds and what a template could stumble over.
@@ -27,6 +29,9 @@ PIECES = st.sampled_from(
         "é猫",
     ]
 )
+PROMPTS = st.sampled_from(
+    ["Find: ", " ", "", "You are a helpful assistant.", "x\n", "{{"]
+) | st.text(max_size=9)
 TEXTS = st.lists(PIECES, max_size=6).map("".join) | st.text(max_size=20)
 
 
@@ -37,7 +42,7 @@ def render():
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     template = environment.from_string(CHAT_TEMPLATE)
     return lambda messages, **options: template.render(messages=messages, **options)
@@ -55,13 +60,14 @@ def expected(text, images=0):
     return chat.chat_text(chat.place_markers(text, images))
 
 
-@hypothesis.given(TEXTS, TEXTS, st.integers(0, 3), st.booleans())
+@hypothesis.given(TEXTS, PROMPTS, st.integers(0, 3), st.booleans())
 def test_images_in_front(render, text, prompt, images, generation):
     """As `inputs.chat` with a text whose images have markers in it, or none."""
+    hypothesis.assume("<image>" not in prompt and "<|image_" not in prompt)
     messages = [user(*[IMAGE] * images, text_part(text))]
     if prompt.strip() and prompt.strip() != "You are a helpful assistant.":
         messages.insert(0, {"role": "system", "content": [text_part(prompt)]})
-        text = prompt + text
+        text = with_prompt(Item(text), prompt).text
     markers = chat.count_markers(text)
     if markers and markers != images:
         with pytest.raises(jinja2.TemplateError, match=f"{markers} image marker"):
@@ -103,6 +109,7 @@ def test_usual_messages_around_the_users(render, golden_model):
         ([{"role": "query", "content": "a"}], "the role is query"),
         ([user({"type": "video"}, text_part("a"))], "type video"),
         ([{"role": "system", "content": [IMAGE]}, user(text_part("a"))], "type image"),
+        ([{"role": "system", "content": "<image>"}, user(text_part("a"))], "has an image marker"),
         ([user(text_part("<image> What is it?"))], r"1 image marker\(s\) for 0"),
     ],
 )
