@@ -36,7 +36,7 @@ from llave_jax.weights.from_hf import INDEX_FILE, SINGLE_FILE
 from llave_jax.weights.hf_inputs import LLAVE_KEY, with_inputs, write_text_limit
 from llave_jax.weights.hf_names import LAYOUTS, HfTensor
 from llave_jax.weights.json_files import read_json, section, write_json
-from llave_jax.weights.prompts import read_prompts
+from llave_jax.weights.prompts import read_hf_prompts, read_prompts
 from llave_jax.weights.safetensors_io import (
     CheckpointError,
     SafetensorsWriter,
@@ -124,6 +124,8 @@ def _write_original(target: Path, model: ExportSource, show_progress: bool) -> b
     if not same:
         write_json(target / "config.json", values)
     same &= not write_text_limit(target, config.inputs)
+    if origin.layout == "onevision":
+        same &= read_prompts(model.directory) == read_hf_prompts(target)
     tensors = {}
     for file, header in origin.headers.items():
         for name in parse_header(header, file):

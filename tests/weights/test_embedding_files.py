@@ -70,3 +70,15 @@ def test_modules(trained):
 def test_the_authors_layout_has_none_of_it(trained):
     added = files(trained / "llave") & files(trained / "onevision")
     assert not any("Pooling" in name or "sentence" in name or "modules" in name for name in added)
+
+
+def test_new_prompts_are_a_change(tmp_path):
+    """A OneVision checkpoint that becomes an embedding model by its prompts alone."""
+    convert_from_hf(write_hf(tmp_path / "hf", "hub"), tmp_path / "ours", show_progress=False)
+    assert convert_to_hf(tmp_path / "ours", tmp_path / "same", "onevision", show_progress=False)
+    prompts = {"query": "Find: ", "document": ""}
+    (tmp_path / "ours" / "prompts.json").write_text(json.dumps(prompts))
+    assert not convert_to_hf(tmp_path / "ours", tmp_path / "new", "onevision", show_progress=False)
+    settings = read(tmp_path / "new" / "config_sentence_transformers.json")
+    assert settings["prompts"] == prompts
+    assert settings["similarity_fn_name"] == "cosine"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -101,7 +104,7 @@ def test_settings(theirs, golden_model):
 
 
 def test_texts(ours, theirs):
-    """Alone and in a batch whose shorter texts are padded."""
+    """Alone, and in a batch whose shorter texts are padded."""
     expected = ours.encode(TEXTS)
     np.testing.assert_allclose(theirs.encode(TEXTS), expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(theirs.encode(TEXTS[0]), expected[0], rtol=0, atol=1e-5)
@@ -178,3 +181,14 @@ def test_videos_are_refused(theirs):
     """Their layout is another one in transformers: the vectors would be wrong."""
     with pytest.raises(Exception, match="'video' is not supported"):
         theirs.encode({"video": np.zeros((2, 32, 32, 3), np.uint8)})
+
+
+def test_named_prompts(golden_model, ours, tmp_path):
+    shutil.copytree(golden_model.directory, tmp_path / "ours")
+    (tmp_path / "ours" / "prompts.json").write_text(json.dumps({"query": PROMPT}))
+    convert_to_hf(tmp_path / "ours", tmp_path / "hf", "onevision", show_progress=False)
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "hf"), device="cpu")
+    prompted, plain = ours.encode([PROMPT + TEXTS[0], TEXTS[0]])
+    for found in (theirs.encode_query(TEXTS[0]), theirs.encode(TEXTS[0], prompt_name="query")):
+        np.testing.assert_allclose(found, prompted, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(theirs.encode_document(TEXTS[0]), plain, rtol=0, atol=1e-5)
