@@ -7,10 +7,11 @@ Owns the model on its mesh, running batches and the order of the results. Items 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ import PIL.Image
 
 from llave_jax.common.progress import Progress
 from llave_jax.embedding.compilation_cache import use_compilation_cache
-from llave_jax.embedding.embedding_step import build_embedding_step, crop_cost
+from llave_jax.embedding.embedding_step import build_embedding_step, model_costs
 from llave_jax.embedding.lockstep import in_lockstep, merge_failures
+from llave_jax.embedding.precision import normalised, quantise, truncate
 from llave_jax.embedding.reading import ItemReader
 from llave_jax.embedding.shapes import BatchShapes, IndexedBatch
 from llave_jax.inputs.batch import Budget, PackedBatch, budget_of, empty_batch
@@ -32,6 +34,8 @@ from llave_jax.ops.attention_choice import choose
 from llave_jax.parallel import sharding
 from llave_jax.weights import model_dir
 from llave_jax.weights.resolve import resolve_model
+
+log = logging.getLogger(__name__)
 
 
 class Embedder:
@@ -70,12 +74,12 @@ class Embedder:
         self._cuts = CutWarnings()
         self._num_shards = len(sharding.local_shards(self.mesh))
         self._shapes = BatchShapes(
-            model.config.input_spec, self._num_shards, tokens_per_batch, crop_cost(model.config)
+            model.config.input_spec, self._num_shards, tokens_per_batch, model_costs(model.config)
         )
         step = build_embedding_step(model, self.mesh)
         self._step = jax.jit(lambda params, batch: step(params, batch)[:, 0])
         self._programs: dict[Budget, Any] = {}
-        self._compiling = threading.Lock()
+        self._compiling, self._noting = threading.Lock(), threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -133,7 +137,7 @@ class Embedder:
     @property
     def tokens_per_batch(self) -> int:
         """Tokens of the largest batch, over the devices of this process."""
-        return self._num_shards * max(b.rows * b.row_length for b in self._shapes.ladder)
+        return self._shapes.tokens
 
     def prepare(
         self,
@@ -162,7 +166,7 @@ class Embedder:
         if not allow_paths:
             refuse_paths(item)
         sequence = self.builder(with_prompt(item, self._prompt(prompt_name, prompt)))
-        with self._compiling:
+        with self._noting:
             self._cuts.note(sequence)
         return sequence
 
@@ -226,12 +230,49 @@ class Embedder:
                 self._programs[budget] = self._step.lower(self.params, shapes).compile()
             return self._programs[budget]
 
+    @overload
+    def encode(
+        self,
+        items: ItemLike | Iterable[ItemLike],
+        batch_size: int | None = ...,
+        show_progress: bool = ...,
+        *,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        truncate_dim: int | None = ...,
+        precision: str = ...,
+        on_error: Literal["raise"] = ...,
+        show_progress_bar: bool | None = ...,
+    ) -> np.ndarray: ...
+
+    @overload
+    def encode(
+        self,
+        items: ItemLike | Iterable[ItemLike],
+        batch_size: int | None = ...,
+        show_progress: bool = ...,
+        *,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        truncate_dim: int | None = ...,
+        precision: str = ...,
+        on_error: Literal["skip"],
+        show_progress_bar: bool | None = ...,
+    ) -> tuple[np.ndarray, dict[int, str]]: ...
+
     def encode(
         self,
         items: ItemLike | Iterable[ItemLike],
         batch_size: int | None = None,
         show_progress: bool = False,
-    ) -> np.ndarray:
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        on_error: Literal["raise", "skip"] = "raise",
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, dict[int, str]]:
         """Embeddings of items, L2-normalised, in the order of the items.
 
         In a job of several processes all call this with the same items, and all get the result. An item
@@ -245,42 +286,183 @@ class Embedder:
             front of the text. A marker whose image is None holds the authors' zero picture.
           batch_size: at most so many items in a batch and device; None: as many as fit.
           show_progress: show a progress bar (plain lines where there is no terminal).
+          prompt_name: one of `prompts`, if no prompt is given.
+          prompt: goes before each item's text, behind the image markers at its start.
+          truncate_dim: keep only the first numbers of each vector, L2-normalised again; None: all.
+          precision: float32, float16, int8 or binary, as of `precision.quantise`.
+          on_error: "raise" at the first item that cannot be read, or "skip" such items.
+          show_progress_bar: another name of `show_progress`.
 
         Returns:
-          float32 [n, D]; [D] if `items` is one item.
+          float32 [n, D] (or what `truncate_dim` and `precision` make of it); [D] if `items` is one item. With
+          `on_error="skip"`, these vectors, of zeros for what was skipped, and why: index of the item -> reason.
 
         Raises:
-          ValueError: an item is empty or cannot be read; it names the item.
+          ValueError: an item is empty or cannot be read (it is named), or an argument is not possible.
         """
-        if isinstance(items, _NOT_SEVERAL):
-            return self.encode([cast(ItemLike, items)], batch_size, show_progress)[0]
-        # With several processes, the others wait for this one's batches: all fail together at the end.
-        stop = jax.process_count() == 1
-        vectors, failures = self._encode(items, batch_size, show_progress, stop)
-        for message in failures.values():
-            raise ValueError(message)
-        return vectors
+        options = _Options(
+            self._prompt(prompt_name, prompt),
+            truncate_dim,
+            precision,
+            on_error,
+            self.config.text.hidden_size,
+        )
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected a positive number, or None")
+        single = isinstance(items, _NOT_SEVERAL)
+        several = [cast(ItemLike, items)] if single else items
+        show = show_progress or bool(show_progress_bar)
+        vectors, failures = self._encode(several, batch_size, show, options)
+        if on_error == "raise":
+            for message in failures.values():
+                raise ValueError(message)
+        vectors = vectors[0] if single else vectors
+        return vectors if on_error == "raise" else (vectors, failures)
 
     def encode_skipping(
         self, items: Iterable[ItemLike], batch_size: int | None = None
     ) -> tuple[np.ndarray, dict[int, str]]:
-        """As `encode`, but an item that cannot be read does not stop it.
+        """`encode` with `on_error="skip"`.
 
         Args:
           items, batch_size: as for `encode`.
 
         Returns:
-          embeddings: float32 [n, D], zeros for items that cannot be read.
-          failures: why an item cannot be read, by its index.
+          As `encode`.
         """
-        return self._encode(items, batch_size, show_progress=False, stop=False)
+        return self.encode(items, batch_size, on_error="skip")
+
+    def encode_query(self, items: ItemLike | Iterable[ItemLike], **options: Any) -> Any:
+        """`encode` with the prompt `query`, if the model has one and no other is given.
+
+        Args:
+          items, options: as for `encode`.
+
+        Returns:
+          As `encode`.
+        """
+        return self.encode(items, **self._with_prompt(options, ("query",)))
+
+    def encode_document(self, items: ItemLike | Iterable[ItemLike], **options: Any) -> Any:
+        """`encode` with the prompt `document`, `passage` or `corpus`: the first that the model has, if no other is given.
+
+        Args:
+          items, options: as for `encode`.
+
+        Returns:
+          As `encode`.
+        """
+        return self.encode(items, **self._with_prompt(options, ("document", "passage", "corpus")))
+
+    def _with_prompt(self, options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        if options.get("prompt") is None and options.get("prompt_name") is None:
+            options["prompt_name"] = next((name for name in names if name in self.prompts), None)
+        return options
+
+    def encode_stream(
+        self,
+        items: Iterable[ItemLike],
+        batch_size: int | None = None,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Iterator[np.ndarray | None]:
+        """Embeddings of items, one by one and in their order, while items come.
+
+        It is for iterables of any length, also without end: the items that are read but not yet
+        answered are a bounded number, those of a few batches. They are answered when these have come, so what
+        waits for a vector before it gives the next item waits for ever.
+
+        Args:
+          items: any iterable of items, as for `encode`.
+          batch_size, prompt_name, prompt, truncate_dim, precision: as for `encode`.
+          on_error: "raise", or "skip": a warning, and None in the place of the vector.
+
+        Yields:
+          A vector for each item, as a row of what `encode` returns.
+
+        Raises:
+          ValueError: as `encode`, after the vectors of the items before the one that cannot be read; or there
+            are several processes.
+        """
+        if jax.process_count() > 1:
+            raise ValueError("encode_stream runs in one process; encode runs in all of a job")
+        options = _Options(
+            self._prompt(prompt_name, prompt),
+            truncate_dim,
+            precision,
+            on_error,
+            self.config.text.hidden_size,
+        )
+        reader = ItemReader(self.builder, self._cuts, stop=False, prompt=options.prompt)
+        done: dict[int, np.ndarray] = {}
+        following = 0
+
+        def ready() -> Iterator[np.ndarray | None]:
+            nonlocal following
+            while True:
+                if following in done:
+                    yield done.pop(following)
+                elif following in reader.failures:
+                    reason = reader.failures.pop(following)
+                    if on_error == "raise":
+                        raise ValueError(reason)
+                    log.warning("skipped: %s", reason)
+                    yield None
+                else:
+                    return
+                following += 1
+
+        for vectors, indices in self._run(
+            self._shapes.batches(reader.sequences(items), batch_size)
+        ):
+            filled = indices >= 0
+            done.update(zip(indices[filled].tolist(), options(vectors[filled]), strict=True))
+            yield from ready()
+        yield from ready()
+
+    @staticmethod
+    def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Cosines of all pairs of vectors.
+
+        Args:
+          first: [n, D] or [D], in any precision but binary.
+          second: [m, D] or [D].
+
+        Returns:
+          float32 [n, m].
+        """
+        first, second = (np.atleast_2d(_unit(vectors)) for vectors in (first, second))
+        return first @ second.T
+
+    @staticmethod
+    def similarity_pairwise(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Cosines of vectors with those in the same place.
+
+        Args:
+          first, second: [n, D], in any precision but binary.
+
+        Returns:
+          float32 [n].
+        """
+        return (_unit(first) * _unit(second)).sum(axis=-1)
 
     def _encode(
-        self, items: Iterable[ItemLike], batch_size: int | None, show_progress: bool, stop: bool
+        self,
+        items: Iterable[ItemLike],
+        batch_size: int | None,
+        show_progress: bool,
+        options: _Options,
     ) -> tuple[np.ndarray, dict[int, str]]:
         total = len(items) if isinstance(items, Sized) else None
-        result = np.zeros((total or 0, self.config.text.hidden_size), np.float32)
-        reader = ItemReader(self.builder, self._cuts, stop=stop)
+        empty = options(np.zeros((1, self.config.text.hidden_size), np.float32))
+        result = np.repeat(empty, total or 0, axis=0)
+        # With several processes, the others wait for this one's batches: all fail together at the end.
+        stop = options.on_error == "raise" and jax.process_count() == 1
+        reader = ItemReader(self.builder, self._cuts, stop=stop, prompt=options.prompt)
         batches = self._shapes.batches(reader.sequences(items), batch_size)
         if jax.process_count() > 1:
             batches = in_lockstep(batches, self._num_shards, self.config.input_spec.crop)
@@ -289,11 +471,15 @@ class Embedder:
                 filled = indices >= 0
                 needed = int(indices.max(initial=-1)) + 1
                 if needed > len(result):
-                    result.resize((max(needed, 2 * len(result)), result.shape[1]), refcheck=False)
-                result[indices[filled]] = vectors[filled]
+                    more = max(needed, 2 * len(result)) - len(result)
+                    result = np.concatenate([result, np.repeat(empty, more, axis=0)])
+                result[indices[filled]] = options(vectors[filled])
                 progress.update(int(filled.sum()))
-        result.resize((reader.count, result.shape[1]), refcheck=False)
-        return result, merge_failures(reader.failures)
+        if reader.count > len(result):
+            # The last items could not be read.
+            more = reader.count - len(result)
+            result = np.concatenate([result, np.repeat(empty, more, axis=0)])
+        return result[: reader.count], merge_failures(reader.failures)
 
     def _run(self, batches: Iterator[IndexedBatch]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Embeddings [S, G, D] and item indices [S, G] of each batch.
@@ -310,5 +496,32 @@ class Embedder:
             yield np.asarray(running[0]), running[1]
 
 
-# What `encode` takes for one item, or for one item given by mistake, rather than for several items.
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What is asked for beside the items; called with float32 [n, D], it gives what the user gets.
+
+    Raises:
+      ValueError: an option is not possible.
+    """
+
+    prompt: str
+    truncate_dim: int | None
+    precision: str
+    on_error: str
+    dimension: int
+
+    def __post_init__(self):
+        if self.on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error is {self.on_error!r}; expected raise or skip")
+        self(np.ones((1, self.dimension), np.float32))
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        return quantise(truncate(vectors, self.truncate_dim), self.precision)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return normalised(np.asarray(vectors).astype(np.float32))
+
+
+# What `encode` takes for one item rather than for several.
 _NOT_SEVERAL = (str, bytes, os.PathLike, PIL.Image.Image, Mapping, Item)

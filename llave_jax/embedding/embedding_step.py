@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from llave_jax.embedding.shapes import Costs
 from llave_jax.inputs.batch import PackedBatch
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave
@@ -40,19 +41,21 @@ def build_embedding_step(
     )
 
 
-def crop_cost(config: LlaveConfig) -> float:
-    """What a crop costs, in tokens of the language model.
+def model_costs(config: LlaveConfig) -> Costs:
+    """What a model's work costs, by its products.
 
     Args:
       config: of the model.
 
     Returns:
-      The products of a crop in vision tower and projector, divided by those of a token in the layers of the
-      language model.
+      Costs in tokens of the language model's layers.
     """
+    text = config.text
     sizes = {path: math.prod(shape) for path, shape in parameter_shapes(config).items()}
     per_patch = sum(
         n for path, n in sizes.items() if path.startswith(("vision_tower", "projector"))
     )
     per_token = sum(n for path, n in sizes.items() if path.startswith("language_model/layers"))
-    return config.vision.num_patches * per_patch / per_token
+    # Scores and weighted values; a token sees half of its row.
+    per_key = text.num_layers * text.num_heads * text.head_dim
+    return Costs(config.vision.num_patches * per_patch / per_token, per_key / per_token)

@@ -16,7 +16,7 @@ import jax
 
 from llave_jax.common.text import shortened
 from llave_jax.inputs.cuts import CutWarnings
-from llave_jax.inputs.item import Item, ItemLike, as_item
+from llave_jax.inputs.item import Item, ItemLike, as_item, with_prompt
 from llave_jax.inputs.sequence import SequenceBuilder, TokenSequence
 
 # Texts in one task of a thread: with fewer, handing tasks over costs more than the work in them.
@@ -36,14 +36,18 @@ class ItemReader:
       builder: lays items out.
       cuts: counts the items that are cut at the model's length, and warns.
       stop: an item that cannot be read raises; otherwise it goes to `failures`.
+      prompt: goes before each item's text; "" for none.
     """
 
-    def __init__(self, builder: SequenceBuilder, cuts: CutWarnings, *, stop: bool):
+    def __init__(
+        self, builder: SequenceBuilder, cuts: CutWarnings, *, stop: bool, prompt: str = ""
+    ):
         self.count = 0
         self.failures: dict[int, str] = {}
         self._builder = builder
         self._cuts = cuts
         self._stop = stop
+        self._prompt = prompt
 
     def sequences(self, items: Iterable[ItemLike]) -> Iterator[tuple[int, TokenSequence]]:
         """Read and lay out this process's share of the items.
@@ -85,7 +89,7 @@ class ItemReader:
         texts: list[tuple[int, Item]] = []
         for index, get in self._own(items):
             try:
-                item = as_item(get(), f"item {index}")
+                item = with_prompt(as_item(get(), f"item {index}"), self._prompt)
             except ValueError as error:
                 self._fail(index, error)
                 continue

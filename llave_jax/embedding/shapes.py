@@ -7,7 +7,6 @@ is `embedder.py`.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -20,9 +19,8 @@ from llave_jax.inputs.config import InputSpec
 from llave_jax.inputs.packing import Packer, Planner
 from llave_jax.inputs.sequence import TokenSequence
 
-# Texts in bulk: (longest text, row length). Attention costs as much as a row is long, and texts of at
-# most half a row fill it well.
-TEXT_ROWS = ((64, 128), (512, 512))
+# Many texts share rows of these lengths, and of the model's. Attention costs as much as a row is long.
+TEXT_ROWS = (128, 512)
 # A single text has a row of its own: these lengths, and the model's.
 SINGLE_TEXT_ROWS = (64, 256, 1024, 4096)
 # Few texts share batches of these: (rows, row length).
@@ -36,6 +34,8 @@ _SHORTEST_SEQUENCE = 16
 _TOKENS_OF_A_CALL = 64
 # A batch is closed after so many sequences that have no room in it.
 _REFUSALS = 32
+# In bulk, so many of the largest batches may wait, from which the next batch is chosen.
+_WAITING_BATCHES = 4
 
 
 class IndexedBatch(NamedTuple):
@@ -71,19 +71,13 @@ def _text_shapes(longest: int, tokens_per_batch: int) -> Iterator[Budget]:
     for rows, length in FEW_TEXTS:
         if length <= longest and rows * length <= tokens_per_batch:
             yield _texts(rows, length)
-    for budget in _full_texts(longest, tokens_per_batch):
-        yield budget[1]
+    for length in {*(n for n in TEXT_ROWS if n < longest), longest}:
+        yield _texts(max(1, tokens_per_batch // length), length)
 
 
 def _texts(rows: int, length: int) -> Budget:
     shortest = _SHORTEST_SEQUENCE if length <= 256 else 64
     return Budget(rows, length, 0, rows * max(1, length // shortest), sides=1)
-
-
-def _full_texts(longest: int, tokens_per_batch: int) -> list[tuple[int, Budget]]:
-    """(longest text, full batch) of each kind of rows."""
-    kinds = [(text, row) for text, row in TEXT_ROWS if row < longest] + [(longest, longest)]
-    return [(text, _texts(max(1, tokens_per_batch // row), row)) for text, row in kinds]
 
 
 def _image_shapes(spec: InputSpec, tokens_per_batch: int) -> Iterator[Budget]:
@@ -118,6 +112,18 @@ def _image_shapes(spec: InputSpec, tokens_per_batch: int) -> Iterator[Budget]:
         yield Budget(1, longest, crops, slots, sides=1, taps=taps)
 
 
+class Costs(NamedTuple):
+    """What a model's work costs, in tokens of the language model's layers.
+
+    Attributes:
+      crop: a crop in the vision tower.
+      key: what a token costs more for each token of its row.
+    """
+
+    crop: float
+    key: float
+
+
 class BatchShapes:
     """Puts sequences into batches of the ladder's shapes.
 
@@ -125,24 +131,19 @@ class BatchShapes:
       spec: the model's input settings.
       num_shards: S of this process's batches.
       tokens_per_batch: tokens of a shard.
-      crop_cost: what a crop costs in the vision tower, in tokens of the language model.
+      costs: of the model.
     """
 
     def __init__(
-        self, spec: InputSpec, num_shards: int, tokens_per_batch: int, crop_cost: float
+        self, spec: InputSpec, num_shards: int, tokens_per_batch: int, costs: Costs
     ) -> None:
         self.ladder = ladder(spec, tokens_per_batch)
         self._spec = spec
         self._num_shards = num_shards
-        self._crop_cost = crop_cost
-        longest = _power_of_two(spec.config.max_length)
-        self._full_texts = _full_texts(longest, tokens_per_batch)
-        # Images in bulk: full batches first, then what holds those that do not fit there.
-        images = [budget for budget in self.ladder if budget.crops]
-        full = sorted((b for b in images if b.rows > 1), key=lambda b: b.row_length)
-        self._full_images = full + [b for b in images if b.rows == 1 and b.row_length == longest]
+        self._costs = costs
+        self.tokens = num_shards * max(b.rows * b.row_length for b in self.ladder)
 
-    def pack(self, sequences: Sequence[TokenSequence], most: int | None = None) -> IndexedBatch:
+    def pack(self, sequences: Sequence[TokenSequence]) -> IndexedBatch:
         """One batch, of the shape that is used best: the work of what it holds for the work that it takes.
 
         The first sequence is in it, and of the others, in order, those that have room. A batch whose first
@@ -151,7 +152,6 @@ class BatchShapes:
 
         Args:
           sequences: at least one, of which as many as fit are taken.
-          most: at most so many are taken for each shard; None: no limit.
 
         Returns:
           The batch, whose indices are those of `sequences`.
@@ -161,106 +161,84 @@ class BatchShapes:
         """
         if not sequences:
             raise ValueError("a batch needs at least one sequence")
-        has_crops = len(sequences[0].crops) > 0
-        limit = len(sequences) if most is None else min(len(sequences), most * self._num_shards)
-        sizes = [_Size.of(sequence) for sequence in sequences]
-        works = [size.length + self._crop_cost * size.crops for size in sizes]
-        all_work = sum(sorted(works, reverse=True)[:limit])
-        best: tuple[float, Budget, list[int]] | None = None
-        for budget in reversed(self.ladder):
-            if bool(budget.crops) != has_crops or not sizes[0].fits(budget):
-                continue
-            room = self._num_shards * self._work(budget)
-            cost = room + self._num_shards * _TOKENS_OF_A_CALL
-            if best is not None and min(all_work, room) / cost <= best[0]:
-                continue
-            taken = self._choose(budget, sizes, limit)
-            value = sum(works[index] for index in taken) / cost
-            if best is None or value > best[0]:
-                best = value, budget, taken
-        if best is None:
-            raise ValueError(
-                f"{sequences[0].name or 'item'}: {sizes[0]} fits into no shape of {self.ladder}"
-            )
-        _, budget, taken = best
-        packer = self._packer(budget)
-        for index in taken:
-            packer.add([sequences[index]], str(index))
-        return _emit(packer)
+        waiting = [_Waiting.of(number, sequence) for number, sequence in enumerate(sequences)]
+        return self._pack(waiting, len(waiting))[0]
 
     def batches(
         self, sequences: Iterable[tuple[int, TokenSequence]], batch_size: int | None = None
     ) -> Iterator[IndexedBatch]:
-        """Batches of many sequences, in bulk: full ones as they fill up, and in the end the rest.
+        """Batches of any number of sequences. A bounded number of them waits at a time.
 
         Args:
           sequences: (index of the item, its sequence), read as they are needed.
-          batch_size: at most so many items a shard; None: as many as fit.
+          batch_size: at most so many items for each shard of a batch; None: as many as fit.
 
         Yields:
           Batches that hold each sequence once.
         """
-        packers: dict[Budget, Packer] = {}
-        waiting: dict[Budget, list[tuple[int, TokenSequence]]] = {}
         limit = None if batch_size is None else batch_size * self._num_shards
+        waiting: list[_Waiting] = []
+        tokens = 0
         for index, sequence in sequences:
-            budget = self._full(sequence)
-            rest = waiting.setdefault(budget, [])
-            if limit is not None:
-                rest.append((index, sequence))
-                if len(rest) == limit:
-                    yield from self._all(rest, batch_size)
-                    rest.clear()
+            waiting.append(_Waiting.of(index, sequence))
+            tokens += len(sequence)
+            if tokens >= _WAITING_BATCHES * self.tokens or len(waiting) == limit:
+                batch, waiting = self._pack(waiting, limit or len(waiting))
+                yield batch
+                tokens = sum(entry.size.length for entry in waiting)
+        while waiting:
+            batch, waiting = self._pack(waiting, limit or len(waiting))
+            yield batch
+
+    def _pack(self, waiting: list[_Waiting], limit: int) -> tuple[IndexedBatch, list[_Waiting]]:
+        """One batch with the first of those that wait, and those that it does not hold."""
+        first = waiting[0].size
+        all_work = sum(self._work(*entry.size[:2]) for entry in waiting)
+        best: tuple[float, Budget, list[int]] | None = None
+        for budget in reversed(self.ladder):
+            if bool(budget.crops) != bool(first.crops) or not first.fits(budget):
                 continue
-            if budget not in packers:
-                packers[budget] = self._packer(budget)
-            if not packers[budget].add([sequence], str(index)):
-                yield _emit(packers[budget])
-                rest.clear()
-                packers[budget].add([sequence], str(index))
-            rest.append((index, sequence))
-        # Their arrays are not needed for what is left.
-        packers.clear()
-        for images in (False, True):
-            kinds = (rest for budget, rest in waiting.items() if bool(budget.crops) == images)
-            yield from self._all(list(itertools.chain.from_iterable(kinds)), batch_size)
+            room = self._num_shards * self._work(budget.rows * budget.row_length, budget.crops)
+            cost = self._num_shards * self._cost(budget)
+            if best is not None and min(all_work, room) / cost <= best[0]:
+                continue
+            taken = self._choose(budget, waiting, limit)
+            value = sum(self._work(*waiting[place].size[:2]) for place in taken) / cost
+            if best is None or value > best[0]:
+                best = value, budget, taken
+        if best is None:
+            name = waiting[0].sequence.name or "item"
+            raise ValueError(f"{name}: {first} fits into no shape of {self.ladder}")
+        _, budget, taken = best
+        packer = Packer(budget, self._num_shards, self._spec.crop)
+        for place in taken:
+            packer.add([waiting[place].sequence], str(waiting[place].index))
+        packed, ids = packer.emit()
+        indices = [[int(index) if index else -1 for index in shard] for shard in ids]
+        held = set(taken)
+        left = [entry for place, entry in enumerate(waiting) if place not in held]
+        return IndexedBatch(packed, np.array(indices, np.int32)), left
 
-    def _all(
-        self, sequences: list[tuple[int, TokenSequence]], batch_size: int | None
-    ) -> Iterator[IndexedBatch]:
-        """Batches of all of these."""
-        while sequences:
-            packed, indices = self.pack([sequence for _, sequence in sequences], batch_size)
-            items = np.array([index for index, _ in sequences], np.int32)
-            yield IndexedBatch(packed, np.where(indices >= 0, items[indices], -1).astype(np.int32))
-            taken = set(indices[indices >= 0].tolist())
-            sequences = [pair for place, pair in enumerate(sequences) if place not in taken]
+    def _work(self, tokens: int, crops: int) -> float:
+        return tokens + self._costs.crop * crops
 
-    def _work(self, budget: Budget) -> float:
-        return budget.rows * budget.row_length + self._crop_cost * budget.crops
+    def _cost(self, budget: Budget) -> float:
+        attention = self._costs.key * budget.row_length
+        tokens = budget.rows * budget.row_length
+        return tokens * (1 + attention) + self._costs.crop * budget.crops + _TOKENS_OF_A_CALL
 
-    def _choose(self, budget: Budget, sizes: Sequence[_Size], limit: int) -> list[int]:
-        """The sequences that have room in a shape."""
+    def _choose(self, budget: Budget, waiting: Sequence[_Waiting], limit: int) -> list[int]:
+        """The places of those that have room in a shape."""
         planner = Planner(budget, self._num_shards)
         taken, refused = [], 0
-        for index, size in enumerate(sizes):
+        for place, (_, _, size) in enumerate(waiting):
             if len(taken) == limit or refused == _REFUSALS or planner.full:
                 break
             if size.fits(budget) and planner.place([size.length], size.crops) is not None:
-                taken.append(index)
+                taken.append(place)
             else:
                 refused += 1
         return taken
-
-    def _packer(self, budget: Budget) -> Packer:
-        return Packer(budget, self._num_shards, self._spec.crop)
-
-    def _full(self, sequence: TokenSequence) -> Budget:
-        """The batch that sequences like this one fill."""
-        size = _Size.of(sequence)
-        if not size.crops:
-            return next(budget for text, budget in self._full_texts if size.length <= text)
-        return next(budget for budget in self._full_images if size.fits(budget))
 
 
 class _Size(NamedTuple):
@@ -282,10 +260,16 @@ class _Size(NamedTuple):
         )
 
 
-def _emit(packer: Packer) -> IndexedBatch:
-    packed, ids = packer.emit()
-    indices = [[int(index) if index else -1 for index in shard] for shard in ids]
-    return IndexedBatch(packed, np.array(indices, np.int32))
+class _Waiting(NamedTuple):
+    """A sequence that has no batch yet."""
+
+    index: int
+    sequence: TokenSequence
+    size: _Size
+
+    @staticmethod
+    def of(index: int, sequence: TokenSequence) -> _Waiting:
+        return _Waiting(index, sequence, _Size.of(sequence))
 
 
 def _power_of_two(n: int) -> int:

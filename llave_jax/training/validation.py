@@ -81,7 +81,7 @@ class Validation:
           ValueError: a pair cannot be read and is not to be skipped, or fewer than two can be read.
         """
         if self._skip_unusable:
-            embeddings, failures = embedder.encode_skipping(self._items)
+            embeddings, failures = embedder.encode(self._items, on_error="skip")
         else:
             embeddings, failures = embedder.encode(self._items), {}
         is_usable = np.ones(len(self), bool)

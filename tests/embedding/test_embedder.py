@@ -130,14 +130,101 @@ def test_many_batches_are_those_of_few(golden_model):
 
 def test_unreadable_items_are_skipped(embedder, golden):
     fine = {"image": str(golden / "images" / "small.png")}
-    vectors, failures = embedder.encode_skipping(
-        ["a", {"image": "nowhere.png"}, fine, {"txt": ""}, "<image> b"]
-    )
+    items = ["a", {"image": "nowhere.png"}, fine, {"txt": ""}, "<image> b"]
+    vectors, failures = embedder.encode(items, on_error="skip")
     assert list(failures) == [1, 3, 4]
     assert "nowhere.png" in failures[1]
     assert "unknown key" in failures[3]
     np.testing.assert_array_equal(vectors[[1, 3, 4]], 0)
     np.testing.assert_allclose(vectors[[0, 2]], embedder.encode(["a", fine]), rtol=0, atol=1e-5)
+    of_generator, again = embedder.encode(iter(items), on_error="skip")
+    assert again == failures
+    np.testing.assert_allclose(of_generator, vectors, rtol=0, atol=1e-5)
+    streamed = list(embedder.encode_stream(items, on_error="skip"))
+    assert [vector is None for vector in streamed] == [False, True, False, True, True]
+    stream = embedder.encode_stream(items)
+    np.testing.assert_allclose(next(stream), vectors[0], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"item 1.*nowhere\.png"):
+        next(stream)
+
+
+def test_a_stream_keeps_the_order_and_holds_few_items(warm):
+    """Texts and images wait for different batches."""
+    given = answered = most = 0
+
+    def items():
+        nonlocal given, most
+        for number in range(400):
+            given += 1
+            most = max(most, given - answered)
+            text = f"number {number} " + "word " * (number % 40)
+            yield {"text": text, "image": picture(60, 40)} if number % 7 == 3 else text
+
+    vectors = []
+    for vector in warm.encode_stream(items(), truncate_dim=16, precision="float16"):
+        answered += 1
+        vectors.append(vector)
+    expected = warm.encode(items(), truncate_dim=16, precision="float16")
+    np.testing.assert_allclose(np.array(vectors, np.float32), expected, rtol=0, atol=2e-3)
+    assert expected.dtype == np.float16
+    # What threads have read ahead, and what waits for four batches.
+    assert most < 320 + 4 * warm.tokens_per_batch // 20
+
+
+def test_prompts_and_precisions_as_sentence_transformers_has_them(golden_model, warm, golden):
+    prompts = {"query": "Find an image: ", "passage": "Represent: ", "corpus": "no"}
+    warm.prompts.update(prompts)
+    try:
+        text = "a dog"
+        plain = warm.encode(text)
+        query = warm.encode("Find an image: a dog")
+        for vector in (
+            warm.encode_query(text),
+            warm.encode(text, prompt_name="query"),
+            warm.encode(text, prompt_name="passage", prompt="Find an image: "),
+            warm.encode_document([text], prompt_name="query")[0],
+        ):
+            np.testing.assert_allclose(vector, query, rtol=0, atol=1e-6)
+        assert np.abs(query - plain).max() > 1e-3
+        np.testing.assert_allclose(
+            warm.encode_document(text), warm.encode("Represent: a dog"), rtol=0, atol=1e-6
+        )
+        with pytest.raises(ValueError, match="prompt_name is 'q'; this model's prompts are: query"):
+            warm.encode(text, prompt_name="q")
+    finally:
+        warm.prompts.clear()
+    np.testing.assert_allclose(warm.encode_query(text), plain, rtol=0, atol=1e-6)
+    texts = ["a dog", "a cat", "a red car"]
+    vectors = warm.encode(texts, show_progress_bar=False)
+    np.testing.assert_array_equal(
+        warm.encode(texts, precision="binary"), np.packbits(vectors > 0, axis=1).astype(int) - 128
+    )
+    assert warm.encode("a dog", precision="int8").dtype == np.int8
+    assert warm.encode([], precision="binary").shape == (0, vectors.shape[1] // 8)
+    short = warm.encode(texts, truncate_dim=8)
+    np.testing.assert_allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(warm.similarity(short, short[1])[1], 1, atol=1e-6)
+    np.testing.assert_allclose(
+        warm.similarity_pairwise(vectors, warm.encode(texts, precision="int8")), 1, atol=1e-3
+    )
+    for options, message in (
+        ({"precision": "int4"}, "precision is 'int4'"),
+        ({"truncate_dim": 0}, "truncate_dim is 0"),
+        ({"on_error": "ignore"}, "on_error is 'ignore'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            warm.encode(texts, **options)
+
+
+@pytest.mark.slow  # imports PyTorch
+def test_similarities_are_those_of_sentence_transformers():
+    util = pytest.importorskip("sentence_transformers.util")
+    first, second = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+    expected = util.cos_sim(first, second[:3]).numpy()
+    np.testing.assert_allclose(Embedder.similarity(first, second[:3]), expected, atol=1e-6)
+    expected = util.pairwise_cos_sim(first, second).numpy()
+    np.testing.assert_allclose(Embedder.similarity_pairwise(first, second), expected, atol=1e-6)
 
 
 def test_a_missing_image_is_the_zero_picture_in_its_markers_place(embedder, golden):

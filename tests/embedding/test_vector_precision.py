@@ -11,6 +11,7 @@ from llave_jax.embedding import precision
 VECTORS = hnp.arrays(np.int8, (40, 19)).map(precision.normalised)
 
 
+@pytest.mark.slow  # imports PyTorch
 @settings(max_examples=25)
 @given(vectors=VECTORS)
 def test_what_sentence_transformers_makes(vectors):
