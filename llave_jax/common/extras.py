@@ -17,6 +17,8 @@ _PACKAGES = {
     "prometheus_client": ("prometheus-client", "serve"),
     "starlette": ("Starlette", "serve"),
     "uvicorn": ("uvicorn", "serve"),
+    "lance": ("pylance", "lance"),
+    "ray": ("Ray", "ray"),
     "wandb": ("wandb", "wandb"),
 }
 

@@ -28,7 +28,11 @@ class OutputInUse(ValueError):
 
 @contextlib.contextmanager
 def only_writer(
-    output: str | os.PathLike, *, inside: bool = True, flag: str = "--output"
+    output: str | os.PathLike,
+    *,
+    inside: bool = True,
+    flag: str = "--output",
+    name: str = ".lock",
 ) -> Iterator[None]:
     """Keeps an output to this process while the block runs.
 
@@ -36,13 +40,14 @@ def only_writer(
       output: the directory that is written. With `inside` it is made.
       inside: the lock lies in the directory, and otherwise beside it, for a directory that is replaced.
       flag: that names the output, for the message.
+      name: of the file inside the directory; jobs that share an output have each their own.
 
     Raises:
       OutputInUse: another process holds it.
       OSError: the directory cannot be made or written to.
     """
     output = Path(output).absolute()
-    file = output / ".lock" if inside else output.with_name(f".{output.name}.lock")
+    file = output / name if inside else output.with_name(f".{output.name}.lock")
     make_directory(file.parent)
     descriptor = _open_locked(file, output, flag)
     try:

@@ -1,28 +1,32 @@
 """Embedding of many items into a directory. A job may die at any moment and continue.
 
 Owns which chunks are embedded: new ones, and those whose items have changed. Items come from
-`item_sources.py`, the output directory is `store.py`, the model is `embedder.py`.
+`item_sources.py`, the output directory is `store.py` with `array_store.py` and `part_store.py`, the model is `embedder.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from llave_jax.common.content import digest
 from llave_jax.common.progress import Progress
+from llave_jax.embedding.array_store import ArrayStore
 from llave_jax.embedding.checks import check_embeddings
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.entries import Entry, take_chunk
 from llave_jax.embedding.item_sources import ItemSource, open_items
+from llave_jax.embedding.part_store import PartStore, shard_suffix
+from llave_jax.embedding.parts import WRITERS
 from llave_jax.embedding.store import Chunk, Store
 from llave_jax.inputs.content import item_key, item_stamp
 from llave_jax.inputs.item import Item
@@ -31,13 +35,15 @@ from llave_jax.parallel.processes import on_first_process
 # Threads that look at files: they wait for the disk or the network.
 FILE_THREADS = 32
 
+logger = logging.getLogger(__name__)
+
 
 class Result(NamedTuple):
     """What a call of `embed_file` made.
 
     Attributes:
-      path: of the array.
-      embedded: rows of the array; 0 on processes other than the first.
+      path: of the array, or of the directory of parts.
+      embedded: vectors of this job; 0 on processes other than the first.
       skipped: items that were left out; 0 on processes other than the first.
     """
 
@@ -46,15 +52,66 @@ class Result(NamedTuple):
     skipped: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is embedded, how, and where it goes.
+
+    Attributes:
+      source: the items.
+      output: directory of the results.
+      fingerprint: of the model; work of another model is not continued.
+      format: "npy", or one of `parts.FORMATS`.
+      on_error: "raise", or "skip" items that cannot be read.
+      model: as its user calls it, for messages.
+      batch_size: as for `Embedder.encode`.
+    """
+
+    source: ItemSource
+    output: Path
+    fingerprint: str
+    format: str = "npy"
+    on_error: str = "raise"
+    model: str = ""
+    batch_size: int | None = None
+
+    def open_store(self, dimension: int, items: int | None) -> Store:
+        """The output, kept to this process until it is closed.
+
+        Args:
+          dimension: D of the model.
+          items: of the whole input, if they are known.
+
+        Returns:
+          The store.
+
+        Raises:
+          ValueError: `output` holds other work, or another job writes to it.
+        """
+        source = self.source.resolved()
+        if self.format == "npy":
+            return ArrayStore(
+                self.output,
+                model=self.fingerprint,
+                dimension=dimension,
+                source=source,
+                items=items,
+            )
+        writer = WRITERS[self.format](
+            self.output,
+            dimension=dimension,
+            dtype="float32",
+            fields=self.source.metadata_fields,
+            suffix=shard_suffix(self.source.shard),
+        )
+        return PartStore(writer, model=self.fingerprint, source=source)
+
+
 def embed_file(
     embedder: Embedder,
     source: str | os.PathLike | ItemSource,
     output: str | os.PathLike,
     fingerprint: str,
-    *,
-    model: str = "",
-    batch_size: int | None = None,
-    on_error: str = "raise",
+    **options: Any,
 ) -> Result:
     """Embed items into a directory, continuing what an earlier call did.
 
@@ -64,14 +121,10 @@ def embed_file(
     Args:
       embedder: the model.
       source: what `open_items` returned, or the path of one input.
-      output: directory of the results.
-      fingerprint: of the model; work of another model is not continued.
-      model: as its user calls it, for messages.
-      batch_size: as for `Embedder.encode`.
-      on_error: "raise", or "skip" items that cannot be read.
+      output, fingerprint, options: as of `Job`.
 
     Returns:
-      Where the array is, and the numbers of its rows and of the items that were skipped.
+      Where the vectors are, and the numbers of them and of the items that were skipped.
 
     Raises:
       ValueError: an item cannot be read (it is named; the chunks before it are kept), an embedding is
@@ -79,37 +132,113 @@ def embed_file(
       OSError: the input cannot be read or the output cannot be written.
     """
     items = source if isinstance(source, ItemSource) else open_items(source)
-    dimension = embedder.config.text.hidden_size
-    with _Output(items, Path(output), fingerprint, dimension, on_error) as out:
+    job = Job(items, Path(output), fingerprint, **options)
+    with _Output(job, embedder.config.text.hidden_size) as out:
         entries, index = iter(items), 0
         while chunk := take_chunk(entries, out.recorded_size(index)):
-            if on_error == "raise":
-                for entry in chunk:
-                    if entry.error:
-                        raise ValueError(entry.error)
+            if job.on_error == "raise":
+                refuse_errors(chunk)
             if not out.keep(index, chunk):
-                out.add(index, chunk, *_encode(embedder, chunk, model, batch_size, on_error))
+                out.add(index, chunk, *encode_chunk(embedder, chunk, job))
             index += 1
         return out.finish(index)
 
 
-def _encode(
-    embedder: Embedder, chunk: list[Entry], model: str, batch_size: int | None, on_error: str
+def refuse_errors(chunk: Sequence[Entry]) -> None:
+    """Raises if an entry is no item.
+
+    Args:
+      chunk: entries.
+
+    Raises:
+      ValueError: the first one's error.
+    """
+    for entry in chunk:
+        if entry.error:
+            raise ValueError(entry.error)
+
+
+def encode_chunk(
+    embedder: Embedder, chunk: Sequence[Entry], job: Job
 ) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """Embeddings of a chunk's readable items, and (index, reason) of the others."""
+    """Embeddings of a chunk.
+
+    Args:
+      embedder: the model.
+      chunk: its entries.
+      job: how they are embedded.
+
+    Returns:
+      vectors: [rows, D] of the items that can be read.
+      skipped: (index, reason) of the others.
+
+    Raises:
+      ValueError: an embedding is not finite; an item cannot be read, unless these are skipped.
+    """
     readable = {i: entry.item for i, entry in enumerate(chunk) if entry.item is not None}
     places, items = list(readable), list(readable.values())
     failures: dict[int, str] = {}
-    if on_error == "skip":
-        vectors, failures = embedder.encode_skipping(items, batch_size)
+    if job.on_error == "skip":
+        vectors, failures = embedder.encode_skipping(items, job.batch_size)
     else:
-        vectors = embedder.encode(items, batch_size)
+        vectors = embedder.encode(items, job.batch_size)
     fine = [i for i in range(len(items)) if i not in failures]
     vectors = vectors[fine]
-    check_embeddings(vectors, [items[i] for i in fine], model)
+    check_embeddings(vectors, [items[i] for i in fine], job.model)
     skipped = {i: entry.error for i, entry in enumerate(chunk) if entry.item is None}
     skipped |= {places[i]: reason for i, reason in failures.items()}
     return vectors, sorted(skipped.items())
+
+
+class State(NamedTuple):
+    """How a chunk compares with what was embedded.
+
+    Attributes:
+      kept: its vectors are there already.
+      stamp, content: digests of its items now; `content` is "" if `stamp` says enough.
+    """
+
+    kept: bool
+    stamp: str
+    content: str
+
+
+def compare(chunk: Sequence[Entry], old: Chunk | None, threads: Executor) -> State:
+    """Whether the vectors of a chunk's items are there already.
+
+    Digests are taken before the model sees the files. If a file is replaced in between, the next start finds a
+    difference.
+
+    Args:
+      chunk: its entries.
+      old: what was embedded under its number.
+      threads: look at files.
+
+    Returns:
+      The answer.
+    """
+    stamp = _digest(chunk, item_stamp, threads)
+    same_items = old is not None and old.items == len(chunk)
+    if old is not None and same_items and old.stamp == stamp:
+        return State(True, stamp, "")
+    content = _digest(chunk, item_key, threads)
+    return State(old is not None and same_items and old.content == content, stamp, content)
+
+
+def _digest(chunk: Sequence[Entry], digest_of: Callable[[Item], bytes], threads: Executor) -> str:
+    """Digest of a chunk's items, in order. Items that cannot be read have digests too."""
+
+    def entry_digest(entry: Entry) -> bytes:
+        if entry.item is None:
+            return digest(entry.error.encode("utf-8", "backslashreplace"))
+        try:
+            return digest_of(entry.item)
+        except (OSError, ValueError) as error:  # ValueError: a null byte in a path
+            return digest(f"unreadable: {type(error).__name__}".encode())
+
+    has_files = any(entry.weight > 1 for entry in chunk)
+    digests = threads.map(entry_digest, chunk) if has_files else map(entry_digest, chunk)
+    return digest(*digests).hex()
 
 
 class _Output:
@@ -120,23 +249,14 @@ class _Output:
     _threads: ThreadPoolExecutor
     _progress: Progress
 
-    def __init__(self, source: ItemSource, output: Path, model: str, dimension: int, on_error: str):
-        self._source, self._path, self._on_error = source, output, on_error
-        self._stamp = self._content = ""
+    def __init__(self, job: Job, dimension: int):
+        self._job, self._state = job, State(False, "", "")
         self._closing = contextlib.ExitStack()
 
         def start() -> None:
             # Raises before anything is written if there is no input.
-            total = source.count()
-            self._store = self._closing.enter_context(
-                Store(
-                    output,
-                    model=model,
-                    dimension=dimension,
-                    source=source.resolved(),
-                    items=total,
-                )
-            )
+            total = job.source.count()
+            self._store = self._closing.enter_context(job.open_store(dimension, total))
             self._threads = self._closing.enter_context(ThreadPoolExecutor(FILE_THREADS))
             self._progress = self._closing.enter_context(Progress(total, "embedding"))
 
@@ -162,20 +282,13 @@ class _Output:
 
         def check() -> bool:
             old = self._store.chunks.get(index)
-            # Digests are taken before the model sees the files. If a file is replaced in between, the
-            # next start finds a difference.
-            self._stamp, self._content = self._digest(chunk, item_stamp), ""
-            if old is not None and old.items == len(chunk) and old.stamp == self._stamp:
-                self._skip(index, chunk, old)
-                return True
-            self._content = self._digest(chunk, item_key)
-            if old is not None and old.items == len(chunk) and old.content == self._content:
-                self._skip(index, chunk, old)
-                self._store.renew(index, self._stamp)
-                return True
-            if old is not None and old.content:
-                self._note_change(chunk)
-            return False
+            self._state = compare(chunk, old, self._threads)
+            if self._state.kept:
+                keep_chunk(self._store, index, chunk, self._state, self._job.on_error)
+                self._progress.skip(len(chunk))
+            elif old is not None and old.content:
+                note_change(self._store, chunk, self._job)
+            return self._state.kept
 
         return bool(on_first_process(check))
 
@@ -189,10 +302,9 @@ class _Output:
         """Store the vectors of the chunk that `keep` was last asked about."""
 
         def write() -> None:
-            self._store.add(
-                index, vectors, stamp=self._stamp, content=self._content, skipped=skipped
-            )
-            self._list(index, chunk)
+            _, stamp, content = self._state
+            self._store.add(index, chunk, vectors, stamp=stamp, content=content, skipped=skipped)
+            self._store.list_items(index, chunk)
             note = f"{self._store.num_skipped} skipped" if self._store.num_skipped else ""
             self._progress.update(len(chunk), note)
 
@@ -202,51 +314,57 @@ class _Output:
         """End the output, after all chunks of the input have been kept or added."""
 
         def end() -> None:
-            if not count:
-                raise ValueError(f"{self._source.name}: has no items")
+            if not count and self._job.source.shard[1] == 1:
+                raise ValueError(f"{self._job.source.name}: has no items")
             self._store.finish(count)
 
         on_first_process(end)
-        numbers = (0, 0)
-        if jax.process_index() == 0:
-            numbers = (self._store.num_rows, self._store.num_skipped)
-        return Result(self._path / "embeddings.npy", *numbers)
+        if jax.process_index():
+            return Result(self._job.output, 0, 0)
+        return Result(self._store.path, self._store.num_rows, self._store.num_skipped)
 
-    def _skip(self, index: int, chunk: list[Entry], old: Chunk) -> None:
-        """Enter a chunk that an earlier call has embedded."""
-        if old.skipped and self._on_error == "raise":
-            raise ValueError(old.skipped[0][1])
-        self._list(index, chunk)
-        self._progress.skip(len(chunk))
 
-    def _list(self, index: int, chunk: list[Entry]) -> None:
-        self._store.list_items(
-            index, [entry.number for entry in chunk], [entry.id for entry in chunk]
+def keep_chunk(
+    store: Store, index: int, chunk: Sequence[Entry], state: State, on_error: str
+) -> None:
+    """Enter a chunk that an earlier call has embedded.
+
+    Args:
+      store: the output.
+      index: number of the chunk.
+      chunk: its entries.
+      state: what `compare` found.
+      on_error: of the job.
+
+    Raises:
+      ValueError: an item was skipped then, and items that cannot be read end the job now.
+    """
+    old = store.chunks[index]
+    if old.skipped and on_error == "raise":
+        raise ValueError(old.skipped[0][1])
+    store.list_items(index, chunk)
+    if state.content:
+        store.renew(index, state.stamp)
+
+
+def note_change(store: Store, chunk: Sequence[Entry], job: Job) -> None:
+    """Says that a chunk's items have changed.
+
+    Args:
+      store: the output.
+      chunk: the entries as they are now.
+      job: their job.
+
+    Raises:
+      ValueError: the output is of another input.
+    """
+    if store.source != job.source.resolved():
+        raise ValueError(
+            f"{job.output} holds embeddings of other items, from {store.source}; use "
+            "another --output"
         )
-
-    def _note_change(self, chunk: list[Entry]) -> None:
-        if self._store.source != self._source.resolved():
-            raise ValueError(
-                f"{self._path} holds embeddings of other items, from {self._store.source}; use "
-                "another --output"
-            )
-        logging.getLogger(__name__).info(
-            "items from %s to %s have changed; they are embedded again",
-            chunk[0].where,
-            chunk[-1].where,
-        )
-
-    def _digest(self, chunk: list[Entry], digest_of: Callable[[Item], bytes]) -> str:
-        """Digest of a chunk's items, in order. Items that cannot be read have digests too."""
-
-        def entry_digest(entry: Entry) -> bytes:
-            if entry.item is None:
-                return digest(entry.error.encode("utf-8", "backslashreplace"))
-            try:
-                return digest_of(entry.item)
-            except (OSError, ValueError) as error:  # ValueError: a null byte in a path
-                return digest(f"unreadable: {type(error).__name__}".encode())
-
-        has_files = any(entry.weight > 1 for entry in chunk)
-        digests = self._threads.map(entry_digest, chunk) if has_files else map(entry_digest, chunk)
-        return digest(*digests).hex()
+    logger.info(
+        "items from %s to %s have changed; they are embedded again",
+        chunk[0].where,
+        chunk[-1].where,
+    )

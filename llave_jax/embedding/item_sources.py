@@ -28,12 +28,13 @@ class ItemSource:
 
     Attributes:
       name: of the inputs, for messages.
+      shard: (i, n): only each n-th piece, from the i-th on.
       metadata_fields: Arrow fields of the columns that entries of parquet files have as metadata.
 
     Args:
       inputs: as for `open_items`.
       columns: of parquet files.
-      shard: (i, n): only each n-th piece, from the i-th on.
+      shard: as above.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class ItemSource:
         if not inputs:
             raise ValueError("no input; expected files or folders")
         self._inputs = [os.fspath(value) for value in inputs]
-        self._columns, self._shard = columns or Columns(), shard
+        self._columns, self.shard = columns or Columns(), shard
         self.name = self._inputs[0] if len(inputs) == 1 else f"{self._inputs[0]} and others"
         self.metadata_fields: list[Any] = []
         for path in self._files():
@@ -65,7 +66,7 @@ class ItemSource:
         Raises:
           ValueError, OSError: as `open_items`, if a file has changed since.
         """
-        position, turns = 0, Turns(*self._shard)
+        position, turns = 0, Turns(*self.shard)
         for pictures, paths in itertools.groupby(self._files(), is_picture):
             if pictures:
                 while some := tuple(itertools.islice(paths, entries.PIECE_ENTRIES)):

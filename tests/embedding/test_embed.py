@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 
 from llave_jax.common import files
-from llave_jax.embedding import bulk, entries, store
+from llave_jax.embedding import array_store, bulk, entries, store
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.item_sources import open_items
 from llave_jax.inputs import images
@@ -262,7 +262,7 @@ def test_two_jobs_at_once(case):
     pytest.importorskip("fcntl")
     case.write(*TEXTS)
     with (
-        store.Store(case.output, model="model", dimension=SIZE, source=""),
+        array_store.ArrayStore(case.output, model="model", dimension=SIZE, source=""),
         pytest.raises(
             ValueError, match=f"out: another job is writing to it: process {os.getpid()} "
         ),
@@ -527,7 +527,7 @@ def test_a_full_disk_is_named_and_what_is_complete_is_kept(case, size):
     assert "make room and run the same command again" in str(raised.value)
     names = {path.name for path in case.output.iterdir()}
     assert names <= {"embeddings.partial.npy", "progress.jsonl"}
-    done = store._whole_lines(case.output / "progress.jsonl")[1:]
+    done = store.whole_lines(case.output / "progress.jsonl")[1:]
     assert case.run() == TEXTS[4 * len(done) :]
 
 
@@ -556,7 +556,7 @@ class kill_at:
         self.patch = self.monkeypatch.context()
         patch = self.patch.__enter__()
         for owner, name in [
-            (store, "_sync"),
+            (store, "sync"),
             (files, "_sync"),
             (Path, "replace"),
             (Path, "unlink"),
