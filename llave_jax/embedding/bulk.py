@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -26,10 +27,11 @@ from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.entries import Entry, take_chunk
 from llave_jax.embedding.item_sources import ItemSource, open_items
 from llave_jax.embedding.part_store import PartStore, shard_suffix
-from llave_jax.embedding.parts import WRITERS
+from llave_jax.embedding.parts import WRITERS, PartWriter
+from llave_jax.embedding.precision import quantise, truncate
 from llave_jax.embedding.store import Chunk, Store
 from llave_jax.inputs.content import item_key, item_stamp
-from llave_jax.inputs.item import Item
+from llave_jax.inputs.item import Item, with_prompt
 from llave_jax.parallel.processes import on_first_process
 
 # Threads that look at files: they wait for the disk or the network.
@@ -45,11 +47,15 @@ class Result(NamedTuple):
       path: of the array, or of the directory of parts.
       embedded: vectors of this job; 0 on processes other than the first.
       skipped: items that were left out; 0 on processes other than the first.
+      dimension: numbers of a vector.
+      skipped_list: the file that lists them, if there are any.
     """
 
     path: Path
     embedded: int
     skipped: int
+    dimension: int
+    skipped_list: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Job:
       on_error: "raise", or "skip" items that cannot be read.
       model: as its user calls it, for messages.
       batch_size: as for `Embedder.encode`.
+      prompt: goes in front of each item's text.
+      truncate_dim, precision: as of `precision.truncate` and `precision.quantise`.
     """
 
     source: ItemSource
@@ -73,6 +81,50 @@ class Job:
     on_error: str = "raise"
     model: str = ""
     batch_size: int | None = None
+    prompt: str = ""
+    truncate_dim: int | None = None
+    precision: str = "float32"
+
+    @property
+    def key(self) -> str:
+        """All that decides what a vector is, besides its item."""
+        settings = {
+            "truncate_dim": self.truncate_dim,
+            "precision": self.precision if self.precision != "float32" else None,
+            "prompt": self.prompt or None,
+        }
+        given = {name: value for name, value in settings.items() if value is not None}
+        # The fingerprint alone is what outputs of earlier versions have.
+        return f"{self.fingerprint} {json.dumps(given)}" if given else self.fingerprint
+
+    def finished(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors as they are kept.
+
+        Args:
+          vectors: float32 [n, D] of the model.
+
+        Returns:
+          [n, numbers that are kept], of the precision's dtype.
+        """
+        return quantise(truncate(vectors, self.truncate_dim), self.precision)
+
+    def writer(self, dimension: int) -> PartWriter:
+        """What writes the parts of an output in parts.
+
+        Args:
+          dimension: D of the model.
+
+        Returns:
+          The writer.
+        """
+        kept = self.finished(np.zeros((1, dimension), np.float32))
+        return WRITERS[self.format](
+            self.output,
+            dimension=kept.shape[1],
+            dtype=kept.dtype.name,
+            fields=self.source.metadata_fields,
+            suffix=shard_suffix(self.source.shard),
+        )
 
     def open_store(self, dimension: int, items: int | None) -> Store:
         """The output, kept to this process until it is closed.
@@ -88,22 +140,19 @@ class Job:
           ValueError: `output` holds other work, or another job writes to it.
         """
         source = self.source.resolved()
-        if self.format == "npy":
-            return ArrayStore(
-                self.output,
-                model=self.fingerprint,
-                dimension=dimension,
-                source=source,
-                items=items,
-            )
-        writer = WRITERS[self.format](
+        if self.format != "npy":
+            return PartStore(self.writer(dimension), model=self.key, source=source)
+        if self.source.shard[1] > 1:
+            raise ValueError("embeddings.npy is one array; shards need --format parquet or lance")
+        kept = self.finished(np.zeros((1, dimension), np.float32))
+        return ArrayStore(
             self.output,
-            dimension=dimension,
-            dtype="float32",
-            fields=self.source.metadata_fields,
-            suffix=shard_suffix(self.source.shard),
+            model=self.key,
+            dimension=kept.shape[1],
+            dtype=kept.dtype,
+            source=source,
+            items=items,
         )
-        return PartStore(writer, model=self.fingerprint, source=source)
 
 
 def embed_file(
@@ -113,6 +162,24 @@ def embed_file(
     fingerprint: str,
     **options: Any,
 ) -> Result:
+    """`embed_items` of one input.
+
+    Args:
+      embedder: the model.
+      source: what `open_items` returned, or the path of one input.
+      output, fingerprint, options: as of `Job`.
+
+    Returns:
+      As `embed_items`.
+
+    Raises:
+      ValueError, OSError: as `embed_items`.
+    """
+    items = source if isinstance(source, ItemSource) else open_items(source)
+    return embed_items(embedder, Job(items, Path(output), fingerprint, **options))
+
+
+def embed_items(embedder: Embedder, job: Job) -> Result:
     """Embed items into a directory, continuing what an earlier call did.
 
     The input is read once, a chunk at a time; memory grows only by a short entry for each chunk. With
@@ -120,8 +187,7 @@ def embed_file(
 
     Args:
       embedder: the model.
-      source: what `open_items` returned, or the path of one input.
-      output, fingerprint, options: as of `Job`.
+      job: what is embedded, and where it goes.
 
     Returns:
       Where the vectors are, and the numbers of them and of the items that were skipped.
@@ -131,10 +197,8 @@ def embed_file(
         not finite, or `output` holds work on other items or of another model.
       OSError: the input cannot be read or the output cannot be written.
     """
-    items = source if isinstance(source, ItemSource) else open_items(source)
-    job = Job(items, Path(output), fingerprint, **options)
     with _Output(job, embedder.config.text.hidden_size) as out:
-        entries, index = iter(items), 0
+        entries, index = iter(job.source), 0
         while chunk := take_chunk(entries, out.recorded_size(index)):
             if job.on_error == "raise":
                 refuse_errors(chunk)
@@ -169,14 +233,15 @@ def encode_chunk(
       job: how they are embedded.
 
     Returns:
-      vectors: [rows, D] of the items that can be read.
+      vectors: of the items that can be read, as they are kept.
       skipped: (index, reason) of the others.
 
     Raises:
       ValueError: an embedding is not finite; an item cannot be read, unless these are skipped.
     """
     readable = {i: entry.item for i, entry in enumerate(chunk) if entry.item is not None}
-    places, items = list(readable), list(readable.values())
+    places = list(readable)
+    items = [with_prompt(item, job.prompt) for item in readable.values()]
     failures: dict[int, str] = {}
     if job.on_error == "skip":
         vectors, failures = embedder.encode_skipping(items, job.batch_size)
@@ -187,7 +252,7 @@ def encode_chunk(
     check_embeddings(vectors, [items[i] for i in fine], job.model)
     skipped = {i: entry.error for i, entry in enumerate(chunk) if entry.item is None}
     skipped |= {places[i]: reason for i, reason in failures.items()}
-    return vectors, sorted(skipped.items())
+    return job.finished(vectors), sorted(skipped.items())
 
 
 class State(NamedTuple):
@@ -250,7 +315,7 @@ class _Output:
     _progress: Progress
 
     def __init__(self, job: Job, dimension: int):
-        self._job, self._state = job, State(False, "", "")
+        self._job, self._dimension, self._state = job, dimension, State(False, "", "")
         self._closing = contextlib.ExitStack()
 
         def start() -> None:
@@ -319,9 +384,27 @@ class _Output:
             self._store.finish(count)
 
         on_first_process(end)
-        if jax.process_index():
-            return Result(self._job.output, 0, 0)
-        return Result(self._store.path, self._store.num_rows, self._store.num_skipped)
+        first = jax.process_index() == 0
+        return result_of(self._job, self._store if first else None, self._dimension)
+
+
+def result_of(job: Job, store: Store | None, dimension: int) -> Result:
+    """What a job made.
+
+    Args:
+      job: that has ended.
+      store: its output; None on processes other than the first.
+      dimension: D of the model.
+
+    Returns:
+      The result.
+    """
+    numbers = (store.num_rows, store.num_skipped) if store else (0, 0)
+    path, skipped = job.output / "embeddings.npy", "skipped.jsonl"
+    if job.format != "npy":
+        path, skipped = job.output, f"_skipped{shard_suffix(job.source.shard)}.jsonl"
+    kept = job.finished(np.zeros((1, dimension), np.float32)).shape[1]
+    return Result(path, *numbers, kept, job.output / skipped)
 
 
 def keep_chunk(

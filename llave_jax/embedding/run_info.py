@@ -37,7 +37,9 @@ def settings_of(model: str | os.PathLike, embedder: Embedder, fingerprint: str) 
     }
 
 
-def record_run(directory: str | os.PathLike, name: str, settings: Mapping[str, Any] | None) -> None:
+def record_run(
+    directory: str | os.PathLike, name: str, settings: Mapping[str, Any] | None, file: str = FILE
+) -> None:
     """Note in `directory/run.json` that the result `name` was computed with `settings`.
 
     Args:
@@ -45,8 +47,9 @@ def record_run(directory: str | os.PathLike, name: str, settings: Mapping[str, A
       name: of the result.
       settings: what `settings_of` returned. None: unknown; the entry of an earlier run is removed, since it
         does not hold for the new result.
+      file: in place of run.json.
     """
-    path = Path(directory) / FILE
+    path = Path(directory) / file
     runs = _read(path)
     if settings is None and name not in runs:
         return

@@ -110,7 +110,7 @@ class Case:
         skipped = {entry["line"] for entry in self.skipped()}
         lines = [line for line in open_items(self.input) if line.number not in skipped]
         assert self.ids() == [line.id for line in lines]
-        assert self.result == (self.output / "embeddings.npy", len(lines), len(skipped))
+        assert self.result[:3] == (self.output / "embeddings.npy", len(lines), len(skipped))
         vectors = np.load(self.output / "embeddings.npy")
         assert vectors.dtype == np.float32
         expected = [hash_vector(item_key(line.item)) for line in lines]
@@ -727,7 +727,7 @@ def test_a_marker_without_a_picture_is_named(embedder, case):
 
 def test_vectors_are_those_of_the_embedder(embedder, real):
     result = bulk.embed_file(embedder, real.input, real.output, "model", on_error="skip")
-    assert result[1:] == (6, 1)
+    assert result[1:3] == (6, 1)
     items = [line.item for line in open_items(real.input)]
     np.testing.assert_allclose(np.load(result.path), embedder.encode(items[:6]), atol=1e-6)
     assert real.ids() == ["c0", "c1", "picture", "c2", "c3", "c4"]

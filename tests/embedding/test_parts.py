@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from llave_jax import embed
 from llave_jax.common import files
 from llave_jax.embedding import bulk, entries, parts, store
 from llave_jax.embedding.item_sources import open_items
 from llave_jax.embedding.item_tables import Columns
+from llave_jax.embedding.precision import quantise, truncate
 from llave_jax.inputs.content import item_key
 from tests.embedding.test_embed import SIZE, FakeEmbedder, Killed, kill_at
 from tests.evaluation.fake_encoder import hash_vector
@@ -85,7 +87,7 @@ TEXTS = [f"text {i}" for i in range(11)]
 def test_what_is_written(job):
     job.write(*TEXTS[:5], {"text": "b", "id": "x", "metadata": {"year": 1}}, {"id": "broken"})
     assert job.run() == [*TEXTS[:5], "b"]
-    assert job.result == (job.output, 6, 1)
+    assert job.result[:3] == (job.output, 6, 1)
     job.check()
     (skipped,) = (job.output / "_skipped-00000-of-00001.jsonl").read_text().splitlines()
     assert json.loads(skipped)["id"] == "broken"
@@ -234,8 +236,10 @@ def test_columns_of_a_table_become_columns(tmp_path, monkeypatch):
         bulk.embed_file(FakeEmbedder(), source, tmp_path / "b", "model", format="parquet")
 
 
-def test_two_shards_at_once(job):
-    """In processes: both append to one data set."""
+def test_two_shards_at_once(tmp_path):
+    """In processes: both append to one Lance data set."""
+    pytest.importorskip("lance")
+    job = Job(tmp_path, "lance")
     job.write(*(f"text {i}" for i in range(60)))
     script = f"""
 import sys, tests.embedding.test_parts as t
@@ -252,6 +256,59 @@ t.Job(Path({str(job.folder)!r}), {job.kind!r}).run((int(sys.argv[1]), 2))
         _, errors = process.communicate()
         assert process.returncode == 0, errors[-2000:]
     job.check()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"precision": "float16", "truncate_dim": 8}, np.float16),
+        ({"precision": "int8"}, np.int8),
+        ({"precision": "binary"}, np.int8),
+    ],
+)
+def test_smaller_vectors(job, tmp_path, options, kind):
+    job.write(*TEXTS)
+    job.run(**options)
+    vectors = np.stack([hash_vector(item_key(entry.item)) for entry in open_items(job.input)])
+    expected = quantise(truncate(vectors, options.get("truncate_dim")), options["precision"])
+    assert expected.dtype == kind
+    found = [row["vector"] for row in job.rows().values()]
+    np.testing.assert_array_equal(np.array(found, kind), expected)
+    assert job.run(**options) == []
+    with pytest.raises(ValueError, match="of other settings"):
+        job.run()
+    if job.kind == "parquet":
+        options = options | {"format": "npy"}
+        bulk.embed_file(FakeEmbedder(), job.input, tmp_path / "npy", "model", **options)
+        np.testing.assert_array_equal(np.load(tmp_path / "npy" / "embeddings.npy"), expected)
+
+
+def test_a_prompt_is_part_of_what_a_vector_is(job):
+    job.write("a")
+    assert job.run(prompt="find: ") == ["find: a"]
+    assert job.run(prompt="find: ") == []
+    with pytest.raises(ValueError, match="of other settings"):
+        job.run(prompt="other: ")
+
+
+def test_the_command(golden_model, tmp_path, capsys):
+    (tmp_path / "items.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
+    model = ["--model", str(golden_model.directory), "--input", str(tmp_path / "items.jsonl")]
+    command = [*model, "--output", str(tmp_path / "out")]
+    for shard in ("0/2", "1/2"):
+        options = ["--format=parquet", f"--shard={shard}", "--truncate-dim=16", "--prompt=find: "]
+        assert embed.main([*command, *options]) == 0
+    assert "4 embeddings of 16 numbers in" in capsys.readouterr().out
+    table = pyarrow.parquet.read_table(tmp_path / "out")
+    assert sorted(table.column("id").to_pylist(), key=int) == [str(i) for i in range(11)]
+    settings = json.loads((tmp_path / "out" / "_run-00001-of-00002.json").read_text())["out"]
+    assert settings["truncate_dim"] == 16
+    assert settings["prompt"] == "find: "
+    assert embed.main([*command, "--shard=0/2"]) == 2
+    assert "shards need --format parquet or lance" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        embed.main([*command, "--shard=2/2"])
+    assert "'2/2': expected I/N, such as 0/4, with I from 0 to N - 1" in capsys.readouterr().err
 
 
 def test_halves_of_surrogate_pairs(job):
