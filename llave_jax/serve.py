@@ -1,6 +1,6 @@
 """Command line: an HTTP server of embeddings, and of search in an index.
 
-    python -m llave_jax.serve --model DIR [--port 8000]
+    python -m llave_jax.serve --model DIR [--index photos.lance] [--port 8000]
 
 It speaks OpenAI's /v1/embeddings (texts), with vLLM's `messages` for images and videos, and batches requests of all
 clients together. /health answers from the beginning, /ready once the model is loaded and compiled. SIGTERM and
@@ -18,8 +18,13 @@ import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llave_jax.common import command_line, extras
+
+if TYPE_CHECKING:
+    from llave_jax.embedding.embedder import Embedder
+    from llave_jax.search.index import Index
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +42,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = command_line.Parser("llave_jax.serve", __doc__)
     command_line.add_model_argument(parser)
+    parser.add_argument(
+        "--index",
+        help="directory of an index (llave_jax.index), which /search and the page search; --model is the one that made "
+        "it",
+    )
     parser.add_argument(
         "--model-name", help="how clients call the model; default: the last part of --model"
     )
@@ -87,25 +97,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _command(args: argparse.Namespace) -> None:
     for module in ("starlette", "uvicorn", "prometheus_client"):
         extras.require(module, "HTTP servers")
-    from llave_jax.embedding.embedder import Embedder
     from llave_jax.serving import process
     from llave_jax.serving.app import App, Model
     from llave_jax.serving.batcher import Batcher
     from llave_jax.serving.engine import ModelEngine
     from llave_jax.serving.fetch import Fetcher
     from llave_jax.serving.guard import Keys
-    from llave_jax.weights.resolve import resolve_model
 
     command_line.set_up_logging(args, times=True)
     limits = _limits(args)
     fetch = Fetcher(args.allow_url) if args.allow_url else None
     app = App(limits, Keys(_api_keys(args.api_keys)), _host_names(args))
+    index = _open_index(args)
     listening = process.listen(args.host, args.port)
     with process.HttpServer(app.asgi, listening, limits, args.drain) as http:
         log.info("%s: loading %s", http.url, args.model)
-        embedder = Embedder.from_pretrained(
-            resolve_model(args.model), dtype=args.dtype, max_length=args.max_length
-        )
+        embedder = _load(args, index)
         embedder.warm_up()
         batcher = Batcher(
             ModelEngine(embedder, limits, fetch),
@@ -120,9 +127,40 @@ def _command(args: argparse.Namespace) -> None:
             embedder.config.inputs.max_length,
             sorted(embedder.prompts),
         )
-        app.start(model, batcher)
+        app.start(model, batcher, index)
         log.info("%s: ready, as %s", http.url, model.name)
         process.run_until_told(http, app, batcher, args.drain)
+
+
+def _open_index(args: argparse.Namespace) -> Index | None:
+    if args.index is None:
+        return None
+    from llave_jax.search.index import Index
+
+    index = Index.open(args.index)
+    made = index.settings.model.get("max_length")
+    if args.max_length not in (None, made):
+        raise ValueError(
+            f"--max-length {args.max_length}: {args.index} was made with {made}, and its queries are read alike; leave "
+            "the flag out"
+        )
+    if any(os.path.isabs(id) for id in index.sample(1)[0]):
+        log.warning(
+            "%s: its items are named by paths of this machine, which clients are told; an index that is built from "
+            "relative paths has others",
+            args.index,
+        )
+    return index
+
+
+def _load(args: argparse.Namespace, index: Index | None) -> Embedder:
+    if index is not None:
+        from llave_jax.search.query import load_model
+
+        return load_model(index, args.model, dtype=args.dtype)
+    from llave_jax.embedding.embedder import Embedder
+
+    return Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
 
 
 def _name_of(model: str) -> str:

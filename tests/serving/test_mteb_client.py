@@ -19,7 +19,6 @@ from llave_jax import Embedder
 from llave_jax.evaluation.mteb_model import MtebEncoder
 from tests.serving.threaded import served
 
-
 SENTENCE = "a red cat sat on the green mat and looked at seven small birds in the tree"
 
 

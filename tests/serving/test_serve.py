@@ -42,8 +42,23 @@ def started(*flags, **environment):
         process.communicate()
 
 
+def make_index(path, model, directory, images, vectors):
+    pytest.importorskip("lancedb")
+    from llave_jax.embedding.run_info import settings_of
+    from llave_jax.search.columns import Row
+    from llave_jax.search.index import Index
+    from llave_jax.weights.fingerprint import model_fingerprint
+
+    fingerprint = model_fingerprint(directory, model.model.dtype, model.config)
+    made_by = settings_of(str(directory), model, fingerprint)
+    rows = [Row(id=f"{n}.png", kind="image", thumbnail=image) for n, image in enumerate(images)]
+    with Index.create(path, vectors.shape[1], model=made_by) as index:
+        index.add(rows, vectors)
+    return path
+
+
 @pytest.mark.slow
-def test_openais_client(golden_model):
+def test_openais_client(golden_model, tmp_path):
     openai = pytest.importorskip("openai")
     texts = ["a cat", "two dogs and a very long text about them " * 3, "x"]
     images = [data_uri(color="red"), data_uri((90, 40), "blue", "jpeg")]
@@ -51,7 +66,11 @@ def test_openais_client(golden_model):
     encoded = [base64.b64decode(uri.split(",")[1]) for uri in images]
     expected_texts = model.encode(texts)
     expected_images = model.encode([{"image": image, "text": "What is it?"} for image in encoded])
-    with started("--model", golden_model.directory, LLAVE_API_KEYS=KEY) as process:
+    index = make_index(
+        tmp_path / "i.lance", model, golden_model.directory, encoded, expected_images
+    )
+    flags = ("--model", golden_model.directory, "--index", index)
+    with started(*flags, LLAVE_API_KEYS=KEY) as process:
         client = openai.OpenAI(base_url=process.url + "/v1", api_key=KEY)
         (served,) = client.models.list().data
         assert served.id == golden_model.directory.name
@@ -91,7 +110,14 @@ def test_openais_client(golden_model):
             client.embeddings.create(model="text-embedding-3-small", input="a")
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=process.url + "/v1", api_key="x").models.list()
-        # Nothing was compiled after the start, and no answer tells where the model lies.
+        query = {"image": images[1], "text": "What is it?", "k": 2}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        found = httpx.post(process.url + "/search", json=query, headers=headers, timeout=20).json()
+        assert [hit["id"] for hit in found["results"]] == ["1.png", "0.png"]
+        assert found["results"][0]["score"] == pytest.approx(1.0, abs=1e-5)
+        thumbnail = httpx.get(process.url + found["results"][0]["thumbnail"], headers=headers)
+        assert thumbnail.content == encoded[1]
+        # No answer tells where the model lies.
         everything = httpx.get(
             process.url + "/v1/models", headers={"Authorization": f"Bearer {KEY}"}
         ).text
@@ -106,6 +132,7 @@ def test_mistakes_end_the_command_with_one_line(golden_model, tmp_path, capsys, 
     (tmp_path / "keys").write_text("# no key\n\n")
     model = ["--model", str(golden_model.directory)]
     for flags, said in (
+        ([*model, "--index", str(tmp_path)], "is no index"),
         ([*model, "--host", "no-such-host.invalid"], "is no address of this machine"),
         ([*model, "--api-keys", str(tmp_path / "keys")], "has no key; expected one a line"),
         ([*model, "--api-keys", str(tmp_path / "absent")], "No such file"),
