@@ -97,11 +97,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _command(args: argparse.Namespace) -> None:
     for module in ("starlette", "uvicorn", "prometheus_client"):
         extras.require(module, "HTTP servers")
+    from llave_jax.common.fetch import Fetcher
     from llave_jax.serving import process
     from llave_jax.serving.app import App, Model
     from llave_jax.serving.batcher import Batcher
     from llave_jax.serving.engine import ModelEngine
-    from llave_jax.serving.fetch import Fetcher
     from llave_jax.serving.guard import Keys
 
     command_line.set_up_logging(args, times=True)

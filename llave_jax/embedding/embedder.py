@@ -16,8 +16,8 @@ from typing import Any, Literal, cast, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 
+from llave_jax.common.fetch import Fetcher
 from llave_jax.common.progress import Progress
 from llave_jax.embedding.compilation_cache import use_compilation_cache
 from llave_jax.embedding.embedding_step import build_embedding_step, model_costs
@@ -27,7 +27,8 @@ from llave_jax.embedding.reading import ItemReader
 from llave_jax.embedding.shapes import BatchShapes, IndexedBatch
 from llave_jax.inputs.batch import Budget, PackedBatch, budget_of, empty_batch
 from llave_jax.inputs.cuts import CutWarnings
-from llave_jax.inputs.item import Item, ItemLike, as_item, refuse_paths, with_prompt
+from llave_jax.inputs.item import ItemLike, refuse_paths, with_prompt
+from llave_jax.inputs.item_forms import Fetch, is_one_item, read_item
 from llave_jax.inputs.sequence import SequenceBuilder, TokenSequence
 from llave_jax.models.llave import Llave, attention_cases
 from llave_jax.ops.attention_choice import choose
@@ -162,7 +163,7 @@ class Embedder:
           ValueError: the item is empty, cannot be read, or names a file that it may not; or there is no such
             prompt.
         """
-        item = as_item(item, "item")
+        item = read_item(item, "item")
         if not allow_paths:
             refuse_paths(item)
         sequence = self.builder(with_prompt(item, self._prompt(prompt_name, prompt)))
@@ -243,6 +244,7 @@ class Embedder:
         precision: str = ...,
         on_error: Literal["raise"] = ...,
         show_progress_bar: bool | None = ...,
+        allow_urls: bool | Fetch = ...,
     ) -> np.ndarray: ...
 
     @overload
@@ -258,6 +260,7 @@ class Embedder:
         precision: str = ...,
         on_error: Literal["skip"],
         show_progress_bar: bool | None = ...,
+        allow_urls: bool | Fetch = ...,
     ) -> tuple[np.ndarray, dict[int, str]]: ...
 
     def encode(
@@ -272,6 +275,7 @@ class Embedder:
         precision: str = "float32",
         on_error: Literal["raise", "skip"] = "raise",
         show_progress_bar: bool | None = None,
+        allow_urls: bool | Fetch = False,
     ) -> np.ndarray | tuple[np.ndarray, dict[int, str]]:
         """Embeddings of items, L2-normalised, in the order of the items.
 
@@ -280,10 +284,12 @@ class Embedder:
 
         Args:
           items: one item, or any iterable of them; those of a generator are not kept in memory. An
-            item is a text, an image, or a dict with any of `text`, `image`, `images`, `video`. Images
-            and videos are paths or PIL images; a video may be a list of frames. Text is user content
-            as in MMEB rows, with or without `<image>` markers. An image without a marker goes in
-            front of the text. A marker whose image is None holds the authors' zero picture.
+            item is a text, an image, or a dict with any of `text`, `image`, `images`, `video`; or a list of
+            chat messages (`item_forms.read_item`). An image is a `pathlib.Path`, bytes, pixels (uint8 [H, W, 3])
+            or of Pillow, in a dict also a path as string or a data URI; a video is a path or a list of frames. A
+            plain string is a text. Text is user content as in MMEB rows, with or without `<image>` markers. An
+            image without a marker goes in front of the text. A marker whose image is None holds the authors'
+            zero picture.
           batch_size: at most so many items in a batch and device; None: as many as fit.
           show_progress: show a progress bar (plain lines where there is no terminal).
           prompt_name: one of `prompts`, if no prompt is given.
@@ -292,6 +298,8 @@ class Embedder:
           precision: float32, float16, int8 or binary, as of `precision.quantise`.
           on_error: "raise" at the first item that cannot be read, or "skip" such items.
           show_progress_bar: another name of `show_progress`.
+          allow_urls: whether images may be http(s) URLs, which are fetched from public addresses only; or what
+            fetches them (`common.fetch.Fetcher` limits the hosts).
 
         Returns:
           float32 [n, D] (or what `truncate_dim` and `precision` make of it); [D] if `items` is one item. With
@@ -306,11 +314,12 @@ class Embedder:
             precision,
             on_error,
             self.config.text.hidden_size,
+            Fetcher(None) if allow_urls is True else allow_urls or None,
         )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected a positive number, or None")
-        single = isinstance(items, _NOT_SEVERAL)
-        several = [cast(ItemLike, items)] if single else items
+        single = is_one_item(items)
+        several = cast(Iterable[ItemLike], [items] if single else items)
         show = show_progress or bool(show_progress_bar)
         vectors, failures = self._encode(several, batch_size, show, options)
         if on_error == "raise":
@@ -369,6 +378,7 @@ class Embedder:
         truncate_dim: int | None = None,
         precision: str = "float32",
         on_error: Literal["raise", "skip"] = "raise",
+        allow_urls: bool | Fetch = False,
     ) -> Iterator[np.ndarray | None]:
         """Embeddings of items, one by one and in their order, while items come.
 
@@ -378,7 +388,7 @@ class Embedder:
 
         Args:
           items: any iterable of items, as for `encode`.
-          batch_size, prompt_name, prompt, truncate_dim, precision: as for `encode`.
+          batch_size, prompt_name, prompt, truncate_dim, precision, allow_urls: as for `encode`.
           on_error: "raise", or "skip": a warning, and None in the place of the vector.
 
         Yields:
@@ -388,6 +398,8 @@ class Embedder:
           ValueError: as `encode`, after the vectors of the items before the one that cannot be read; or there
             are several processes.
         """
+        if is_one_item(items):
+            raise ValueError("encode_stream takes an iterable of items; this is one item")
         if jax.process_count() > 1:
             raise ValueError("encode_stream runs in one process; encode runs in all of a job")
         options = _Options(
@@ -396,8 +408,9 @@ class Embedder:
             precision,
             on_error,
             self.config.text.hidden_size,
+            Fetcher(None) if allow_urls is True else allow_urls or None,
         )
-        reader = ItemReader(self.builder, self._cuts, stop=False, prompt=options.prompt)
+        reader = self._reader(options, stop=False)
         done: dict[int, np.ndarray] = {}
         following = 0
 
@@ -450,6 +463,11 @@ class Embedder:
         """
         return (_unit(first) * _unit(second)).sum(axis=-1)
 
+    def _reader(self, options: _Options, stop: bool) -> ItemReader:
+        return ItemReader(
+            self.builder, self._cuts, stop=stop, prompt=options.prompt, fetch=options.fetch
+        )
+
     def _encode(
         self,
         items: Iterable[ItemLike],
@@ -462,7 +480,7 @@ class Embedder:
         result = np.repeat(empty, total or 0, axis=0)
         # With several processes, the others wait for this one's batches: all fail together at the end.
         stop = options.on_error == "raise" and jax.process_count() == 1
-        reader = ItemReader(self.builder, self._cuts, stop=stop, prompt=options.prompt)
+        reader = self._reader(options, stop)
         batches = self._shapes.batches(reader.sequences(items), batch_size)
         if jax.process_count() > 1:
             batches = in_lockstep(batches, self._num_shards, self.config.input_spec.crop)
@@ -509,6 +527,7 @@ class _Options:
     precision: str
     on_error: str
     dimension: int
+    fetch: Fetch | None
 
     def __post_init__(self):
         if self.on_error not in ("raise", "skip"):
@@ -521,7 +540,3 @@ class _Options:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return normalised(np.asarray(vectors).astype(np.float32))
-
-
-# What `encode` takes for one item rather than for several.
-_NOT_SEVERAL = (str, bytes, os.PathLike, PIL.Image.Image, Mapping, Item)

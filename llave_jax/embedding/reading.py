@@ -16,7 +16,8 @@ import jax
 
 from llave_jax.common.text import shortened
 from llave_jax.inputs.cuts import CutWarnings
-from llave_jax.inputs.item import Item, ItemLike, as_item, with_prompt
+from llave_jax.inputs.item import ItemLike, with_prompt
+from llave_jax.inputs.item_forms import Fetch, is_text, read_item
 from llave_jax.inputs.sequence import SequenceBuilder, TokenSequence
 
 # Texts in one task of a thread: with fewer, handing tasks over costs more than the work in them.
@@ -37,10 +38,17 @@ class ItemReader:
       cuts: counts the items that are cut at the model's length, and warns.
       stop: an item that cannot be read raises; otherwise it goes to `failures`.
       prompt: goes before each item's text; "" for none.
+      fetch: reads URLs; None: they are refused.
     """
 
     def __init__(
-        self, builder: SequenceBuilder, cuts: CutWarnings, *, stop: bool, prompt: str = ""
+        self,
+        builder: SequenceBuilder,
+        cuts: CutWarnings,
+        *,
+        stop: bool,
+        prompt: str = "",
+        fetch: Fetch | None = None,
     ):
         self.count = 0
         self.failures: dict[int, str] = {}
@@ -48,6 +56,7 @@ class ItemReader:
         self._cuts = cuts
         self._stop = stop
         self._prompt = prompt
+        self._fetch = fetch
 
     def sequences(self, items: Iterable[ItemLike]) -> Iterator[tuple[int, TokenSequence]]:
         """Read and lay out this process's share of the items.
@@ -84,16 +93,12 @@ class ItemReader:
             self._cuts.note(sequence)
         return task.result()
 
-    def _groups(self, items: Iterable[ItemLike]) -> Iterator[list[tuple[int, Item]]]:
+    def _groups(self, items: Iterable[ItemLike]) -> Iterator[list[tuple[int, ItemLike]]]:
         """This process's items in tasks for threads: several texts, or one other item."""
-        texts: list[tuple[int, Item]] = []
+        texts: list[tuple[int, ItemLike]] = []
         for index, get in self._own(items):
-            try:
-                item = with_prompt(as_item(get(), f"item {index}"), self._prompt)
-            except ValueError as error:
-                self._fail(index, error)
-                continue
-            if item.images or item.video is not None:
+            item = get()
+            if not is_text(item):
                 yield [(index, item)]
                 continue
             texts.append((index, item))
@@ -116,11 +121,12 @@ class ItemReader:
             if index % step == process:
                 yield index, functools.partial(_same, value)
 
-    def _lay_out(self, group: list[tuple[int, Item]]) -> list[tuple[int, TokenSequence]]:
+    def _lay_out(self, group: list[tuple[int, ItemLike]]) -> list[tuple[int, TokenSequence]]:
         sequences = []
-        for index, item in group:
+        for index, value in group:
             try:
-                sequences.append((index, self._builder(item)))
+                item = read_item(value, f"item {index}", self._fetch)
+                sequences.append((index, self._builder(with_prompt(item, self._prompt))))
             except ValueError as error:
                 self._fail(index, error)
         return sequences

@@ -19,7 +19,8 @@ _NUMBERED_MARKER = re.compile(r"<\|image_\d+\|>")
 _LEADING_MARKERS = re.compile(r"\s*(?:(?:<image>|<\|image_\d+\|>)\s*)+")
 
 # The assistant's turn is a single newline: the embedding is read at the newline after its end.
-_BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+SYSTEM_PROMPT = "You are a helpful assistant."
+_BEFORE = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 

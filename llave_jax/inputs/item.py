@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
+import numpy as np
 import PIL.Image
 
 from llave_jax.inputs import chat
@@ -79,13 +80,23 @@ class Pair:
         return [self.query, self.target, *negatives] + [None] * (count - 2 - len(negatives))
 
 
-# What users give: a text, an image, a dict with any of the keys below, or an Item.
-ItemLike = Union[str, PIL.Image.Image, Mapping[str, Any], Item]
+# What users give: a text; an image, as a path, bytes, pixels or of Pillow; a dict with any of the keys below;
+# chat messages; or an Item. `item_forms.read_item` takes all of these, `as_item` what files of items hold.
+ItemLike = Union[
+    str,
+    bytes,
+    os.PathLike,
+    np.ndarray,
+    PIL.Image.Image,
+    Mapping[str, Any],
+    Sequence[Mapping[str, Any]],
+    Item,
+]
 _KEYS = ("text", "image", "images", "video")
 
 
 def as_item(item: ItemLike, name: str) -> Item:
-    """Any form of item that users give, as an Item.
+    """A text, an image or a dict as an Item.
 
     In a dict, None is the same as no key. As `image`, or in `images`, it is a missing image: the zero
     picture takes its marker's place.

@@ -6,22 +6,18 @@ taken for a path of this machine. URLs lead out only through `fetch.Fetcher`, wh
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from llave_jax.inputs import images, video
-from llave_jax.inputs.chat import IMAGE_MARKER, count_markers
+from llave_jax.inputs.chat import IMAGE_MARKER, SYSTEM_PROMPT, count_markers
 from llave_jax.inputs.config import InputConfig
+from llave_jax.inputs.data_uri import decode_base64, decode_data_uri
 from llave_jax.inputs.item import Item
 from llave_jax.serving.errors import invalid
 from llave_jax.serving.settings import Limits
-
-SYSTEM_PROMPT = "You are a helpful assistant."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +310,7 @@ def _read(uri: str, most: int, where: str, fetch: Fetch | None) -> bytes:
     """The bytes behind a data URI or, if that is allowed, a URL."""
     scheme = uri[:8].lower()
     if scheme.startswith("data:"):
-        return decode_data_uri(uri, where)[1]
+        return _decoded(lambda: decode_data_uri(uri)[1], where)
     if scheme.startswith(("http://", "https://")):
         if fetch is None:
             raise ItemError(
@@ -329,39 +325,11 @@ def _read(uri: str, most: int, where: str, fetch: Fetch | None) -> bytes:
     raise ItemError(where, "expected a data URI: data:image/jpeg;base64,...", "invalid_url")
 
 
-def decode_data_uri(uri: str, where: str) -> tuple[str, bytes]:
-    """The media type and the content of a data URI.
-
-    Args:
-      uri: data:[type][;parameters][;base64],content. White space in base64 is skipped; padding may lack.
-      where: the field of the request, for errors.
-
-    Returns:
-      The type in lower case, "" if there is none, and the bytes.
-
-    Raises:
-      ItemError: it is not a data URI, not base64, or empty.
-    """
-    head, comma, content = uri[5:].partition(",")
-    if not comma or len(head) > 200:
-        raise ItemError(where, "not a data URI; expected data:image/jpeg;base64,...", "invalid_url")
-    media_type, *parameters = head.lower().replace(" ", "").split(";")
-    if "base64" in parameters:
-        decoded = _base64(content, where)
-    else:
-        decoded = unquote_to_bytes(content)
-    if not decoded:
-        raise ItemError(where, "the data URI is empty", "invalid_url")
-    return media_type, decoded
-
-
-def _base64(content: str, where: str) -> bytes:
+def _decoded(decode: Callable[[], bytes], where: str) -> bytes:
     try:
-        text = "".join(content.split()) if any(c in content for c in " \n\r\t") else content
-        text = text.replace("-", "+").replace("_", "/").rstrip("=")
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ItemError(where, "the data URI is not valid base64", "invalid_url") from error
+        return decode()
+    except ValueError as error:
+        raise ItemError(where, str(error), "invalid_url") from error
 
 
 def _frames(
@@ -375,7 +343,8 @@ def _frames(
             raise ItemError(
                 where, f"the video has {len(parts)} frames; expected 1 to {most}", "invalid_video"
             )
-        return [_check_pixels(_base64(part, where), where, limits) for part in parts]
+        pictures = [_decoded(lambda part=part: decode_base64(part), where) for part in parts]
+        return [_check_pixels(picture, where, limits) for picture in pictures]
     encoded = _read(uri, limits.video_bytes, where, fetch)
     if len(encoded) > limits.video_bytes:
         raise ItemError(

@@ -25,7 +25,8 @@ def test_in_python(uri, tmp_path, golden_model):
         assert str(raised.value).startswith(f"row 3 ({uri[:50]}")
         assert len(str(raised.value)) < 300
     model = Embedder.from_pretrained(golden_model.directory)
-    with pytest.raises(ValueError, match=ADVICE) as raised:
+    # There it is one of the forms of an image, and this one is no image.
+    with pytest.raises(ValueError, match="item 0: not an image of a known format") as raised:
         model.encode([{"image": uri}])
     assert len(str(raised.value)) < 300
 

@@ -1,6 +1,6 @@
-"""Files behind URLs that clients name: from listed hosts only, and never from a private network.
+"""Files behind URLs that others name: from listed hosts or public ones, and never from a private network.
 
-Owns every outgoing connection of the server. Without `--allow-url` there is no `Fetcher`.
+Owns every outgoing connection for items. The server has no `Fetcher` without `--allow-url`.
 
 A host's addresses are looked up once, all of them must be public, and the connection goes to an address that was
 checked: a name that leads elsewhere a moment later (DNS rebinding) changes nothing. Each redirect is checked like
@@ -57,8 +57,9 @@ class Fetcher:
 
     Args:
       hosts: as the operator lists them: `example.com` (https, its usual port), `example.com:8443`,
-        `http://example.com`, `*.example.com` for every host below it.
-      may_connect: whether an address may be connected to; tests connect to their own machine.
+        `http://example.com`, `*.example.com` for every host below it. None: any host.
+      may_connect: whether an address may be connected to. Tests connect to their own machine, and a program may
+        trust its own network: `lambda address: True`.
       context: of TLS; None: certificates of the system.
 
     Raises:
@@ -67,12 +68,12 @@ class Fetcher:
 
     def __init__(
         self,
-        hosts: Sequence[str],
+        hosts: Sequence[str] | None,
         *,
         may_connect: Callable[[str], bool] = is_public,
         context: ssl.SSLContext | None = None,
     ):
-        self._allowed = {_listed(host) for host in hosts}
+        self._allowed = None if hosts is None else {_listed(host) for host in hosts}
         self._may_connect = may_connect
         self._context = context or ssl.create_default_context()
 
@@ -133,8 +134,11 @@ class Fetcher:
             raise FetchError("the URL has white space or control characters")
         port = port or _PORTS[scheme]
         names = [host, *("*" + host[at:] for at, letter in enumerate(host) if letter == ".")]
-        if not any((scheme, name, port) in self._allowed for name in names):
-            raise FetchError(f"this server does not fetch from {scheme}://{host[:100]}:{port}")
+        allowed = self._allowed
+        if allowed is not None and not any((scheme, name, port) in allowed for name in names):
+            raise FetchError(
+                f"{scheme}://{host[:100]}:{port} is not among the hosts that are fetched from"
+            )
         target = parts.path or "/"
         return scheme, host, port, f"{target}?{parts.query}" if parts.query else target
 

@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from llave_jax.serving import fetch
-from llave_jax.serving.fetch import Fetcher, FetchError, is_public
+from llave_jax.common import fetch
+from llave_jax.common.fetch import Fetcher, FetchError, is_public
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -116,7 +116,7 @@ def test_a_listed_host_is_read(host, names):
     assert fetcher(f"http://a.below.test:{port}/b", 100) == b"content of /b"
     # Below the host, not the host itself, nor one whose name ends alike.
     for name in ("below.test", "notbelow.test"):
-        with pytest.raises(FetchError, match="does not fetch from"):
+        with pytest.raises(FetchError, match="not among the hosts"):
             fetcher(f"http://{name}:{port}/b", 100)
     with pytest.raises(FetchError, match="answers 404"):
         fetcher(f"{url}/missing", 100)
