@@ -161,15 +161,10 @@ class _Server:
             with urllib.request.urlopen(request, timeout=self._timeout) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
-            if (
-                body is not None
-                and 400 <= error.code < 500
-                and error.code not in (401, 403, 404, 429)
-            ):
-                raise _Refused(_one_line(error.read().decode(errors="replace"))) from error
-            raise ValueError(
-                f"{url}: {error.code} {error.reason}: {_one_line(error.read())}"
-            ) from error
+            said = _one_line(error.read().decode(errors="replace"))
+            if body is not None and error.code in (400, 413, 415, 422):
+                raise _Refused(said) from error
+            raise ValueError(f"{url}: {error.code} {error.reason}: {said}") from error
         except (OSError, ValueError) as error:
             raise ValueError(f"{url}: no answer that is JSON ({_one_line(error)})") from error
 

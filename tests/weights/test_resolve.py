@@ -379,5 +379,6 @@ def test_the_converter_takes_names_of_the_hub(hub, environment, tmp_path, cache)
 def test_the_converter_exports_a_checkpoint_in_the_other_layout(checkpoint, tmp_path):
     output = tmp_path / "onevision"
     arguments = ["--input", str(checkpoint), "--to-hf", "onevision", "--output", str(output)]
+    arguments += ["--no-check-vectors"]
     assert convert_hf.main(arguments) == 0
     assert "llava_onevision" in (output / "config.json").read_text()
