@@ -544,15 +544,60 @@ class Index:
         Returns:
           ids, and vectors float32 [count, D], zeros for numbers that the index does not keep.
         """
-        settings, rows = self.settings, len(self)
-        places = np.random.default_rng(seed).choice(rows, min(count, rows), replace=False)
+        settings = self.settings
         name = "full_vector" if settings.search_dimension < settings.dimension else "vector"
-        with _library_errors(self.path):
-            query = self._table.take_offsets(sorted(places.tolist())).select(["id", name])
-            found = query.to_arrow()
+        found = self._take(count, seed, ["id", name])
         vectors = np.zeros((len(found), settings.model["dimension"]), np.float32)
         vectors[:, : settings.dimension] = vectors_of(found[name])
         return found["id"].to_pylist(), vectors
+
+    def examples(self, count: int, seed: int = 0) -> list[Hit]:
+        """Some items at random, the same ones for the same table, to be shown before anything is searched.
+
+        Args:
+          count: how many, at most.
+          seed: of the choice.
+
+        Returns:
+          The items, with a score of 0.
+        """
+        names = ["id", "kind", "text", "path", *self.columns]
+        found = self._take(count, seed, names)
+        return _hits(found, np.zeros(len(found)))
+
+    def values(self, count: int = 2000, most: int = 20) -> dict[str, list[Any]]:
+        """Values of the metadata columns that have few, as `count` items at random show them.
+
+        Args:
+          count: how many items are looked at.
+          most: values of a column; one with more is left out.
+
+        Returns:
+          Sorted values by column, None not among them. Of a column of lists: what is in the lists. Columns
+          of fractions are left out.
+        """
+        import pyarrow as pa
+
+        few = {}
+        found = self._take(count, 0, list(self.columns))
+        for name, column in zip(found.column_names, found.columns, strict=True):
+            if pa.types.is_floating(column.type):
+                continue
+            if pa.types.is_list(column.type):
+                column = column.combine_chunks().flatten()
+            values = set(column.unique().to_pylist()) - {None}
+            if len(values) <= most:
+                few[name] = sorted(values)
+        return few
+
+    def _take(self, count: int, seed: int, names: list[str]) -> Any:
+        """The columns `names` of up to `count` items at random, as a table."""
+        rows = len(self)
+        if not rows or not names:
+            return self._schema().empty_table().select(names)
+        places = np.random.default_rng(seed).choice(rows, min(count, rows), replace=False)
+        with _library_errors(self.path):
+            return self._table.take_offsets(sorted(places.tolist())).select(names).to_arrow()
 
     def vector_batches(self) -> Iterator[np.ndarray]:
         """All vectors as they are kept, in parts.

@@ -196,7 +196,7 @@ class App:
         """GET /index: what can be searched, and by which columns it can be filtered."""
         model, _ = self._serving()
         index = self._searched()
-        described = await self._in_thread(lambda: searching.describe(index))
+        described = await self._in_thread(lambda: searching.describe(index, self._limits))
         return json_response({**described, "model": model.name})
 
     async def thumbnail(self, request: Request) -> Response:

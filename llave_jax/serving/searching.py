@@ -32,6 +32,7 @@ _FIELDS = (
     "truncate",
 )
 _MANY_CHARACTERS = 2000
+_EXAMPLES = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,21 +141,29 @@ def result(hit: Hit, thumbnails: bool) -> dict[str, Any]:
     }
 
 
-def describe(index: Index) -> dict[str, Any]:
+def describe(index: Index, limits: Limits) -> dict[str, Any]:
     """What clients are told of an index.
 
     Args:
       index: open.
+      limits: of searches.
 
     Returns:
-      Values for JSON: how many items of which kinds, and the columns that filters may name.
+      Values for JSON: how many items of which kinds, the columns that filters may name, the values of those that
+      have few, some items, and what a search may have.
     """
     info = index.info()
     columns = {**filters.OWN, **info["columns"]}
+    examples = [result(hit, info["thumbnails"]) for hit in index.examples(_EXAMPLES)]
+    for example in examples:
+        del example["score"]
     return {
         "items": info["items"],
         "kinds": info["kinds"],
         "columns": {name: filters.kind_of(kind) for name, kind in columns.items()},
         "thumbnails": info["thumbnails"],
         "approximate": info["ann"] is not None,
+        "values": index.values(),
+        "examples": examples,
+        "limits": {name: getattr(limits, name) for name in ("body_bytes", "pixels", "results")},
     }

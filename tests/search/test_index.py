@@ -115,6 +115,21 @@ def test_one_item(filled):
     assert facts["model"] == {**MODEL, "dimension": D}
 
 
+def test_what_is_shown_before_a_search(filled, tmp_path):
+    index, _ = filled
+    shown = index.examples(12)
+    assert len({hit.id for hit in shown}) == 12
+    assert shown == index.examples(12)
+    rows = {row.id: row for row in rows_of(300)}
+    assert all(hit.metadata == rows[hit.id].metadata for hit in shown)
+    assert len(index.examples(1000)) == 300
+    labels = ["it's 0", "it's 1", "it's 2"]
+    assert index.values() == {"year": list(range(2000, 2010)), "label": labels}
+    assert index.values(most=5) == {"label": labels}
+    with Index.create(tmp_path / "empty.lance", D, model=MODEL) as empty:
+        assert (empty.examples(5), empty.values()) == ([], {})
+
+
 def test_what_is_refused(filled, tmp_path):
     index, vectors = filled
     with pytest.raises(ValueError, match=r"\[23\].*expected \[24\]"):

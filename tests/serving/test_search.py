@@ -208,7 +208,12 @@ def test_thumbnails(server):
 
 def test_what_is_told_of_the_index(server):
     response = server.get("/index")
-    assert response.json() == {
+    told = response.json()
+    examples = told.pop("examples")
+    assert sorted(example["id"] for example in examples) == sorted(IDS)
+    assert set(examples[0]) == {"id", "kind", "text", "name", "metadata", "thumbnail"}
+    assert "/secret" not in response.text
+    assert told == {
         "items": 9,
         "kinds": {"text": 5, "image": 4},
         "columns": {
@@ -218,6 +223,12 @@ def test_what_is_told_of_the_index(server):
         "thumbnails": True,
         "approximate": False,
         "model": "tiny",
+        # Not of fractions.
+        "values": {
+            "label": sorted(LABELS[1:]), "year": list(range(2001, 2009)), "tags": sorted(["all", *LABELS[1:]]),
+            "new": [False, True],
+        },
+        "limits": {"body_bytes": 100_000, "pixels": 10_000, "results": 1000},
     }  # fmt: skip
 
 
