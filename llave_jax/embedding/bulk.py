@@ -244,7 +244,7 @@ def encode_chunk(
     items = [with_prompt(item, job.prompt) for item in readable.values()]
     failures: dict[int, str] = {}
     if job.on_error == "skip":
-        vectors, failures = embedder.encode_skipping(items, job.batch_size)
+        vectors, failures = embedder.encode(items, job.batch_size, on_error="skip")
     else:
         vectors = embedder.encode(items, job.batch_size)
     fine = [i for i in range(len(items)) if i not in failures]

@@ -328,19 +328,6 @@ class Embedder:
         vectors = vectors[0] if single else vectors
         return vectors if on_error == "raise" else (vectors, failures)
 
-    def encode_skipping(
-        self, items: Iterable[ItemLike], batch_size: int | None = None
-    ) -> tuple[np.ndarray, dict[int, str]]:
-        """`encode` with `on_error="skip"`.
-
-        Args:
-          items, batch_size: as for `encode`.
-
-        Returns:
-          As `encode`.
-        """
-        return self.encode(items, batch_size, on_error="skip")
-
     def encode_query(self, items: ItemLike | Iterable[ItemLike], **options: Any) -> Any:
         """`encode` with the prompt `query`, if the model has one and no other is given.
 

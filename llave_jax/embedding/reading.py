@@ -97,7 +97,11 @@ class ItemReader:
         """This process's items in tasks for threads: several texts, or one other item."""
         texts: list[tuple[int, ItemLike]] = []
         for index, get in self._own(items):
-            item = get()
+            try:
+                item = get()
+            except ValueError as error:  # of a sequence that reads items when it is asked for them
+                self._fail(index, error)
+                continue
             if not is_text(item):
                 yield [(index, item)]
                 continue

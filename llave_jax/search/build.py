@@ -155,7 +155,7 @@ class _Job:
 
     def _encode(self, items: Sequence[Item]) -> tuple[np.ndarray, dict[int, str]]:
         if self._on_error == "skip":
-            return self._embedder.encode_skipping(items)
+            return self._embedder.encode(items, on_error="skip")
         return self._embedder.encode(items), {}
 
     def _usable(self, chunk: list[Entry], seen: IdSet) -> list[tuple[Row, Item]]:

@@ -48,13 +48,7 @@ class FakeEmbedder:
     def __init__(self):
         self.texts = []
 
-    def encode(self, items, batch_size=None):
-        vectors, failures = self.encode_skipping(items, batch_size)
-        for reason in failures.values():
-            raise ValueError(reason)
-        return vectors
-
-    def encode_skipping(self, items, batch_size=None):
+    def encode(self, items, batch_size=None, *, on_error="raise"):
         vectors, failures = np.zeros((len(items), SIZE), np.float32), {}
         for i, item in enumerate(items):
             self.texts.append(item.text)
@@ -63,8 +57,10 @@ class FakeEmbedder:
                     images.load_image(image, item.name)
                 vectors[i] = hash_vector(item_key(item))
             except ValueError as error:
+                if on_error == "raise":
+                    raise
                 failures[i] = str(error)
-        return vectors, failures
+        return (vectors, failures) if on_error == "skip" else vectors
 
 
 @pytest.fixture(autouse=True)
@@ -362,10 +358,10 @@ def test_not_finite(case):
             super().__init__()
             self.value = value
 
-        def encode_skipping(self, items, batch_size=None):
-            vectors, failures = super().encode_skipping(items)
+        def encode(self, items, batch_size=None, *, on_error="raise"):
+            vectors, failures = super().encode(items, on_error="skip")
             vectors[[item.text == "text 9" for item in items]] = self.value
-            return vectors, failures
+            return (vectors, failures) if on_error == "skip" else vectors
 
     case.write(*TEXTS)
     for value, problem in [

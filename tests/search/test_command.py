@@ -163,13 +163,14 @@ def test_the_index_follows_the_files(built, run, tmp_path, monkeypatch):
     shutil.copytree(folder / "photos", tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     encoded = []
-    encode = Embedder.encode_skipping
+    encode = Embedder.encode
 
     def counting(self, items, *args, **options):
-        encoded.extend(items)
+        if isinstance(items, list):  # queries come one by one
+            encoded.extend(items)
         return encode(self, items, *args, **options)
 
-    monkeypatch.setattr(Embedder, "encode_skipping", counting)
+    monkeypatch.setattr(Embedder, "encode", counting)
     build = ["build", "--model", model, "--input", "photos", "--output", "b.lance"]
     build += ["--precision", "float16", "--no-thumbnails", "--prompt", "Represent: "]
     said = run(*build)

@@ -29,10 +29,10 @@ def item(content, **changes):
 
 
 def test_sequences_are_those_of_the_embedder(engine, model):
+    from llave_jax.inputs.data_uri import decode_data_uri
     from llave_jax.inputs.item import Item
-    from llave_jax.serving.items import decode_data_uri
 
-    _, encoded = decode_data_uri(data_uri(), "")
+    _, encoded = decode_data_uri(data_uri())
     for content, expected in (
         ("a cat", "a cat"),
         ([TEXT_PART, image_part(data_uri())], Item("<image>\nWhat is in it?", (encoded,))),
