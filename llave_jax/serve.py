@@ -91,7 +91,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--drain", type=float, default=30.0, help="seconds to finish requests after SIGTERM"
     )
     command_line.add_dtype_argument(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 <= args.port < 65_536:
+        parser.error(f"--port {args.port}: expected 0 to 65535; 0: any that is free")
+    for flag, least in (("workers", 1), ("deadline_ms", 0), ("drain", 0)):
+        value = getattr(args, flag)
+        if value is not None and not least <= value < float("inf"):
+            parser.error(f"--{flag.replace('_', '-')} {value:g}: expected {least} or more")
+    return args
 
 
 def _command(args: argparse.Namespace) -> None:

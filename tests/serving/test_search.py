@@ -1,11 +1,14 @@
 """/search over a real index: queries, filters that cannot become SQL, thumbnails, what is not told."""
 
+import contextlib
 import io
 import json
 
 import numpy as np
 import PIL.Image
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("lancedb")
 
@@ -240,6 +243,50 @@ def test_a_server_without_an_index(serve):
         server.get("/items/a/thumbnail"),
     ):
         assert error_of(response, 404)["code"] == "no_index"
+
+
+@settings(max_examples=25)
+@given(
+    st.text(max_size=12)
+    | st.sampled_from(["'", "''", "\\'", "%", "_", "`", "--", "/*", '"', "\\", "a' OR 'a'='a"])
+)
+def test_no_text_changes_a_filter(index, text):
+    """Whatever is compared: only items with that text are found, and LanceDB understands the filter."""
+    where = filters.build({"label": text, "tags": {"not_in": [text]}}, index.columns)
+    assert not index.search(
+        np.ones(DIMENSION), 20, where=where
+    )  # each label is among its item's tags
+    where = filters.build({"label": {"in": [text, "plain"]}}, index.columns)
+    found = {hit.metadata["label"] for hit in index.search(np.ones(DIMENSION), 20, where=where)}
+    assert found == {"plain", *({text} & set(LABELS[1:]))}
+
+
+@settings(max_examples=100)
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["eq", "ne", "lt", "gte", "in", "not_in", "contains", "x"]),
+                inner,
+                max_size=2,
+            )
+        ),
+        max_leaves=4,
+    ),
+    st.sampled_from(["label", "year", "size", "tags", "new", "kind", "id", "path", "x` = 1 OR `y"]),
+)
+def test_any_condition_is_refused_or_understood(index, condition, column):
+    where = None
+    with contextlib.suppress(ApiError):
+        where = filters.build({column: condition}, index.columns)
+    if where is not None:
+        index.search(np.ones(DIMENSION), 20, where=where)
 
 
 def test_searches_wait_for_the_model():

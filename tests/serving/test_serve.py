@@ -156,6 +156,16 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert serve._api_keys(None) == []
 
 
+@pytest.mark.parametrize(
+    "flags", ["--port 65536", "--port -1", "--workers 0", "--deadline-ms -1", "--drain nan"]
+)
+def test_numbers_that_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        serve.parse_args(["--model", "m", *flags.split()])
+    assert ended.value.code == 2
+    assert f"{flags}: expected" in capsys.readouterr().err
+
+
 def test_host_names():
     def names(*flags):
         return serve._host_names(serve.parse_args(["--model", "m", *flags]))
