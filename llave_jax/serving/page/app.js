@@ -19,7 +19,7 @@ const results = new Results($("results"), $("detail"), $("card"), {
   picture: (path) => server.picture(path),
   like: (result) => searchLike(result),
 });
-const filters = new Filters($("filters"), (where) => go({ ...search, where, k: PAGE_OF_RESULTS }));
+const filters = new Filters($("filters"), (where) => go({ ...typed(), where }));
 
 let index = null;
 let started = null;
@@ -66,6 +66,17 @@ function go(next, { replace = false } = {}) {
   return run(next);
 }
 
+/** The search with the words that are in the box now, and from its first results on. */
+function typed() {
+  const text = $("text").value.trim();
+  return { ...search, text, like: text ? "" : search.like, k: PAGE_OF_RESULTS };
+}
+
+function setText(text) {
+  $("text").value = text;
+  $("text").classList.toggle("long", text.length > 44);
+}
+
 // Searching.
 
 async function run(next) {
@@ -107,7 +118,7 @@ async function searchImage(file) {
   try {
     const image = await readImage(file, index.limits);
     images.push(image);
-    await go({ ...search, text: $("text").value.trim(), like: "", image, k: PAGE_OF_RESULTS });
+    await go({ ...typed(), like: "", image });
   } catch (error) {
     showNotice("That is no image", error.message);
   }
@@ -115,14 +126,14 @@ async function searchImage(file) {
 
 function removeSubject() {
   $("text").focus();
-  return go({ ...search, text: $("text").value.trim(), like: "", image: null, k: PAGE_OF_RESULTS });
+  return go({ ...typed(), like: "", image: null });
 }
 
 // What is shown.
 
 function showQuery() {
   const { text, like, image, where } = search;
-  $("text").value = text;
+  setText(text);
   $("text").placeholder = image ? "Add words, if you like" : like ? "Or describe what you look for" : "Describe what you look for";
   subject.box.hidden = !like && !image;
   subject.image.hidden = true;
@@ -276,11 +287,10 @@ function askKey(wrong) {
 
 $("query").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const text = $("text").value.trim();
   await started;
-  if (!index) return;
-  go({ ...search, text, like: text ? "" : search.like, k: PAGE_OF_RESULTS });
+  if (index) go(typed());
 });
+$("text").addEventListener("input", () => setText($("text").value));
 $("file").addEventListener("change", () => {
   const [file] = $("file").files;
   if (file) searchImage(file);
@@ -354,7 +364,14 @@ async function begin() {
   const kinds = counts.map(([kind, count]) => (kind === "mixed" ? `${count.toLocaleString("en")} mixed` : plural(count, kind)));
   $("facts").textContent = `${kinds.join(", ") || "0 items"} · ${index.model}`;
   filters.build(index);
-  return run(searchOfAddress());
+  const words = $("text").value;
+  const shown = run(searchOfAddress());
+  if (words) setText(words);
+  return shown;
 }
 
+// A keyboard on the screen would hide the results.
+if (matchMedia("(hover: hover)").matches) $("text").focus();
+// What is typed until the server answers stays.
+setText(new URLSearchParams(location.hash.slice(1)).get("text") ?? "");
 start();

@@ -2,9 +2,9 @@
 
 const OWN_COLUMNS = ["id", "kind", "text"];
 
-/** Whether any item can pass otherwise than without filters. */
-export function isEmpty(where) {
-  return Object.keys(where).length === 0;
+/** Whether an object has nothing in it. */
+export function isEmpty(object) {
+  return Object.keys(object).length === 0;
 }
 
 /** The part of a filter that this page can show: known columns, in its own forms. */

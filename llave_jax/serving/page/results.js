@@ -1,10 +1,12 @@
 // The grid of results, moving in it by keys, and the view of one result.
 
+import { isEmpty } from "./filters.js";
+
 // Pictures up to this size, in pixels, are shown in whole multiples of their pixels.
 const TINY = 60;
 const [NARROWEST, WIDEST] = [0.56, 2.4];
 // So long the old results stay while the pictures of the new ones arrive.
-const PATIENCE = 500;
+const PATIENCE = 1000;
 
 /** What a result is called. */
 export function titleOf(result) {
@@ -45,7 +47,8 @@ export class Results {
   /** Shows results in place of the ones before; resolves when they are there. */
   async show(results, { kinds = false } = {}) {
     const turn = ++this.#turn;
-    const cards = results.map((result) => this.#card(result, kinds));
+    const folders = new Set(results.map(folderOf));
+    const cards = results.map((result) => this.#card(result, kinds, folders.size > 1));
     await Promise.race([
       Promise.all(cards.map((card) => card.loaded)),
       new Promise((resolve) => setTimeout(resolve, PATIENCE)),
@@ -54,10 +57,17 @@ export class Results {
     this.#results = results;
     this.#cards = cards;
     this.list.classList.toggle("texts", results.length > 0 && results.every((result) => result.kind === "text"));
-    this.list.classList.toggle("scans", cards.length > 0 && cards.every((card) => card.classList.contains("tiny")));
+    this.#arrange();
     this.list.replaceChildren(...cards);
     this.#current = 0;
     cards.forEach((card, place) => this.#reachable(card, place === 0));
+  }
+
+  /** A grid of equal cells if all pictures that have arrived are tiny. */
+  #arrange() {
+    const arrived = this.#cards.filter((card) => card.arrived);
+    const tiny = arrived.length > 0 && arrived.every((card) => card.classList.contains("tiny"));
+    this.list.classList.toggle("scans", tiny);
   }
 
   clear() {
@@ -73,14 +83,15 @@ export class Results {
     return card !== undefined;
   }
 
-  #card(result, kinds) {
+  #card(result, kinds, folders) {
     const card = this.template.content.cloneNode(true).firstElementChild;
     const part = (name) => card.querySelector(`.${name}`);
     const open = part("open");
     card.dataset.kind = result.kind;
     const title = result.kind === "text" ? result.name || result.id : titleOf(result);
     part("title").textContent = part("title").title = title;
-    part("values").textContent = part("values").title = valuesOf(result).join(" · ");
+    const values = isEmpty(result.metadata) && folders ? [folderOf(result)] : valuesOf(result);
+    part("values").textContent = part("values").title = values.join(" · ");
     let spoken = `${titleOf(result).slice(0, 200)}, ${result.kind}`;
     if (result.score === undefined) {
       part("score").remove();
@@ -98,10 +109,13 @@ export class Results {
       const badge = document.createElement("span");
       badge.className = "badge";
       badge.textContent = result.kind;
-      card.append(badge);
+      part("frame").append(badge);
     }
     if (result.thumbnail) card.loaded = this.#pictureIn(open, card, result);
-    else open.append(wordsOf(result, card));
+    else {
+      open.append(wordsOf(result, card));
+      card.arrived = true;
+    }
     return card;
   }
 
@@ -123,6 +137,8 @@ export class Results {
     } catch {
       image.replaceWith(wordsOf(result, card));
     }
+    card.arrived = true;
+    if (this.#cards.includes(card)) this.#arrange();
   }
 
   #reachable(card, yes) {
@@ -253,6 +269,11 @@ function wordsOf(result, card) {
   words.className = "words";
   words.textContent = result.kind === "text" ? result.text.slice(0, 1200) : `no picture\n${result.name || result.id}`;
   return words;
+}
+
+/** The folder of a file whose path is its id; "" for other items. */
+function folderOf({ id, name }) {
+  return name && id.endsWith(`/${name}`) ? id.slice(0, -name.length - 1).split("/").pop() : "";
 }
 
 /** Metadata in a few words: texts speak for themselves, numbers with their names, of booleans those that hold. */
