@@ -26,6 +26,7 @@ from llave_jax.embedding.embedder import Embedder
 from llave_jax.inputs import chat, images, taps
 from llave_jax.inputs.sequence import TokenSequence
 from llave_jax.parallel import sharding
+from llave_jax.weights import model_dir
 from llave_jax.weights.export_source import ExportSource
 from llave_jax.weights.json_files import read_json
 from llave_jax.weights.safetensors_io import CheckpointError
@@ -39,6 +40,8 @@ SAME = 1e-4
 CLOSE = 0.998
 # Half precision normalises to within this.
 _LENGTH = 1e-2
+# Of a batch in which the items are embedded.
+_TOKENS = 4096
 # At which a vector is taken for that of a mistake.
 _RECOGNISED = 0.9995
 
@@ -190,16 +193,16 @@ def make(model: str | os.PathLike) -> CheckVectors:
     Returns:
       The items with their vectors, and those of mistakes.
     """
-    export = ExportSource(model)
-    embedder = Embedder.from_pretrained(model, dtype="float32")
+    # Small batches: the items are few, and the model may only just fit into memory.
+    embedder = Embedder.from_pretrained(model, dtype="float32", tokens_per_batch=_TOKENS)
     # A run's weights are float32, its export has those of the checkpoint that it began from.
+    stored, written = model_dir.open_params(model), ExportSource(model).dtypes
     params = sharding.flatten(embedder.params)
-    embedder.params = sharding.unflatten(
-        {
-            path: array.astype(export.dtypes[path]).astype(np.float32)
-            for path, array in params.items()
-        }
-    )
+    embedder.params = None  # each array is freed when its cast takes its place
+    for path in params:
+        if stored[path].dtype != written[path]:
+            params[path] = params[path].astype(written[path]).astype(np.float32)
+    embedder.params = sharding.unflatten(params)
     items = check_items(embedder.config.vision.image_size)
     text = items[0].text
     prompts = [wrong(chat.chat_text(text), text) for wrong, _ in MISTAKES.values()]
