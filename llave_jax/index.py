@@ -325,7 +325,7 @@ def _info(args: argparse.Namespace) -> None:
         ("disk", f"{bytes_text(facts['bytes'])} in {facts['fragments']} fragments"),
     ]
     if facts["not_in_ann"]:
-        rows.append(("not trained on", f"{facts['not_in_ann']} items, which are searched exactly"))
+        rows.append(("searched exactly", f"{facts['not_in_ann']} items that were added later"))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
 

@@ -43,12 +43,16 @@ KINDS = ("text", "image", "video", "mixed")
 EXACT_NUMBERS = 64 << 20
 # Candidates that are compared with the vectors as they are kept, for each result that is asked for.
 REFINE = 5
-# The index is trained anew when the table has grown by this factor.
-_GROWTH = 2
-# So many small fragments, of one addition each, are merged.
-_SMALL_FRAGMENTS = 64
-# Another process may search a version of this age.
-_KEPT = datetime.timedelta(hours=1)
+# The approximate index is trained anew when it lacks more than this many numbers and this share of all vectors.
+# Until then what it lacks is searched exactly.
+_UNTRAINED_NUMBERS = EXACT_NUMBERS // 4
+_UNTRAINED_SHARE = 1 / 20
+# Fragments are merged if there are more than so many with fewer rows than that on average. Merging rewrites the
+# table, which is not worth it for the fragments of a large job.
+_MAX_FRAGMENTS = 64
+_FRAGMENT_ROWS = 512
+# Older versions are removed, also those that a search is reading: it begins again (`_fetch`).
+_KEPT = datetime.timedelta(seconds=5)
 _NOTE = "llave_jax"
 _FORMAT = 1
 _SOURCE_POSITION = re.compile(r",? *[\w./-]*/[\w./-]+\.rs:\d+(:\d+)?")
@@ -65,7 +69,7 @@ class Settings:
       precision: of the vectors on disk, "float32" or "float16".
       thumbnails: items have thumbnails.
       model: which model made the vectors: at least `fingerprint` and `dimension` (of the model).
-      ann: the approximate index: `rows` it was trained on, `recall`, `probes` and more of `recall.measure`;
+      ann: the approximate index: what `recall.measure` found, at how many `items`;
         None while the search is exact.
     """
 
@@ -365,8 +369,8 @@ class Index:
     ) -> Settings:
         """Prepare the index for searching, after items were added or deleted.
 
-        Merges small fragments, and trains the approximate index, if the table is large enough for one and
-        has none or has doubled. Otherwise new items enter the one that exists. Then recall is measured.
+        Trains the approximate index, if the table is large enough for one and has none, or one that lacks more
+        than a few items; then measures its recall. Merges fragments if there are many small ones.
 
         Args:
           approximate: have an approximate index; None: above EXACT_NUMBERS.
@@ -384,29 +388,32 @@ class Index:
         if approximate is None:
             approximate = rows * settings.search_dimension > EXACT_NUMBERS
         with _library_errors(self.path):
-            fragments = self._table.stats()["fragment_stats"]
-            if compact or fragments["num_small_fragments"] > _SMALL_FRAGMENTS:
-                self._compact()
             ann = self._vector_index()
-            if not approximate:
-                if ann is not None:
-                    self._table.drop_index(ann.name)
-                return self._keep(dataclasses.replace(settings, ann=None))
-            trained = (settings.ann or {}).get("rows", 0)
-            if ann is None or rows > _GROWTH * trained:
+            train = approximate and self._is_outdated(ann, rows)
+            if train:
                 self._train()
-                trained = rows
-            elif self._table.index_stats(ann.name).num_unindexed_rows:
-                self._compact()
-        measured = recall.measure(self, target)
-        return self._keep(
-            dataclasses.replace(settings, ann={"type": "IVF_SQ", "rows": trained, **measured})
-        )
+            elif not approximate and ann is not None:
+                self._table.drop_index(ann.name)
+            if compact or (train and ann is not None) or self._is_scattered(rows):
+                # Files without a version were left by a killed process: this is the only writer.
+                self._table.optimize(cleanup_older_than=_KEPT, delete_unverified=True)
+        if not approximate:
+            return self._keep(dataclasses.replace(settings, ann=None))
+        measured = settings.ann
+        if train or compact or measured is None or measured["target"] != target:
+            measured = {"type": "IVF_SQ", "items": rows, **recall.measure(self, target)}
+        return self._keep(dataclasses.replace(settings, ann=measured))
 
-    def _compact(self) -> None:
-        # Also adds new rows to indices. Files without a version were left by a process that was killed: this
-        # one is the only writer.
-        self._table.optimize(cleanup_older_than=_KEPT, delete_unverified=True)
+    def _is_outdated(self, ann: Any, rows: int) -> bool:
+        if ann is None:
+            return True
+        new = self._table.index_stats(ann.name).num_unindexed_rows
+        numbers = new * self.settings.search_dimension
+        return numbers > _UNTRAINED_NUMBERS and new > _UNTRAINED_SHARE * rows
+
+    def _is_scattered(self, rows: int) -> bool:
+        fragments = self._table.stats()["fragment_stats"]["num_fragments"]
+        return fragments > _MAX_FRAGMENTS and rows < _FRAGMENT_ROWS * fragments
 
     def _train(self) -> None:
         from lancedb.index import BTree, IvfSq  # pyright: ignore[reportMissingImports]
@@ -486,13 +493,24 @@ class Index:
                 search = search.bypass_vector_index()
             else:
                 search = search.nprobes(probes).refine_factor(REFINE)
-            found = search.to_arrow()
+            found = self._fetch(search)
         if rescore:
             scores = vectors_of(found["full_vector"]) @ query[0] if len(found) else np.zeros(0)
         else:
             scores = 1 - found["_distance"].to_numpy()
         best = np.argsort(-scores, kind="stable")[:k]
         return _hits(found.select(names).take(best), scores[best])
+
+    def _fetch(self, query: Any) -> Any:
+        """Runs a query, again if its version of the table was removed meanwhile."""
+        version = self._table.version
+        try:
+            return query.to_arrow()
+        except (ValueError, RuntimeError, OSError):
+            self._table.checkout_latest()
+            if self._table.version == version:
+                raise
+            return query.to_arrow()
 
     def vector(self, id: str) -> np.ndarray:
         """The vector of an item, to search for more like it.
@@ -529,7 +547,8 @@ class Index:
 
     def _column(self, id: str, name: str) -> Any:
         with _library_errors(self.path):
-            found = self._table.search().where(_among([id])).select([name]).limit(1).to_arrow()
+            query = self._table.search().where(_among([id])).select([name]).limit(1)
+            found = self._fetch(query)
         if not len(found):
             raise KeyError(id)
         return found[name]

@@ -1,10 +1,12 @@
 """The index on disk: what it finds, changes, keeps through a kill, and refuses."""
 
+import datetime
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -284,14 +286,15 @@ def make_large(path, spread=0.1, **options):
 
 
 @pytest.mark.parametrize("search_dim", [None, 6])
-def test_recall_is_measured(large, tmp_path, search_dim):
+def test_recall_is_measured(large, tmp_path, monkeypatch, search_dim):
     """With few numbers to search by, neighbours are missed, and the recall says how many."""
+    monkeypatch.setattr(recall, "PROBES", (20, 50))
     path, vectors = large
     if search_dim is not None:
         path, vectors = make_large(tmp_path / "a.lance", search_dim=search_dim)
     with Index.open(path) as index:
         ann = index.settings.ann
-        assert (ann["rows"], ann["sample"], index.info()["not_in_ann"]) == (3000, 100, 0)
+        assert (ann["items"], ann["sample"], index.info()["not_in_ann"]) == (3000, 100, 0)
         ids, queries = index.sample(100)
         shares = []
         for id, query in zip(ids, queries, strict=True):
@@ -340,7 +343,7 @@ def test_new_items_are_found_before_and_after_they_enter_the_approximate_index(l
         index.add(rows_of(5, 5000), new)
         index.add([Row("item 1", "text", text="other")], vectors_of(1, seed=8))
         index.renew([Row("item 7", "image", text="renewed", metadata={"year": 1})])
-        for _ in range(2):
+        for first in (True, False):
             hit = index.search(large[1][7], 1)[0]
             assert (hit.id, hit.text, hit.metadata) == ("item 7", "renewed", {"year": 1})
             assert (index.thumbnail("item 7"), index.thumbnail("item 9")) == (
@@ -350,12 +353,61 @@ def test_new_items_are_found_before_and_after_they_enter_the_approximate_index(l
             assert index.search(new[2], 1)[0].id == "item 5002"
             assert index.search(vectors_of(1, seed=8)[0], 1)[0].text == "other"
             assert len(index) == 3005
-            assert index.optimise(approximate=True).ann["rows"] == 3000
-            assert index.info()["not_in_ann"] == 0
+            assert index.info()["not_in_ann"] == (6 if first else 0)
+            assert index.optimise(approximate=True, compact=True).ann["items"] == 3005
         assert index.delete(["item 5002"]) == 1
         assert index.search(new[2], 1)[0].id != "item 5002"
         assert index.optimise().ann is None
         assert index.search(new[3], 1)[0].id == "item 5003"
+
+
+def test_the_approximate_index_is_trained_anew(tmp_path, monkeypatch):
+    """Once it lacks more than a share of the items; not before, and then its recall is not measured either."""
+    path, _ = make_large(tmp_path / "a.lance")
+    monkeypatch.setattr(index_module, "_UNTRAINED_NUMBERS", 0)
+    with Index.open(path, write=True) as index:
+        for count, lacking, items in ((100, 100, 3000), (100, 0, 3200)):
+            index.add(rows_of(count, first=len(index)), vectors_of(count, seed=count + items))
+            assert index.optimise(approximate=True).ann["items"] == items
+            assert index.info()["not_in_ann"] == lacking
+
+
+def test_many_small_additions_are_merged(tmp_path):
+    with Index.create(tmp_path / "a.lance", D, model=MODEL) as index:
+        for number in range(66):
+            index.add(rows_of(1, number), vectors_of(1, seed=number))
+        assert index.info()["fragments"] == 66
+        index.optimise()
+        assert index.info()["fragments"] == 1
+        assert len(index.search(vectors_of(1)[0], 100)) == 66
+
+
+def test_searches_go_on_while_another_writes(tmp_path, monkeypatch):
+    """Also when it removes the version that is being searched."""
+    monkeypatch.setattr(index_module, "_KEPT", datetime.timedelta(milliseconds=1))
+    path = tmp_path / "a.lance"
+    failures, ends = [], threading.Event()
+    with Index.create(path, D, model=MODEL) as index, Index.open(path) as reader:
+        index.add(rows_of(50), vectors_of(50))
+
+        def read():
+            while not ends.is_set():
+                try:
+                    hits = reader.search(vectors_of(1, seed=1)[0], 100)
+                    assert len(hits) in (0, 50)
+                    assert reader.thumbnail("item 7") == bytes([7])
+                except Exception as error:
+                    failures.append(error)
+
+        time.sleep(1.1)
+        thread = threading.Thread(target=read)
+        thread.start()
+        for seed in range(8):
+            index.add(rows_of(50), vectors_of(50, seed=seed))
+            index.optimise(compact=True)
+        ends.set()
+        thread.join()
+    assert not failures
 
 
 WRITER = """
