@@ -176,6 +176,8 @@ class Batcher:
         self._waiting = 0
         self._ready: collections.deque[_Ready] = collections.deque()
         self._ready_tokens = 0
+        # `_ready` holds items of requests that were given up.
+        self._stale = False
         self._unfinished = 0
         self._in_flight = 0
         self._closing = self._closed = False
@@ -290,7 +292,12 @@ class Batcher:
                     elif not ticket.given_up:
                         self._ready.append(_Ready(ticket, index, outcome, now))
                         self._ready_tokens += len(outcome)
-                        self._packable.notify()
+                        # In between, the packing thread waits for the deadline or for the device.
+                        if len(self._ready) == 1 or self._is_full():
+                            self._packable.notify()
+
+    def _is_full(self) -> bool:
+        return self._ready_tokens >= self._engine.tokens_per_batch
 
     def _has_room(self) -> bool:
         return self._ready_tokens < READY_BATCHES * self._engine.tokens_per_batch
@@ -350,19 +357,18 @@ class Batcher:
         """Waits until a batch should go. What is ready for it; None: there will be no more."""
         with self._lock:
             while True:
-                if any(entry.ticket.given_up for entry in self._ready):
-                    self._ready = collections.deque(
-                        entry for entry in self._ready if not entry.ticket.given_up
-                    )
-                    self._ready_tokens = sum(len(entry.sequence) for entry in self._ready)
+                if self._stale:
+                    self._stale = False
+                    living = [entry for entry in self._ready if not entry.ticket.given_up]
+                    self._ready = collections.deque(living)
+                    self._ready_tokens = sum(len(entry.sequence) for entry in living)
                     self._work.notify_all()
                 wait = None
                 if self._closed:
                     return None
                 if self._ready and self._in_flight < IN_FLIGHT:
                     wait = self._ready[0].since + self._deadline - time.monotonic()
-                    full = self._ready_tokens >= self._engine.tokens_per_batch
-                    if full or self._closing or wait <= 0:
+                    if self._is_full() or self._closing or wait <= 0:
                         break
                 self._packable.wait(wait)
             entries = list(self._ready)
@@ -430,7 +436,7 @@ class Batcher:
     def _give_up(self, ticket: Ticket) -> None:
         if not ticket.open:
             return
-        ticket.given_up = True
+        ticket.given_up = self._stale = True
         if ticket.left:
             self._waiting -= ticket.left
             ticket.next = len(ticket.items)
