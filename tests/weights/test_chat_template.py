@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hypothesis
 import hypothesis.strategies as st
+import PIL.Image
 import pytest
 
 from llave_jax.inputs import chat
 from llave_jax.inputs.item import Item, with_prompt
+from llave_jax.inputs.item_forms import read_item
 from llave_jax.weights.hf_processor import CHAT_TEMPLATE
 
 jinja2 = pytest.importorskip("jinja2")  # comes with PyTorch
@@ -84,6 +86,26 @@ def test_images_between_texts(render, first, second, third):
     assert render([user(*parts)]) == expected(f"{first}\n<image>\n{second}", 1)
     parts += [IMAGE, text_part(third)]
     assert render([user(*parts)]) == expected(f"{first}\n<image>\n{second}\n<image>\n{third}", 2)
+
+
+@hypothesis.given(
+    st.lists(st.sampled_from(["picture", "a cat", "<image>", "two\nlines"]), min_size=1)
+)
+def test_messages_are_those_of_the_embedder(render, words):
+    """The same list of parts is the same prompt here, in `Embedder.encode` and in the server."""
+    picture = PIL.Image.new("RGB", (4, 4))
+    parts = [
+        {"type": "image", "image": picture} if word == "picture" else text_part(word)
+        for word in words
+    ]
+    try:
+        item = read_item([user(*parts)], "item")
+        prompt = expected(item.text, len(item.images))
+    except ValueError:
+        with pytest.raises(jinja2.TemplateError):
+            render([user(*parts)])
+        return
+    assert render([user(*parts)]) == prompt
 
 
 def test_usual_messages_around_the_users(render, golden_model):
