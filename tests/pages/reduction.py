@@ -5,7 +5,8 @@
    equal flags the last one counts. This is done by a `python` that stands first on the path.
 3. A loop makes its first turn, and those whose results a later block of the page names; one that starts
    processes side by side makes all.
-4. `pip` checks that the extras exist and installs nothing: `.ci/run` installs.
+4. A server without --port, which its reader stops, is stopped when its page has answered.
+5. `pip` checks that the extras exist and installs nothing: `.ci/run` installs.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ OUTSIDE = (
     "openai",  # which a server has to answer
 )
 
+# Of the server of rule 4; the pages name others.
+_PORT = 8017
+
 
 def reaches_outside(text: str) -> bool:
     """Whether a block has a program of `OUTSIDE`."""
@@ -73,7 +77,7 @@ def reduce_loops(text: str, later: str) -> str:
 
 
 def install(folder: Path, extras: set[str]) -> None:
-    """Writes the `python` and `pip` of rules 2 and 4 to a folder for the path.
+    """Writes the `python` and `pip` of rules 2, 4 and 5 to a folder for the path.
 
     Args:
       folder: a new one.
@@ -89,6 +93,7 @@ def install(folder: Path, extras: set[str]) -> None:
         "#!/usr/bin/env bash",
         'given="$*" more=() expected=0',
         *cases,
+        f'[[ $given == "-m llave_jax.serve "* && $given != *--port* ]] && {{ {_visit(sys.executable)}; }}',
         # Signals of the page's reach a server itself.
         f'[[ $given == "-m llave_jax.serve "* ]] && exec {shlex.quote(sys.executable)} "$@"',
         f'{shlex.quote(sys.executable)} "$@" "${{more[@]}}"',
@@ -107,6 +112,17 @@ for word in "${{@:2}}"; do
   [[ $word =~ ^(-e|\\.|\\.\\[({known})(,({known}))*\\]|jax\\[[a-z0-9-]+\\]|torch==[0-9.]+|triton)$ ]] ||
     {{ echo "pip install: $word" >&2; exit 1; }}
 done""",
+    )
+
+
+def _visit(python: str) -> str:
+    """Rule 4, in bash."""
+    url = f"http://127.0.0.1:{_PORT}"
+    retries = "--retry 300 --retry-delay 1 --retry-all-errors"
+    return (
+        f'{shlex.quote(python)} "$@" --port {_PORT} & '
+        f"curl -sS --fail --output /dev/null {retries} {url}/ready && "
+        f"curl -sS --fail {url}/ | grep -q '<html' || exit 1; kill -TERM $! && wait $!; exit $?"
     )
 
 
