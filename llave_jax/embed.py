@@ -7,7 +7,7 @@ Reads JSON lines (objects with any of `text`, `image`, `images`, `video`, and an
 with columns of these names or others, and pictures; paths are relative to the file that names them. Writes embeddings.npy (float32 [n, D], L2-normalised) and ids.jsonl
 (one id a line; a picture's is its path, any other item without one has its number, from 0), both in the order of the
 input. With --format parquet or lance, ids, vectors and metadata are columns of a parquet data set or a Lance data
-set; jobs with --shard share its directory. With --on-error skip, items that cannot be read are left out and listed.
+set; jobs with --shard share its directory; --engine ray embeds on a Ray cluster. With --on-error skip, items that cannot be read are left out and listed.
 run.json names the model and its precision.
 
 The same command continues a job that was stopped in any way. It embeds items that were added to the
@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from llave_jax.common import command_line, interrupts
+from llave_jax.common import command_line, extras, interrupts, ray_engine
 from llave_jax.embedding import item_sources
 from llave_jax.embedding.bulk import Job, Result, embed_items
 from llave_jax.embedding.embedder import Embedder
@@ -35,7 +35,9 @@ from llave_jax.embedding.parts import FORMATS
 from llave_jax.embedding.precision import PRECISIONS
 from llave_jax.embedding.run_info import record_run, settings_of
 from llave_jax.parallel import peers, processes
+from llave_jax.weights import model_dir
 from llave_jax.weights.fingerprint import model_fingerprint
+from llave_jax.weights.prompts import find_prompt
 from llave_jax.weights.resolve import resolve_model
 
 
@@ -87,11 +89,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     command_line.add_dtype_argument(parser)
     item_sources.add_arguments(parser)
+    ray_engine.add_arguments(parser)
     processes.add_arguments(parser)
     return parser.parse_args(argv)
 
 
 def _command(args: argparse.Namespace) -> None:
+    if args.engine == "ray":
+        _on_ray(args)
+        return
     processes.initialize(args)
     interrupts.take_again()
     first = jax.process_index() == 0
@@ -99,7 +105,28 @@ def _command(args: argparse.Namespace) -> None:
     model = resolve_model(args.model)
     embedder = Embedder.from_pretrained(model, dtype=args.dtype, max_length=args.max_length)
     fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config)
-    job = Job(
+    job = _job(args, fingerprint, embedder.prompts)
+    result = embed_items(embedder, job)
+    if first:
+        _report(job, result, settings_of(args.model, embedder, fingerprint))
+
+
+def _on_ray(args: argparse.Namespace) -> None:
+    command_line.set_up_logging(args)
+    extras.require("ray", "jobs on a cluster")
+    from llave_jax.embedding import ray_bulk
+
+    path = resolve_model(args.model)
+    actors, resources = ray_engine.workers(args)
+    model = ray_bulk.find_model(path, args.dtype, args.max_length, resources)
+    job = _job(args, model.fingerprint, model_dir.load_prompts(path))
+    result = ray_bulk.embed_on_ray(model, job, actors=actors, resources=resources)
+    settings = {"model": args.model, "fingerprint": model.fingerprint, "dtype": model.dtype}
+    _report(job, result, settings | {"max_length": model.max_length})
+
+
+def _job(args: argparse.Namespace, fingerprint: str, prompts: Mapping[str, str]) -> Job:
+    return Job(
         item_sources.from_arguments(args, args.shard),
         Path(args.output),
         fingerprint,
@@ -107,13 +134,10 @@ def _command(args: argparse.Namespace) -> None:
         on_error=args.on_error,
         model=args.model,
         batch_size=args.batch_size,
-        prompt=embedder._prompt(args.prompt_name, args.prompt),
+        prompt=find_prompt(prompts, args.prompt_name, args.prompt),
         truncate_dim=args.truncate_dim,
         precision=args.precision,
     )
-    result = embed_items(embedder, job)
-    if first:
-        _report(job, result, settings_of(args.model, embedder, fingerprint))
 
 
 def _report(job: Job, result: Result, settings: dict[str, Any]) -> None:

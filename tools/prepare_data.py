@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llave_jax.common import command_line
+from llave_jax.common import command_line, ray_engine
 from llave_jax.common.files import remove_abandoned
 from llave_jax.common.locks import only_writer
 from llave_jax.data.prepare import prepare
@@ -49,6 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trust-images", action="store_true", help="do not decode every image to check it"
     )
+    ray_engine.add_engine_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -79,6 +80,7 @@ def _prepare(args: argparse.Namespace, source: MmebSource) -> None:
         num_workers=args.num_workers,
         check_images=not args.trust_images,
         skips=skips if args.on_error == "skip" else None,
+        engine=args.engine,
     )
     rows, subsets = len(source) - len(skips), len(source.subsets)
     print(f"{rows} rows of {subsets} subsets are in {args.output}")

@@ -13,11 +13,13 @@ program by `tensorflow_datasets.builder_from_directory`; TensorFlow is not neede
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -27,7 +29,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from llave_jax.common import files, workers
+from llave_jax.common import files, ray_engine, workers
 from llave_jax.common.content import digest, file_digest, short_hash
 from llave_jax.common.directories import make_directory
 from llave_jax.common.progress import Progress
@@ -81,6 +83,7 @@ def prepare(
     num_workers: int = 1,
     check_images: bool = True,
     skips: SkipLog | None = None,
+    engine: str = "local",
 ) -> None:
     """Writes all rows of a source below `output`, continuing what is there.
 
@@ -92,6 +95,7 @@ def prepare(
       num_workers: processes; each reads, checks and writes one shard at a time.
       check_images: decode every image. Otherwise images are only read.
       skips: lists rows that cannot be used, which are left out; None: such a row is an error.
+      engine: "local", or "ray" for tasks on a Ray cluster whose nodes see the same files.
 
     Raises:
       RowError, ImageError: a row cannot be used.
@@ -108,39 +112,21 @@ def prepare(
         make_directory(output / subset)
         files.remove_abandoned(output / subset)
     options = (check_images, skips is not None)
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    work = [(subset, shard) for subset, shards in plans.items() for shard in shards]
+    written = (
+        _on_ray(source, options, work)
+        if engine == "ray"
+        else _in_processes(source, options, work, num_workers, output)
+    )
     with (
-        concurrent.futures.ProcessPoolExecutor(
-            max_workers=num_workers,
-            mp_context=context,
-            initializer=_set_task,
-            initargs=(source, options, stop),
-        ) as pool,
         Progress(len(source), "preparing", unit="rows") as progress,
+        contextlib.closing(written),  # an error here ends the workers
     ):
-        try:
-            with workers.starting_workers():
-                pending = {
-                    pool.submit(_run_task, shard): (shard, subset)
-                    for subset, shards in plans.items()
-                    for shard in shards
-                }
-            for future in concurrent.futures.as_completed(pending):
-                shard, subset = pending[future]
-                for row, reason in future.result()["skipped"]:
-                    assert skips is not None  # without it, a row that cannot be used is an error
-                    skips.record(f"{subset}:{row}", reason)
-                progress.update(len(shard.indices))
-        except BrokenProcessPool as error:
-            raise OSError(
-                f"{output}: a worker process has died, perhaps of too little memory; run the same command again, "
-                "with a smaller --num-workers: complete shards stay"
-            ) from error
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        for subset, shard, record in written:
+            for row, reason in record["skipped"]:
+                assert skips is not None  # without it, a row that cannot be used is an error
+                skips.record(f"{subset}:{row}", reason)
+            progress.update(len(shard.indices))
     facts = dict(zip(INDEX_FACTS, (source.contents(), *source.queries()), strict=True))
     for subset, shards in plans.items():
         indices = source.subsets[subset]
@@ -154,6 +140,63 @@ def prepare(
             facts=part,
         )
         _write_description(output / subset)
+
+
+# A shard with the subset that it belongs to.
+_Work = tuple[str, Shard]
+
+
+def _in_processes(
+    source: MmebSource,
+    options: tuple[bool, bool],
+    work: Sequence[_Work],
+    num_workers: int,
+    output: Path,
+) -> Generator[tuple[str, Shard, dict[str, Any]]]:
+    """Writes shards in processes of this machine: (subset, shard, record) of each, as they are done."""
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    with concurrent.futures.ProcessPoolExecutor(
+        max_workers=num_workers,
+        mp_context=context,
+        initializer=_set_task,
+        initargs=(source, options, stop),
+    ) as pool:
+        try:
+            with workers.starting_workers():
+                pending = {pool.submit(_run_task, shard): (subset, shard) for subset, shard in work}
+            for future in concurrent.futures.as_completed(pending):
+                yield *pending[future], future.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                f"{output}: a worker process has died, perhaps of too little memory; run the same command again, "
+                "with a smaller --num-workers: complete shards stay"
+            ) from error
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _on_ray(
+    source: MmebSource, options: tuple[bool, bool], work: Sequence[_Work]
+) -> Generator[tuple[str, Shard, dict[str, Any]]]:
+    """As `_in_processes`, in tasks of a Ray cluster."""
+    stage = ray_engine.Stage(functools.partial(functools.partial, _ray_task, source, options))
+    for subset, shard, record in ray_engine.results(work, [stage]):
+        if isinstance(record, str):
+            raise ValueError(record)
+        yield subset, shard, record
+
+
+def _ray_task(
+    source: MmebSource, options: tuple[bool, bool], work: _Work
+) -> tuple[str, Shard, dict[str, Any] | str]:
+    subset, shard = work
+    try:
+        return subset, shard, write_shard(source, shard, *options)
+    except (ValueError, OSError) as error:
+        return subset, shard, str(error)
 
 
 def plan_shards(folder: Path, indices: range, split: str, rows_per_shard: int) -> list[Shard]:

@@ -34,6 +34,7 @@ from llave_jax.models.llave import Llave, attention_cases
 from llave_jax.ops.attention_choice import choose
 from llave_jax.parallel import sharding
 from llave_jax.weights import model_dir
+from llave_jax.weights.prompts import find_prompt
 from llave_jax.weights.resolve import resolve_model
 
 log = logging.getLogger(__name__)
@@ -172,14 +173,7 @@ class Embedder:
         return sequence
 
     def _prompt(self, name: str | None, text: str | None) -> str:
-        if text is not None:
-            return text
-        if name is None:
-            return ""
-        if name not in self.prompts:
-            known = ", ".join(self.prompts) or "none"
-            raise ValueError(f"prompt_name is {name!r:.80}; this model's prompts are: {known}")
-        return self.prompts[name]
+        return find_prompt(self.prompts, name, text)
 
     def pack(self, sequences: Sequence[TokenSequence]) -> IndexedBatch:
         """One batch, of a shape of the ladder.

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llave_jax.common.text import shortened
@@ -98,11 +98,30 @@ class Turns:
 
 
 class Piece(abc.ABC):
-    """Entries that are read together. Picklable: another process can read it."""
+    """Entries that are read together. Small when pickled: another process can read it where the files are."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
         """The number of entries."""
+
+    @abc.abstractmethod
+    def part(self, start: int, stop: int) -> Piece:
+        """Some of the entries.
+
+        Args:
+          start, stop: counted from the piece's first entry.
+
+        Returns:
+          A piece of these.
+        """
+
+    @abc.abstractmethod
+    def weights(self) -> Iterator[tuple[int, int]]:
+        """What `take_chunk` counts, without reading pictures.
+
+        Yields:
+          Weight and bytes of each entry; of tables, what its columns and the average of its row group say.
+        """
 
     @abc.abstractmethod
     def entries(self) -> Iterator[Entry]:
@@ -204,3 +223,34 @@ def take_chunk(entries: Iterator[Entry], size: int) -> list[Entry]:
         if weight >= CHUNK_WEIGHT or num_bytes >= CHUNK_BYTES:
             break
     return chunk
+
+
+def plan_chunks(
+    pieces: Iterator[Piece], recorded_size: Callable[[int], int]
+) -> Iterator[tuple[Piece, ...]]:
+    """The chunks of `take_chunk`, without reading pictures and tables.
+
+    Args:
+      pieces: of the input.
+      recorded_size: items of a chunk by its number; 0 for as many as the limits allow.
+
+    Yields:
+      What each chunk consists of.
+    """
+    chunk: list[Piece] = []
+    number = items = weight = num_bytes = 0
+    size = recorded_size(0)
+    for piece in pieces:
+        start = 0
+        for i, (more, more_bytes) in enumerate(piece.weights()):
+            items, weight, num_bytes = items + 1, weight + more, num_bytes + more_bytes
+            full = weight >= CHUNK_WEIGHT or num_bytes >= CHUNK_BYTES
+            if items == size or (not size and full):
+                yield (*chunk, piece.part(start, i + 1))
+                chunk, start, items, weight, num_bytes = [], i + 1, 0, 0, 0
+                number += 1
+                size = recorded_size(number)
+        if start < len(piece):
+            chunk.append(piece.part(start, len(piece)))
+    if chunk:
+        yield tuple(chunk)

@@ -8,6 +8,7 @@ user's own files.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,45 @@ _PIECE_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class LinesPiece(Piece):
-    """Consecutive lines, which are not parsed before they are asked for.
+    """Consecutive lines, which are not parsed before they are asked for. Pickled, it says only where they are.
 
     Attributes:
       source: path of the file.
-      lines: number and bytes of each; None for a line that is too long.
+      places: bytes and lines of the file in front of each line.
       position: entries of the whole input before them.
+      lines: number and bytes of each, None for a line that is too long; None: read them from the file.
     """
 
     source: Path
-    lines: tuple[tuple[int, bytes | None], ...]
+    places: tuple[tuple[int, int], ...]
     position: int
+    lines: tuple[tuple[int, bytes | None], ...] | None
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.places)
+
+    def __reduce__(self):
+        return LinesPiece, (self.source, self.places, self.position, None)
+
+    def part(self, start: int, stop: int) -> LinesPiece:
+        lines = None if self.lines is None else self.lines[start:stop]
+        return LinesPiece(self.source, self.places[start:stop], self.position + start, lines)
+
+    def weights(self) -> Iterator[tuple[int, int]]:
+        for entry in self.entries():
+            yield entry.weight, entry.num_bytes
 
     def entries(self) -> Iterator[Entry]:
-        for i, (number, text) in enumerate(self.lines):
+        lines = self._read() if self.lines is None else self.lines
+        for i, (number, text) in enumerate(lines):
             yield _parse(text, self.source, number, self.position + i)
+
+    def _read(self) -> Iterator[tuple[int, bytes | None]]:
+        offset, before = self.places[0]
+        with open(self.source, "rb") as file:
+            file.seek(offset)
+            for number, text in itertools.islice(json_lines(file), len(self)):
+                yield before + number, text
 
 
 def line_pieces(source: Path, position: int = 0) -> Iterator[LinesPiece]:
@@ -56,17 +78,21 @@ def line_pieces(source: Path, position: int = 0) -> Iterator[LinesPiece]:
       OSError: the file cannot be read.
     """
     lines: list[tuple[int, bytes | None]] = []
-    size = 0
+    places: list[tuple[int, int]] = []
+    size = offset = before = 0
     with open(source, "rb") as file:
+        seekable = file.seekable()
         for number, text in json_lines(file):
             lines.append((number, text))
+            places.append((offset, before))
+            offset, before = file.tell() if seekable else 0, number
             size += len(text or b"")
             if len(lines) >= entries.PIECE_ENTRIES or size >= _PIECE_BYTES:
-                yield LinesPiece(source, tuple(lines), position)
+                yield LinesPiece(source, tuple(places), position, tuple(lines))
                 position += len(lines)
-                lines, size = [], 0
+                lines, places, size = [], [], 0
     if lines:
-        yield LinesPiece(source, tuple(lines), position)
+        yield LinesPiece(source, tuple(places), position, tuple(lines))
 
 
 def _parse(text: bytes | None, source: Path, number: int, position: int) -> Entry:

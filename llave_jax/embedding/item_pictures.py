@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from llave_jax.embedding import entries
 from llave_jax.embedding.entries import Entry, Piece
 from llave_jax.inputs.item import Item
 
@@ -51,6 +52,12 @@ class PicturesPiece(Piece):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def part(self, start: int, stop: int) -> PicturesPiece:
+        return PicturesPiece(self.paths[start:stop])
+
+    def weights(self) -> Iterator[tuple[int, int]]:
+        yield from [(entries.IMAGE_WEIGHT, 0)] * len(self)
 
     def entries(self) -> Iterator[Entry]:
         for path in self.paths:
@@ -123,9 +130,9 @@ def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
+    with os.scandir(folder) as listing:
         found = sorted(
-            (entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")
+            (entry.name, entry.is_dir()) for entry in listing if not entry.name.startswith(".")
         )
     for name, is_folder in found:
         path = os.path.join(folder, name)

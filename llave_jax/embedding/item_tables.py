@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from llave_jax.embedding import entries
 from llave_jax.embedding.entries import Entry, Piece, Turns, failed_entry, make_entry, resolve_path
 
 # Rows that are dealt out to shards together.
@@ -53,6 +54,7 @@ class TablePiece(Piece):
       position: entries of the whole input before the row group.
       roles: column -> "id", "text", "image", "images", "video".
       metadata: names of columns.
+      row_bytes: of a row, on average.
     """
 
     source: Path
@@ -62,9 +64,29 @@ class TablePiece(Piece):
     position: int
     roles: Mapping[str, str]
     metadata: tuple[str, ...]
+    row_bytes: int
 
     def __len__(self) -> int:
         return sum(stop - start for start, stop in self.parts)
+
+    def part(self, start: int, stop: int) -> TablePiece:
+        parts, before = [], 0
+        for first, last in self.parts:
+            cut = max(first, first + start - before), min(last, first + stop - before)
+            if cut[0] < cut[1]:
+                parts.append(cut)
+            before += last - first
+        return dataclasses.replace(self, parts=tuple(parts))
+
+    def weights(self) -> Iterator[tuple[int, int]]:
+        kinds = set(self.roles.values())
+        pictures = kinds & {"image", "images"}
+        weight = entries.IMAGE_WEIGHT if pictures else 1
+        if "video" in kinds:
+            weight = entries.VIDEO_WEIGHT
+        num_bytes = self.row_bytes if pictures else 0
+        for _ in range(len(self)):
+            yield weight, num_bytes
 
     def entries(self) -> Iterator[Entry]:
         columns = list(dict.fromkeys((*self.roles, *self.metadata)))
@@ -162,7 +184,9 @@ class Table:
         try:
             with pyarrow.parquet.ParquetFile(self._source) as file:
                 schema, footer = file.schema_arrow, file.metadata
-                self._groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+                groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+                self._groups = [group.num_rows for group in groups]
+                self._bytes = [g.total_byte_size // max(1, g.num_rows) for g in groups]
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
@@ -189,7 +213,7 @@ class Table:
             if parts:
                 yield TablePiece(
                     *(self._source, group, parts, first, position + first),
-                    *(self._roles, self._metadata),
+                    *(self._roles, self._metadata, self._bytes[group]),
                 )
             first += rows
 

@@ -110,12 +110,9 @@ class PartStore(Store):
 
     def list_items(self, index: int, entries: Sequence[Entry]) -> None:
         chunk = self.chunks[index]
-        kept = with_vectors(entries, chunk.skipped)
-        if chunk.labels != self.writer.labels(kept):
-            # Ids or metadata have changed, but nothing that the model sees.
+        if chunk.labels != self.writer.labels(with_vectors(entries, chunk.skipped)):
             self.begin()
-            vectors = self.writer.vectors(chunk.part) if chunk.part else np.zeros((0, 0))
-            part = self.writer.write(index, kept, vectors)
+            part = relabelled(self.writer, index, entries, chunk)
             self._put(
                 index,
                 dataclasses.replace(
@@ -197,3 +194,20 @@ def with_vectors(entries: Sequence[Entry], skipped: Sequence[tuple[int, str]]) -
     """
     left_out = {index for index, _ in skipped}
     return [entry for index, entry in enumerate(entries) if index not in left_out]
+
+
+def relabelled(writer: PartWriter, index: int, entries: Sequence[Entry], chunk: Chunk) -> Part:
+    """Writes a chunk's part anew, with the vectors that it has and the ids and metadata that its items have now.
+
+    Args:
+      writer: of the parts.
+      index: number of the chunk.
+      entries: all its items.
+      chunk: as it was embedded.
+
+    Returns:
+      The part.
+    """
+    kept = with_vectors(entries, chunk.skipped)
+    vectors = writer.vectors(chunk.part) if chunk.part else np.zeros((0, 0))
+    return writer.write(index, kept, vectors)

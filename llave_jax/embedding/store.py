@@ -183,18 +183,26 @@ class Store(abc.ABC):
           index: number of the chunk.
           entries: all its items.
         """
-        chunk = self.chunks[index]
-        reasons = dict(chunk.skipped)
-        *ids, skipped = self._lists
+        reasons = dict(self.chunks[index].skipped)
         with naming_full_disk(self._directory / self._list_names[0]):
-            for i, entry in enumerate(entries):
-                if i in reasons:
-                    value = {"line": entry.number, "id": entry.id, "reason": reasons[i]}
-                    skipped.write(json_line(value))
-                for file in ids if i not in reasons else ():
-                    file.write(json_line(entry.id))
+            for file in self._lists[:-1]:
+                file.writelines(json_line(e.id) for i, e in enumerate(entries) if i not in reasons)
+        self.list_skipped(index, [(entries[i].number, entries[i].id) for i in reasons])
+
+    def list_skipped(self, index: int, items: Sequence[tuple[int, Any]]) -> None:
+        """Enter the items of a chunk that were left out.
+
+        Args:
+          index: number of the chunk.
+          items: line and id of each of its `skipped`.
+        """
+        chunk = self.chunks[index]
+        with naming_full_disk(self._directory / self._list_names[-1]):
+            for (line, item_id), (_, reason) in zip(items, chunk.skipped, strict=True):
+                value = {"line": line, "id": item_id, "reason": reason}
+                self._lists[-1].write(json_line(value))
         self.num_rows += chunk.rows
-        self.num_skipped += len(reasons)
+        self.num_skipped += len(chunk.skipped)
 
     def finish(self, count: int) -> None:
         """Bring the directory into its final form.

@@ -65,6 +65,30 @@ def read_hf_prompts(directory: Path) -> dict[str, str]:
     return {name: text for name, text in prompts.items() if text}
 
 
+def find_prompt(prompts: Mapping[str, str], name: str | None, text: str | None) -> str:
+    """The prompt that a caller means.
+
+    Args:
+      prompts: of the model.
+      name: one of them, if no text is given.
+      text: a prompt of the caller's own.
+
+    Returns:
+      Its text; "" if neither is given.
+
+    Raises:
+      ValueError: the model has no prompt of that name.
+    """
+    if text is not None:
+        return text
+    if name is None:
+        return ""
+    if name not in prompts:
+        known = ", ".join(prompts) or "none"
+        raise ValueError(f"prompt_name is {name!r:.80}; this model's prompts are: {known}")
+    return prompts[name]
+
+
 def _checked(values: Any, file: Path) -> dict[str, str]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: prompts is {values!r:.60}; expected an object of texts")
