@@ -13,16 +13,24 @@ in HF_DIR/check_vectors.json, with which tools/check_export.py compares other so
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llave_jax.common import command_line
+from llave_jax.common.host_memory import available_host_memory
 from llave_jax.common.locks import only_writer
+from llave_jax.models.parameters import parameter_shapes
 from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.hf_names import LAYOUTS
+from llave_jax.weights.model_dir import load_config
 from llave_jax.weights.resolve import find_checkpoint, resolve_model
 from llave_jax.weights.to_hf import CHECK_VECTORS, convert_to_hf
+
+# What embedding the items of check vectors takes: bytes beside the weights, and of each parameter, which is float32 and
+# copied layer by layer as it is loaded.
+_BESIDE_WEIGHTS, _BYTES_A_PARAMETER = 3 * 2**29, 5
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -95,6 +103,15 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _write_check_vectors(source: Path, export: str) -> None:
     """The export is complete before: whatever ends this, it can be made up for with tools/check_export.py --write."""
+    shapes = parameter_shapes(load_config(source)).values()
+    needed = _BESIDE_WEIGHTS + _BYTES_A_PARAMETER * sum(map(math.prod, shapes))
+    if needed > (available := available_host_memory()):
+        print(
+            f"without {CHECK_VECTORS}: embedding its items takes about {needed / 2**30:.0f} GiB of memory, and "
+            f"{available / 2**30:.0f} are free; on a larger machine, tools/check_export.py --write adds it",
+            file=sys.stderr,
+        )
+        return
     # Imported here: other conversions need no JAX.
     from llave_jax.embedding import check_vectors
 

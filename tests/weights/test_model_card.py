@@ -161,6 +161,16 @@ def test_command(golden, tmp_path, capsys):
     assert "only with --to-hf" in capsys.readouterr().err
 
 
+def test_little_memory_leaves_check_vectors_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llave_jax.convert.available_host_memory", lambda: 2**30)
+    arguments = ["--to-hf", "onevision", "--input", str(converted(tmp_path))]
+    assert convert_hf.main([*arguments, "--output", str(tmp_path / "new")]) == 0
+    assert not (tmp_path / "new" / "check_vectors.json").exists()
+    said = capsys.readouterr().err
+    assert "takes about 2 GiB of memory, and 1 are free" in said
+    assert "tools/check_export.py --write" in said
+
+
 def test_licence_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["license"] == "Apache-2.0"
