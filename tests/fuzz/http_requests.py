@@ -302,7 +302,7 @@ def _answer(request: bytes, slow: bool = False) -> tuple[int | None, bytes]:
                 continue
             if not piece:
                 break
-            answer += piece
+            answer = (answer + piece).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
     leak = LEAKS.search(answer)
     assert leak is None, f"{leak and leak[0]!r} in {answer[:2000]!r}"
     if not answer:

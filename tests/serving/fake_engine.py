@@ -45,7 +45,10 @@ class FakeEngine:
     def prepare(self, item):
         if isinstance(item, ClientItem):
             loaded = load_item(item, InputConfig(pinpoints=((4, 4),)), self.limits)
-            shown = [load_image(image, item.where) for image in loaded.images]
+            try:
+                shown = [load_image(image, item.where) for image in loaded.images]
+            except ValueError as error:  # as `ModelEngine` does
+                raise ItemError.of(item, error) from error
             content = f"{item.prompt_name} {item.text} {[i.tobytes() for i in shown]}"
             if len(item.text) > LONGEST and not item.truncate:
                 raise ItemError(item.where, "is too long", "too_long")
