@@ -238,8 +238,9 @@ def _from_messages(messages: Sequence[Any], name: str) -> dict[str, Any]:
         pieces.append(value if kind == "text" else chat.IMAGE_MARKER)
     if len(found["video"]) > 1 or (found["video"] and found["image"]):
         raise ValueError(f"{name}: expected images or one video, not both")
-    # Markers that the user has written say where the images go.
-    text = "\n".join(texts if any(map(chat.count_markers, texts)) else pieces)
+    # Markers that the user has written say where the images go. Without any text they need no markers, so that a
+    # prompt comes to stand as behind any other image.
+    text = "\n".join(texts if any(map(chat.count_markers, texts)) or not texts else pieces)
     fields: dict[str, Any] = {"text": text}
     if found["image"]:
         fields["images"] = found["image"]

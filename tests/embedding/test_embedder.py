@@ -373,6 +373,12 @@ def test_a_prompt_goes_behind_leading_markers(warm, golden):
     prompted = warm.prepare({"text": "<|image_1|>\nWhat is it?", "image": path}, prompt="Answer: ")
     expected = warm.prepare({"text": "<image>\nAnswer: What is it?", "image": path})
     np.testing.assert_array_equal(prompted.tokens, expected.tokens)
+    # The same of an image alone, in any form.
+    expected = warm.prepare({"text": "Answer: ", "image": path})
+    message = {"role": "user", "content": [{"type": "image", "image": path}]}
+    for item in ({"image": path}, message):
+        prompted = warm.prepare(item, prompt="Answer: ")
+        np.testing.assert_array_equal(prompted.tokens, expected.tokens)
 
 
 @pytest.mark.parametrize("item", [{"image": "a.png"}, {"video": "a.mp4"}, {"video": [Path("a")]}])
