@@ -160,7 +160,8 @@ function showChosen(result) {
   server.picture(result.thumbnail).then(shows, () => {});
 }
 
-async function showResults(answer, { like, k, where, lost }) {
+async function showResults(answer, shown) {
+  const { like, k, where, lost } = shown;
   const self = answer.results.find((result) => result.id === like);
   if (self && !chosen.has(like)) {
     chosen.set(like, self);
@@ -169,6 +170,7 @@ async function showResults(answer, { like, k, where, lost }) {
   const found = answer.results.filter((result) => result.id !== like).slice(0, k);
   const several = Object.keys(index.kinds).length > 1;
   await results.show(found, { kinds: several });
+  if (search !== shown) return;
   const milliseconds = Math.max(1, Math.round(1000 * answer.search_seconds));
   $("status").textContent = found.length ? `${plural(found.length, "result")} · ${milliseconds} ms` : "No results";
   $("more").hidden = found.length < k || k >= index.limits.results;
@@ -244,12 +246,15 @@ function busy(is) {
 async function waitFor({ seconds, reason, message, signal }) {
   const headings = { gone: "The server does not answer", busy: "The server is busy", loading: "The server is not ready yet" };
   const said = message ? `${message[0].toUpperCase()}${message.slice(1)}. ` : "";
+  // Not read aloud each second.
+  const left = document.createElement("span");
+  left.setAttribute("aria-hidden", "true");
   const end = performance.now() + 1000 * seconds;
   await new Promise((resolve) => {
     const tick = () => {
-      const left = Math.ceil((end - performance.now()) / 1000);
-      if (left <= 0 || signal?.aborted) return done();
-      $("notice").children[1].textContent = `${said}Trying again in ${left} s.`;
+      const seconds = Math.ceil((end - performance.now()) / 1000);
+      if (seconds <= 0 || signal?.aborted) return done();
+      left.textContent = `Trying again in ${seconds} s.`;
     };
     const done = () => {
       clearInterval(timer);
@@ -257,7 +262,9 @@ async function waitFor({ seconds, reason, message, signal }) {
       resolve();
     };
     const timer = setInterval(tick, 250);
-    showNotice(headings[reason], `${said}Trying again in ${Math.ceil(seconds)} s.`, { label: "Try now", action: done });
+    showNotice(headings[reason], said, { label: "Try now", action: done });
+    $("notice").children[1].append(left);
+    tick();
     signal?.addEventListener("abort", done);
   });
   if (!signal?.aborted) hideNotice();

@@ -21,6 +21,8 @@ export function titleOf(result) {
 export class Results {
   #results = [];
   #cards = [];
+  // The latest cards, which may not be shown yet.
+  #making = [];
   #current = 0;
   #shown = 0;
   #turn = 0;
@@ -46,9 +48,10 @@ export class Results {
 
   /** Shows results in place of the ones before; resolves when they are there. */
   async show(results, { kinds = false } = {}) {
-    const turn = ++this.#turn;
+    const turn = this.#begin();
     const folders = new Set(results.map(folderOf));
     const cards = results.map((result) => this.#card(result, kinds, folders.size > 1));
+    this.#making = cards;
     await Promise.race([
       Promise.all(cards.map((card) => card.loaded)),
       new Promise((resolve) => setTimeout(resolve, PATIENCE)),
@@ -70,8 +73,17 @@ export class Results {
     this.list.classList.toggle("scans", tiny);
   }
 
+  /** Pictures that nobody will see must not hold up others: browsers load a few at a time. */
+  #begin() {
+    for (const card of this.#making) {
+      if (!card.arrived) card.querySelector("img")?.removeAttribute("src");
+    }
+    this.#making = [];
+    return ++this.#turn;
+  }
+
   clear() {
-    this.#turn++;
+    this.#begin();
     this.#results = this.#cards = [];
     this.list.replaceChildren();
   }
