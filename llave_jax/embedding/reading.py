@@ -71,6 +71,14 @@ class ItemReader:
         Raises:
           ValueError: with `stop`, an item cannot be read; it names the item.
         """
+        if jax.process_count() == 1 and isinstance(items, Sequence) and len(items) == 1:
+            # Threads would take longer to start than most single items to read.
+            for group in self._groups(items):
+                for index, sequence in self._lay_out(group):
+                    self._cuts.note(sequence)
+                    yield index, sequence
+            self._cuts.report()
+            return
         workers = os.cpu_count() or 1
         tasks: collections.deque[Future[list[tuple[int, TokenSequence]]]] = collections.deque()
         with ThreadPoolExecutor(workers) as pool:

@@ -31,7 +31,7 @@ IMAGE_ROW = 4096
 # The chat format alone has more tokens than this.
 _SHORTEST_SEQUENCE = 16
 # What a batch costs beside its tokens, in tokens: the parameters are read once.
-_TOKENS_OF_A_CALL = 64
+_TOKENS_OF_A_CALL = 128
 # A batch is closed after so many sequences that have no room in it.
 _REFUSALS = 32
 # In bulk, so many of the largest batches may wait, from which the next batch is chosen.

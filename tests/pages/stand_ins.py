@@ -65,6 +65,7 @@ def _makers() -> dict[str, Callable[[Path], object]]:
     return makers | {
         "clip.mp4": _clip,
         "items.jsonl": _items,
+        "captions.txt": lambda path: path.write_text("a cat\n\na dog\n"),
         "photos/": _photos,
         "runs/quickstart": _quickstart,
         "data/MMEB-train": lambda path: mmeb_tree.make_tree(path, 6),
