@@ -35,7 +35,7 @@ def load_model(index: Index, model: str | None, *, dtype: str | None = None) -> 
     """
     made = index.settings.model
     name = model or made.get("model")
-    if not name or "fingerprint" not in made:
+    if not name or not {"fingerprint", "max_length", "dtype"} <= made.keys():
         raise ValueError(
             f"{index.path}: does not say which model made its vectors; search it by vectors, in Python"
         )
