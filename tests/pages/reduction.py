@@ -29,6 +29,7 @@ APPENDED = {
     ("benchmarks/input_pipeline.py", ""): "--model=tiny --pairs=4 --repeats=1 --rows=40",
     ("benchmarks/index.py", ""): "--rows=10000 --dim=32",
     ("benchmarks/embed_file.py", ""): "--sizes 50",
+    ("benchmarks/serve_load.py", ""): "--clients 2 --seconds 2 --offline-seconds 1 --size 64",
     ("benchmarks/pack_efficiency.py", ""): "--pairs=1500",
     ("benchmarks/loss_memory.py", ""): "--pairs 256 --dims 16",
 }
