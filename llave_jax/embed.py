@@ -89,6 +89,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     command_line.add_dtype_argument(parser)
     item_sources.add_arguments(parser)
+    parser.add_argument(
+        "--allow-urls",
+        action="store_true",
+        help="fetch pictures that lines and tables name by http(s) URLs, from public addresses only",
+    )
     ray_engine.add_arguments(parser)
     processes.add_arguments(parser)
     return parser.parse_args(argv)
@@ -99,6 +104,8 @@ def _command(args: argparse.Namespace) -> None:
         _on_ray(args)
         return
     processes.initialize(args)
+    if args.allow_urls and jax.process_count() > 1:
+        raise ValueError("--allow-urls needs a single process: use --shard for several jobs")
     interrupts.take_again()
     first = jax.process_index() == 0
     command_line.set_up_logging(args, first=first)
@@ -127,7 +134,7 @@ def _on_ray(args: argparse.Namespace) -> None:
 
 def _job(args: argparse.Namespace, fingerprint: str, prompts: Mapping[str, str]) -> Job:
     return Job(
-        item_sources.from_arguments(args, args.shard),
+        item_sources.from_arguments(args, args.shard, args.allow_urls),
         Path(args.output),
         fingerprint,
         format=args.format or ("lance" if args.output.rstrip("/").endswith(".lance") else "npy"),

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,13 @@ import jax
 import numpy as np
 
 from llave_jax.common.content import digest
+from llave_jax.common.fetch import Fetcher
 from llave_jax.common.progress import Progress
+from llave_jax.common.text import shortened
 from llave_jax.embedding.array_store import ArrayStore
 from llave_jax.embedding.checks import check_embeddings
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.embedding.entries import Entry, take_chunk
+from llave_jax.embedding.entries import Entry, is_url, take_chunk
 from llave_jax.embedding.item_sources import ItemSource, open_items
 from llave_jax.embedding.part_store import PartStore, shard_suffix
 from llave_jax.embedding.parts import WRITERS, PartWriter
@@ -32,6 +35,7 @@ from llave_jax.embedding.precision import quantise, truncate
 from llave_jax.embedding.store import Chunk, Store
 from llave_jax.inputs.content import item_key, item_stamp
 from llave_jax.inputs.item import Item, with_prompt
+from llave_jax.inputs.item_forms import MOST_FETCHED_BYTES
 from llave_jax.parallel.processes import on_first_process
 
 # Threads that look at files: they wait for the disk or the network.
@@ -239,20 +243,69 @@ def encode_chunk(
     Raises:
       ValueError: an embedding is not finite; an item cannot be read, unless these are skipped.
     """
-    readable = {i: entry.item for i, entry in enumerate(chunk) if entry.item is not None}
-    places = list(readable)
-    items = [with_prompt(item, job.prompt) for item in readable.values()]
+    reading = _Reading(chunk, job)
     failures: dict[int, str] = {}
     if job.on_error == "skip":
-        vectors, failures = embedder.encode(items, job.batch_size, on_error="skip")
+        vectors, failures = embedder.encode(reading, job.batch_size, on_error="skip")
     else:
-        vectors = embedder.encode(items, job.batch_size)
-    fine = [i for i in range(len(items)) if i not in failures]
+        vectors = embedder.encode(reading, job.batch_size)
+    places, names = reading.places, reading.names
+    fine = [i for i in range(len(places)) if i not in failures]
     vectors = vectors[fine]
-    check_embeddings(vectors, [items[i] for i in fine], job.model)
-    skipped = {i: entry.error for i, entry in enumerate(chunk) if entry.item is None}
-    skipped |= {places[i]: reason for i, reason in failures.items()}
+    check_embeddings(vectors, [Item(name=names[i]) for i in fine], job.model)
+    skipped = reading.failures | {places[i]: reason for i, reason in failures.items()}
     return job.finished(vectors), sorted(skipped.items())
+
+
+class _Reading:
+    """The items of a chunk that can be read, with pictures of URLs fetched. Iterate once.
+
+    Attributes:
+      places: index of each item that was given out.
+      names: of these items.
+      failures: why other entries have none, by their index.
+    """
+
+    def __init__(self, chunk: Sequence[Entry], job: Job):
+        self._chunk, self._job = chunk, job
+        self.places: list[int] = []
+        self.names: list[str] = []
+        self.failures: dict[int, str] = {}
+
+    def __iter__(self) -> Iterator[Item]:
+        fetch = Fetcher(None) if self._job.source.allow_urls else None
+        with ThreadPoolExecutor(FILE_THREADS) as threads:
+            # A few pictures ahead of the model, however large the chunk is.
+            for start in range(0, len(self._chunk), 2 * FILE_THREADS):
+                some = self._chunk[start : start + 2 * FILE_THREADS]
+                items = (_fetched(entry, fetch) for entry in some)
+                if any(entry.item and any(map(is_url, entry.item.images)) for entry in some):
+                    items = threads.map(_fetched, some, itertools.repeat(fetch))
+                for i, item in enumerate(items, start):
+                    if isinstance(item, str):
+                        if self._job.on_error == "raise":
+                            raise ValueError(item)
+                        self.failures[i] = item
+                        continue
+                    self.places.append(i)
+                    self.names.append(item.name)
+                    yield with_prompt(item, self._job.prompt)
+
+
+def _fetched(entry: Entry, fetch: Fetcher | None) -> Item | str:
+    """An entry's item, or what is wrong."""
+    item = entry.item
+    if item is None:
+        return entry.error
+    images = []
+    for image in item.images:
+        if isinstance(image, str) and fetch is not None and is_url(image):
+            try:
+                image = fetch(image, MOST_FETCHED_BYTES)
+            except ValueError as error:
+                return shortened(f"{item.name}: {image}: {error}")
+        images.append(image)
+    return dataclasses.replace(item, images=tuple(images)) if fetch is not None else item
 
 
 class State(NamedTuple):
@@ -296,8 +349,15 @@ def _digest(chunk: Sequence[Entry], digest_of: Callable[[Item], bytes], threads:
     def entry_digest(entry: Entry) -> bytes:
         if entry.item is None:
             return digest(entry.error.encode("utf-8", "backslashreplace"))
+        item = entry.item
+        if any(map(is_url, item.images)):
+            # A URL stands for what it leads to: nothing is fetched to see whether that has changed.
+            images = tuple(
+                i.encode() if isinstance(i, str) and is_url(i) else i for i in item.images
+            )
+            item = dataclasses.replace(item, images=images)
         try:
-            return digest_of(entry.item)
+            return digest_of(item)
         except (OSError, ValueError) as error:  # ValueError: a null byte in a path
             return digest(f"unreadable: {type(error).__name__}".encode())
 

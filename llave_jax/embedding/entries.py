@@ -70,7 +70,7 @@ class Entry:
         if self.item is None:
             return None
         files = [self.item.video] if self.item.video is not None else self.item.images
-        if len(files) == 1 and isinstance(files[0], str | os.PathLike):
+        if len(files) == 1 and isinstance(files[0], str | os.PathLike) and not is_url(files[0]):
             return os.fspath(files[0])
         return None
 
@@ -176,7 +176,9 @@ def failed_entry(where: str, number: int, entry_id: Any, error: ValueError) -> E
     return Entry(where, number, entry_id, None, named)
 
 
-def resolve_path(key: str, value: str, root: str | os.PathLike, where: str) -> str:
+def resolve_path(
+    key: str, value: str, root: str | os.PathLike, where: str, allow_urls: bool = False
+) -> str:
     """The path of a picture or a video that a line or a row names.
 
     It may lead anywhere: the input is the user's own list of the user's own files.
@@ -186,6 +188,7 @@ def resolve_path(key: str, value: str, root: str | os.PathLike, where: str) -> s
       value: as it is given.
       root: folder of the file that names it.
       where: file and line or row, for errors.
+      allow_urls: a URL is taken as it is.
 
     Returns:
       The path.
@@ -196,11 +199,25 @@ def resolve_path(key: str, value: str, root: str | os.PathLike, where: str) -> s
     if not value:
         raise ValueError(f"{where}: {key} has an empty path; leave it out, or say null")
     refuse_data_uri(value, where)
-    if value.startswith(URL_SCHEMES):
+    if is_url(value):
+        if allow_urls and key != "video":
+            return value
         raise ValueError(
-            f"{where}: {key} is a URL ({value[:200]}); expected a path: download the file and name that"
+            f"{where}: {key} is a URL ({value[:200]}); expected a path (llave_jax.embed --allow-urls fetches pictures)"
         )
     return os.path.join(root, value)
+
+
+def is_url(image: object) -> bool:
+    """Whether a picture is named by a URL.
+
+    Args:
+      image: of an item.
+
+    Returns:
+      True for a text that begins with http:// or https://.
+    """
+    return isinstance(image, str) and image[:8].lower().startswith(URL_SCHEMES)
 
 
 def take_chunk(entries: Iterator[Entry], size: int) -> list[Entry]:

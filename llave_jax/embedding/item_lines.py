@@ -30,22 +30,26 @@ class LinesPiece(Piece):
       places: bytes and lines of the file in front of each line.
       position: entries of the whole input before them.
       lines: number and bytes of each, None for a line that is too long; None: read them from the file.
+      allow_urls: pictures may be URLs.
     """
 
     source: Path
     places: tuple[tuple[int, int], ...]
     position: int
     lines: tuple[tuple[int, bytes | None], ...] | None
+    allow_urls: bool = False
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __reduce__(self):
-        return LinesPiece, (self.source, self.places, self.position, None)
+        return LinesPiece, (self.source, self.places, self.position, None, self.allow_urls)
 
     def part(self, start: int, stop: int) -> LinesPiece:
         lines = None if self.lines is None else self.lines[start:stop]
-        return LinesPiece(self.source, self.places[start:stop], self.position + start, lines)
+        return dataclasses.replace(
+            self, places=self.places[start:stop], position=self.position + start, lines=lines
+        )
 
     def weights(self) -> Iterator[tuple[int, int]]:
         for entry in self.entries():
@@ -54,7 +58,7 @@ class LinesPiece(Piece):
     def entries(self) -> Iterator[Entry]:
         lines = self._read() if self.lines is None else self.lines
         for i, (number, text) in enumerate(lines):
-            yield _parse(text, self.source, number, self.position + i)
+            yield _parse(text, self.source, number, self.position + i, self.allow_urls)
 
     def _read(self) -> Iterator[tuple[int, bytes | None]]:
         offset, before = self.places[0]
@@ -64,12 +68,13 @@ class LinesPiece(Piece):
                 yield before + number, text
 
 
-def line_pieces(source: Path, position: int = 0) -> Iterator[LinesPiece]:
+def line_pieces(source: Path, position: int = 0, allow_urls: bool = False) -> Iterator[LinesPiece]:
     """Read a file of items, a few lines at a time; empty lines do not count.
 
     Args:
       source: the file, or a pipe.
       position: entries of the whole input before it.
+      allow_urls: pictures may be URLs.
 
     Yields:
       Its lines, in order.
@@ -88,14 +93,14 @@ def line_pieces(source: Path, position: int = 0) -> Iterator[LinesPiece]:
             offset, before = file.tell() if seekable else 0, number
             size += len(text or b"")
             if len(lines) >= entries.PIECE_ENTRIES or size >= _PIECE_BYTES:
-                yield LinesPiece(source, tuple(places), position, tuple(lines))
+                yield LinesPiece(source, tuple(places), position, tuple(lines), allow_urls)
                 position += len(lines)
                 lines, places, size = [], [], 0
     if lines:
-        yield LinesPiece(source, tuple(places), position, tuple(lines))
+        yield LinesPiece(source, tuple(places), position, tuple(lines), allow_urls)
 
 
-def _parse(text: bytes | None, source: Path, number: int, position: int) -> Entry:
+def _parse(text: bytes | None, source: Path, number: int, position: int, allow_urls: bool) -> Entry:
     where, entry_id = f"{source}:{number}", position
     try:
         if text is None:
@@ -110,20 +115,20 @@ def _parse(text: bytes | None, source: Path, number: int, position: int) -> Entr
         metadata = values.pop("metadata", None)
         if metadata is not None and not isinstance(metadata, dict):
             raise ValueError(f"{where}: metadata is {type(metadata).__name__}; expected an object")
-        values = _resolve(values, source.parent, where)
+        values = _resolve(values, source.parent, where, allow_urls)
     except ValueError as error:
         return failed_entry(where, number, entry_id, error)
     return make_entry(where, number, entry_id, values, metadata or {})
 
 
-def _resolve(values: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
+def _resolve(values: dict[str, Any], root: Path, where: str, allow_urls: bool) -> dict[str, Any]:
     """The values of a line, with paths below the folder of the file that names them."""
 
     def resolve(key: str, value: Any) -> Any:
         if value is None:
             return None
         if isinstance(value, str):
-            return resolve_path(key, value, root, where)
+            return resolve_path(key, value, root, where, allow_urls)
         raise ValueError(f"{where}: {key} holds {type(value).__name__}; expected a path")
 
     resolved = {}

@@ -29,12 +29,13 @@ class ItemSource:
     Attributes:
       name: of the inputs, for messages.
       shard: (i, n): only each n-th piece, from the i-th on.
+      allow_urls: pictures may be URLs, which are not fetched here.
       metadata_fields: Arrow fields of the columns that entries of parquet files have as metadata.
 
     Args:
       inputs: as for `open_items`.
       columns: of parquet files.
-      shard: as above.
+      shard, allow_urls: as above.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class ItemSource:
         inputs: Sequence[PathLike],
         columns: Columns | None = None,
         shard: tuple[int, int] = (0, 1),
+        allow_urls: bool = False,
     ):
         if not inputs:
             raise ValueError("no input; expected files or folders")
         self._inputs = [os.fspath(value) for value in inputs]
         self._columns, self.shard = columns or Columns(), shard
+        self.allow_urls = allow_urls
         self.name = self._inputs[0] if len(inputs) == 1 else f"{self._inputs[0]} and others"
         self.metadata_fields: list[Any] = []
         for path in self._files():
@@ -76,11 +79,11 @@ class ItemSource:
                 continue
             for path in paths:
                 if is_table(path):
-                    table = Table(path, self._columns)
+                    table = Table(path, self._columns, self.allow_urls)
                     yield from table.pieces(position, turns)
                     position += table.rows
                     continue
-                for piece in line_pieces(Path(path), position):
+                for piece in line_pieces(Path(path), position, self.allow_urls):
                     if turns.mine():
                         yield piece
                     position += len(piece)
@@ -138,6 +141,7 @@ def open_items(
     *,
     columns: Columns | None = None,
     shard: tuple[int, int] = (0, 1),
+    allow_urls: bool = False,
 ) -> ItemSource:
     """Items of files and folders.
 
@@ -148,6 +152,8 @@ def open_items(
       columns: which columns of parquet files hold what; None: those of the usual names.
       shard: (i, n), i from 0: the i-th of n parts. Items are dealt out by 64, the rows of parquet files by row groups
         and at most 1024; items that are added behind the others do not move these.
+      allow_urls: pictures of lines and tables may be http(s) URLs: `Item.images` has these as they are, and
+        `Entry.path` is None. Otherwise such an entry is an error.
 
     Returns:
       The items; iterating gives an `Entry` each, in the order of the inputs.
@@ -157,7 +163,7 @@ def open_items(
       OSError: an input does not exist or cannot be read.
     """
     several = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
-    return ItemSource(several, columns, shard)
+    return ItemSource(several, columns, shard, allow_urls)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,12 +192,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def from_arguments(args: argparse.Namespace, shard: tuple[int, int] = (0, 1)) -> ItemSource:
+def from_arguments(
+    args: argparse.Namespace, shard: tuple[int, int] = (0, 1), allow_urls: bool = False
+) -> ItemSource:
     """The items that a command's flags name.
 
     Args:
       args: what a parser with `add_arguments` returned.
-      shard: as for `open_items`.
+      shard, allow_urls: as for `open_items`.
 
     Returns:
       As `open_items`.
@@ -207,7 +215,7 @@ def from_arguments(args: argparse.Namespace, shard: tuple[int, int] = (0, 1)) ->
         video=args.video_column,
         metadata=tuple(dict.fromkeys(names)),
     )
-    return open_items(args.input, columns=columns, shard=shard)
+    return open_items(args.input, columns=columns, shard=shard, allow_urls=allow_urls)
 
 
 def _matches(pattern: str) -> Iterator[str]:

@@ -55,6 +55,7 @@ class TablePiece(Piece):
       roles: column -> "id", "text", "image", "images", "video".
       metadata: names of columns.
       row_bytes: of a row, on average.
+      allow_urls: pictures may be URLs.
     """
 
     source: Path
@@ -65,6 +66,7 @@ class TablePiece(Piece):
     roles: Mapping[str, str]
     metadata: tuple[str, ...]
     row_bytes: int
+    allow_urls: bool
 
     def __len__(self) -> int:
         return sum(stop - start for start, stop in self.parts)
@@ -128,10 +130,12 @@ class TablePiece(Piece):
                         raise ValueError(f"{where}: {column}, the id, is null")
                     entry_id = value
                 elif role in ("image", "images") and isinstance(value, list):
-                    pictures = [_picture(v, column, self.source, where) for v in value]
+                    pictures = [
+                        _picture(v, column, self.source, where, self.allow_urls) for v in value
+                    ]
                     values["images"] = [*values.get("images", ()), *pictures]
                 elif role in ("image", "images"):
-                    values["image"] = _picture(value, column, self.source, where)
+                    values["image"] = _picture(value, column, self.source, where, self.allow_urls)
                 elif role == "video":
                     if value is not None:
                         value = resolve_path(column, value, self.source.parent, where)
@@ -152,12 +156,14 @@ def _value(batch: pyarrow.RecordBatch, column: str, index: int, where: str) -> A
         raise ValueError(f"{where}: {column} cannot be read: {error}") from error
 
 
-def _picture(value: Any, column: str, source: Path, where: str) -> str | bytes | None:
+def _picture(
+    value: Any, column: str, source: Path, where: str, allow_urls: bool
+) -> str | bytes | None:
     if isinstance(value, dict):
         path = value.get("path")
         value = value["bytes"] if value.get("bytes") is not None else path
     if isinstance(value, str):
-        return resolve_path(column, value, source.parent, where)
+        return resolve_path(column, value, source.parent, where, allow_urls)
     if value is not None and not value:
         raise ValueError(f"{where}: {column} holds a picture of 0 bytes")
     return value
@@ -173,13 +179,15 @@ class Table:
     Args:
       source: the file.
       columns: which columns hold what.
+      allow_urls: pictures may be URLs.
 
     Raises:
       ValueError: it is no parquet file, or a column is missing or of a type that cannot hold what it should.
       OSError: the file cannot be read.
     """
 
-    def __init__(self, source: str | os.PathLike, columns: Columns):
+    def __init__(self, source: str | os.PathLike, columns: Columns, allow_urls: bool = False):
+        self._allow_urls = allow_urls
         self._source = Path(source)
         try:
             with pyarrow.parquet.ParquetFile(self._source) as file:
@@ -213,7 +221,7 @@ class Table:
             if parts:
                 yield TablePiece(
                     *(self._source, group, parts, first, position + first),
-                    *(self._roles, self._metadata, self._bytes[group]),
+                    *(self._roles, self._metadata, self._bytes[group], self._allow_urls),
                 )
             first += rows
 

@@ -49,6 +49,7 @@ class FakeEmbedder:
         self.texts = []
 
     def encode(self, items, batch_size=None, *, on_error="raise"):
+        items = list(items)
         vectors, failures = np.zeros((len(items), SIZE), np.float32), {}
         for i, item in enumerate(items):
             self.texts.append(item.text)
@@ -359,6 +360,7 @@ def test_not_finite(case):
             self.value = value
 
         def encode(self, items, batch_size=None, *, on_error="raise"):
+            items = list(items)
             vectors, failures = super().encode(items, on_error="skip")
             vectors[[item.text == "text 9" for item in items]] = self.value
             return (vectors, failures) if on_error == "skip" else vectors

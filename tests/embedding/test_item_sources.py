@@ -205,6 +205,9 @@ def test_a_url_is_refused(tmp_path, key):
     path = write_table(tmp_path / "t.parquet", **{key: ["https://example.org/1.png"]})
     (entry,) = open_items(path)
     assert f"row 1: {key} is a URL" in entry.error
+    (entry,) = open_items(path, allow_urls=True)
+    assert (entry.item is None) == (key == "video")
+    assert entry.path is None
 
 
 def test_several_inputs_have_one_count_of_positions(tmp_path, photos):
