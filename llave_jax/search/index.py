@@ -506,7 +506,7 @@ class Index:
         version = self._table.version
         try:
             return query.to_arrow()
-        except (ValueError, RuntimeError, OSError):
+        except Exception:
             self._table.checkout_latest()
             if self._table.version == version:
                 raise
@@ -738,8 +738,9 @@ def _library_errors(path: Path, where: str | None = None) -> Iterator[None]:
     try:
         with naming_full_disk(path):
             yield
-    except (ValueError, RuntimeError) as error:
-        if type(error) not in (ValueError, RuntimeError):
+    except Exception as error:
+        # A damaged file can make the library panic.
+        if type(error) not in (ValueError, RuntimeError) and type(error).__name__ != "RustPanic":
             raise
         text = _SOURCE_POSITION.sub("", str(error)).replace("Invalid input, ", "")
         text = text.strip().partition("\n")[0]
