@@ -99,6 +99,8 @@ def _image_shapes(spec: InputSpec, tokens_per_batch: int) -> Iterator[Budget]:
     while length <= longest:
         if (rows := tokens_per_batch // length) > 1:
             yield images(rows, length)
+        if rows >= 32:  # short rows, of which a server's clients seldom fill all
+            yield images(rows // 8, length)
         length *= 2
     # Videos, whose frames have few tokens each.
     frame = video.video_taps(1, config, crop)
