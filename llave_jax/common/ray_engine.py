@@ -11,7 +11,7 @@ import importlib
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from llave_jax.common import extras
@@ -142,7 +142,7 @@ class Stage:
     workers: int | None = None
 
 
-def results(values: Sequence[Any], stages: Sequence[Stage]) -> Iterator[Any]:
+def results(values: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:
     """Sends values through stages.
 
     Args:

@@ -153,9 +153,8 @@ def embed_on_ray(
         plan = entries.plan_chunks(
             job.source.pieces(), lambda i: store.chunks[i].items if i in store.chunks else 0
         )
-        chunks = [_Chunk(i, pieces, store.chunks.get(i)) for i, pieces in enumerate(plan)]
-        if not chunks and job.source.shard[1] == 1:
-            raise ValueError(f"{job.source.name}: has no items")
+        # Pickled one by one, so that lines are not held.
+        chunks = (_Chunk(i, pieces, store.chunks.get(i)) for i, pieces in enumerate(plan))
         store.begin()
         foreign = None
         if store.source not in (None, job.source.resolved()):
@@ -173,9 +172,11 @@ def embed_on_ray(
                 raise ValueError(chunk.error)
             _enter(store, progress, chunk)
             left_out[chunk.index] = chunk.left_out
+        if not left_out and job.source.shard[1] == 1:
+            raise ValueError(f"{job.source.name}: has no items")
         for index in sorted(left_out):
             store.list_skipped(index, left_out[index])
-        store.finish(len(chunks))
+        store.finish(len(left_out))
         return bulk.result_of(job, store, model.dimension)
 
 
