@@ -47,7 +47,7 @@ def one_device():
 def test_a_step_is_measured_beside_its_plan(quick, config, tmp_path):
     rows = list(training.measure(config, one_device(), tmp_path))
     checks = [row.check for row in rows]
-    assert checks == ["input", *["speed of attention"] * 4, "memory", "training step", "input"]
+    assert checks == ["input", *["speed of attention"] * 6, "memory", "training step", "input"]
     by_check = {row.check: row for row in rows}
     assert by_check["memory"].passed
     assert 0 < by_check["memory"].values["planned"] < by_check["memory"].values["limit"]
