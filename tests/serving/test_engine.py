@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from llave_jax import Embedder
+from llave_jax.inputs.data_uri import decode_data_uri
+from llave_jax.inputs.item import Item
 from llave_jax.serving.engine import ModelEngine
 from llave_jax.serving.items import ClientItem, ItemError, parse_content
 from llave_jax.serving.settings import Limits
@@ -29,9 +31,6 @@ def item(content, **changes):
 
 
 def test_sequences_are_those_of_the_embedder(engine, model):
-    from llave_jax.inputs.data_uri import decode_data_uri
-    from llave_jax.inputs.item import Item
-
     _, encoded = decode_data_uri(data_uri())
     for content, expected in (
         ("a cat", "a cat"),
@@ -62,3 +61,11 @@ def test_errors_name_the_field_once(engine):
     with pytest.raises(ItemError) as raised:
         engine.prepare(ClientItem("<image> and <image>", (data_uri(),), where="input[3]"))
     assert str(raised.value).startswith("input[3]: the text has 2 image marker(s) for 1 image(s)")
+
+
+def test_no_file_of_the_server_is_read(engine, golden, monkeypatch):
+    """Also if what reads a client's words should ever let a path through."""
+    path = Item(images=(str(golden / "images" / "small.png"),))
+    monkeypatch.setattr("llave_jax.serving.engine.load_item", lambda *arguments: path)
+    with pytest.raises(ItemError, match="names a file"):
+        engine.prepare(ClientItem(""))
