@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from llave_jax.inputs import chat
 from llave_jax.inputs.data_uri import PREFIX, decode_data_uri
 from llave_jax.inputs.item import Item, ItemLike, as_item
+from llave_jax.inputs.messages import MessageError, join_parts, user_content
 
 # (URL, most bytes) -> the file's content.
 Fetch = Callable[[str, int], bytes]
@@ -200,58 +200,32 @@ def _is_message(value: Any) -> bool:
 
 def _from_messages(messages: Sequence[Any], name: str) -> dict[str, Any]:
     """A dict of one conversation: a user's message, and what the chat format has around it anyway."""
-    content = None
-    for number, message in enumerate(messages):
-        if not _is_message(message):
-            raise ValueError(
-                f'{name}: message {number}: expected {{"role": "user", "content": ...}}; of several items, '
-                "each has its own place in the list"
-            )
-        role, said = message["role"], message["content"]
-        if role == "user" and content is None:
-            content = said
-            continue
-        text = said if isinstance(said, str) else "".join(_texts(said))
-        frame = {"system": (0, chat.SYSTEM_PROMPT), "assistant": (len(messages) - 1, "")}
-        if role == "user" or frame.get(role) != (number, text):
-            raise ValueError(
-                f"{name}: message {number} is of {role!r:.40}; expected one message of the user. The model has a "
-                f"system prompt of its own ({chat.SYSTEM_PROMPT!r}); put instructions in front of the user's text"
-            )
-    if content is None:
-        raise ValueError(f"{name}: the messages have none of the user")
+    try:
+        content = user_content(messages)
+    except MessageError as error:
+        at = "the messages" if error.number is None else f"message {error.number}"
+        several = isinstance(messages, list) and not any(map(_is_message, messages))
+        hint = (
+            "; of several items, each has its own place in the list" if several and messages else ""
+        )
+        raise ValueError(f"{name}: {at}{error}{hint}") from error
     if isinstance(content, str):
         return {"text": content}
     if not isinstance(content, list | tuple):
         raise ValueError(
             f"{name}: content is {type(content).__name__}; expected a text or a list of parts"
         )
-    texts: list[str] = []
-    pieces: list[str] = []
-    found: dict[str, list[Any]] = {"image": [], "video": []}
-    for part in content:
-        kind, value = _part(part, name)
-        if kind == "text":
-            texts.append(value)
-        else:
-            found[kind].append(value)
-        pieces.append(value if kind == "text" else chat.IMAGE_MARKER)
-    if len(found["video"]) > 1 or (found["video"] and found["image"]):
-        raise ValueError(f"{name}: expected images or one video, not both")
-    # Markers that the user has written say where the images go. Without any text they need no markers, so that a
-    # prompt comes to stand as behind any other image.
-    text = "\n".join(texts if any(map(chat.count_markers, texts)) or not texts else pieces)
+    parts = [_part(part, name) for part in content]
+    try:
+        text, images, video = join_parts(parts)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     fields: dict[str, Any] = {"text": text}
-    if found["image"]:
-        fields["images"] = found["image"]
-    if found["video"]:
-        fields["video"] = found["video"][0]
+    if images:
+        fields["images"] = images
+    if video is not None:
+        fields["video"] = video
     return fields
-
-
-def _texts(content: Any) -> list[str]:
-    parts = content if isinstance(content, list | tuple) else []
-    return [part["text"] for part in parts if isinstance(part, Mapping) and "text" in part]
 
 
 def _part(part: Any, name: str) -> tuple[str, Any]:

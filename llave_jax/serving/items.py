@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llave_jax.inputs import images, video
-from llave_jax.inputs.chat import IMAGE_MARKER, SYSTEM_PROMPT, count_markers
+from llave_jax.inputs.chat import IMAGE_MARKER, count_markers
 from llave_jax.inputs.config import InputConfig
 from llave_jax.inputs.data_uri import decode_base64, decode_data_uri
 from llave_jax.inputs.item import Item
+from llave_jax.inputs.messages import MessageError, join_parts, user_content
 from llave_jax.serving.errors import invalid
 from llave_jax.serving.settings import Limits
 
@@ -89,39 +90,22 @@ def parse_content(content: Any, where: str, limits: Limits) -> ClientItem:
         return ClientItem(content, where=where)
     if not isinstance(content, list):
         raise invalid(f"{where}: is {_kind(content)}; expected a string or a list of parts", where)
-    texts: list[str] = []
-    found: list[tuple[str, str]] = []
-    pieces: list[str] = []
-    for number, part in enumerate(content):
-        kind, value = _part(part, f"{where}[{number}]", where)
-        if kind == "text":
-            texts.append(value)
-            pieces.append(value)
-        else:
-            found.append((kind, value))
-            pieces.append(IMAGE_MARKER)
-    pictures = tuple(value for kind, value in found if kind == "image")
-    videos = [value for kind, value in found if kind == "video"]
-    if len(pictures) > limits.images:
-        raise invalid(f"{where}: has {len(pictures)} images; the limit is {limits.images}", where)
-    if len(videos) > 1 or (videos and pictures):
-        raise invalid(f"{where}: expected images or one video, not both", where)
-    markers = sum(map(count_markers, texts))
-    if markers not in (0, len(found)):
-        raise invalid(
-            f"{where}: the text has {markers} image marker(s) for {len(found)} image(s); write none, or one for each",
-            where,
-        )
-    text = "\n".join(texts if markers else pieces)
-    (_check_characters if found else _check_text)(text, where, limits)
-    return ClientItem(text, pictures, videos[0] if videos else None, where=where)
+    parts = [_part(part, f"{where}[{number}]", where) for number, part in enumerate(content)]
+    try:
+        joined = join_parts(parts)
+    except ValueError as error:
+        raise invalid(f"{where}: {error}", where) from error
+    if (count := len(joined.images)) > limits.images:
+        raise invalid(f"{where}: has {count} images; the limit is {limits.images}", where)
+    check = _check_characters if joined.images or joined.video else _check_text
+    check(joined.text, where, limits)
+    return ClientItem(*joined, where=where)
 
 
 def parse_messages(messages: Any, where: str, limits: Limits) -> ClientItem:
     """One item from chat messages, as vLLM's embeddings API takes them.
 
-    The model was trained with one system prompt and one user turn, whose empty answer it closes itself. A system
-    message with that same prompt, and an empty assistant message at the end, change nothing and are accepted.
+    Which are accepted is `inputs.messages.user_content`'s.
 
     Args:
       messages: a list of {"role": ..., "content": ...}.
@@ -136,34 +120,11 @@ def parse_messages(messages: Any, where: str, limits: Limits) -> ClientItem:
     """
     if not isinstance(messages, list) or not messages:
         raise invalid(f"{where}: expected a list of messages", where)
-    content = None
-    for number, message in enumerate(messages):
-        at = f"{where}[{number}]"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise invalid(f'{at}: expected {{"role": "user", "content": ...}}', where)
-        role, said = message["role"], message.get("content")
-        if isinstance(said, list) and role != "user":
-            parts = [part.get("text") for part in said if isinstance(part, dict)]
-            said = "".join(part for part in parts if isinstance(part, str))
-        changes_nothing = (role == "system" and number == 0 and said == SYSTEM_PROMPT) or (
-            role == "assistant" and not said and number == len(messages) - 1
-        )
-        if changes_nothing:
-            continue
-        if role == "user" and content is None:
-            content = said
-        elif role in ("system", "developer"):
-            raise invalid(
-                f"{at}: this model has a system prompt of its own ({SYSTEM_PROMPT!r}); put instructions in front of "
-                "the user's text",
-                where,
-            )
-        else:
-            raise invalid(
-                f"{at}: expected one user message, found another one ({role[:40]!r})", where
-            )
-    if content is None:
-        raise invalid(f"{where}: has no user message", where)
+    try:
+        content = user_content(messages)
+    except MessageError as error:
+        at = where if error.number is None else f"{where}[{error.number}]"
+        raise invalid(f"{at}{error}", where) from error
     return parse_content(content, where, limits)
 
 

@@ -90,7 +90,7 @@ def test_images_in_messages_and_in_batches(serve):
         data,
         [
             content("a cat"),
-            content("<image>", "red"),
+            content("", "red"),
             content("What is in it?\n<image>", "blue"),
             content("<|image_1|> or <|image_2|>?", "red", "blue"),
         ],

@@ -37,9 +37,11 @@ def test_sequences_are_those_of_the_embedder(engine, model):
         ([TEXT_PART, image_part(data_uri())], Item("<image>\nWhat is in it?", (encoded,))),
         ([image_part(data_uri())], Item("", (encoded,))),
     ):
-        ours, theirs = engine.prepare(item(content)), model.prepare(expected)
-        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-        np.testing.assert_array_equal(ours.crops, theirs.crops)
+        for prompt in (None, "query"):
+            ours = engine.prepare(item(content, prompt_name=prompt))
+            theirs = model.prepare(expected, prompt_name=prompt)
+            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+            np.testing.assert_array_equal(ours.crops, theirs.crops)
 
 
 def test_prompts(engine, model):
