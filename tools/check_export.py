@@ -87,13 +87,15 @@ def _own(export: Path, check: CheckVectors) -> list[Row]:
 
 def _sentence_transformers(export: Path, check: CheckVectors) -> list[Row]:
     try:
-        from sentence_transformers import SentenceTransformer
+        import sentence_transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             f"--library sentence-transformers: {error}. Install it: pip install 'sentence-transformers[image]>=6'"
         ) from error
     try:
-        model: Any = SentenceTransformer(str(export), model_kwargs={"dtype": "float32"})
+        model: Any = sentence_transformers.SentenceTransformer(
+            str(export), model_kwargs={"dtype": "float32"}
+        )
     except ImportError as error:
         raise ValueError(" ".join(str(error).split())) from error
     rows = []
