@@ -124,8 +124,10 @@ def default_config() -> Config:
     # Equal targets (same text and image; class names, yes and no) are not each other's negatives.
     # The authors' code does not mask them.
     config.loss.mask_false_negatives = False
-    # Use the hard negatives that rows name (`neg_text`, `neg_image_path`) as further candidates.
+    # Use the hard negatives that rows name (`neg_text`, `neg_image_path`) as further candidates, the first
+    # `negatives_per_row` of each row.
     config.loss.hard_negatives = False
+    config.loss.negatives_per_row = 1
 
     # `rates`: (path regex, factor on the learning rate); None freezes. The first match wins.
     config.optim = ConfigDict()

@@ -63,8 +63,7 @@ def inspect(
     llave_config = setup.model_config(config)
     builder = SequenceBuilder(tokenizer, llave_config.input_spec)
     source = setup.open_training_source(config, data_path)
-    sides = 3 if config.loss.hard_negatives else 2
-    measured = measure_subsets(source, builder, rows, sides)
+    measured = measure_subsets(source, builder, rows, batch_shape.sides(config))
     measure = functools.cache(functools.partial(setup.measure_data, config, source, builder))
     config, shards = _with_known_batch(config, llave_config, len(source), measure, shards)
     sizes = mixed_sizes(

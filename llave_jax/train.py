@@ -223,7 +223,7 @@ def _make_step(run: _Run, step: int, stop: stopping.Stopping, clock: Clock) -> d
     with clock.spent(DATA_WAIT), stop.waiting_for_data():
         batch = next(run.iterator)
     run.skipped = batch.skipped
-    arrays = sharding.device_put_batch((batch.packed, batch.target_ids), run.mesh, leading_axes=1)
+    arrays = sharding.device_put_batch((batch.packed, batch.labels), run.mesh, leading_axes=1)
     run.state, metrics = run.step.run(run.state, *arrays)
     run.watch.add(step, metrics, batch)
     if step % run.config.log_every == 0 and jax.process_count() > 1:

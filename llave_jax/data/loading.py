@@ -20,14 +20,14 @@ from llave_jax.inputs.taps import Taps
 class RowLoader:
     """`loader(row) -> dict`: the pair's sequences as plain arrays, or why there are none.
 
-    A loaded row has the keys "id", "row", "target_ids" (int32 [Z - 1]) and "sequences" (Z of `to_arrays`,
-    None for a side that the pair lacks). A row that cannot be used has "id" and "skipped", the reason.
+    A loaded row has the keys "id", "row", "target_ids" (int32 [Z - 1]), "subset" (its number), "scores" (float32
+    [Z - 1], nan where the row has none) and "sequences" (Z of `to_arrays`, None for a side that the pair lacks). A row that cannot be used has "id" and "skipped", the reason.
     HOLE has "hole". All have "pid", of the process that has loaded them.
 
     Args:
       source: of the rows.
       builder: of their sequences.
-      sides: Z: 2, or 3 with each row's hard negative.
+      sides: Z: 2, and one for each hard negative that a step takes of a row.
       skip: rows that cannot be used have a reason; otherwise they raise ValueError.
     """
 
@@ -35,6 +35,7 @@ class RowLoader:
         self._source = source
         self._builder = builder
         self._sides = sides
+        self._numbers = {name: number for number, name in enumerate(source.subsets)}
         self._skip = skip
 
     def __call__(self, index: int | np.int64) -> dict[str, Any]:
@@ -75,10 +76,15 @@ class RowLoader:
         pair = self._source[index]
         items = pair.sides(self._sides)
         sequences = [None if item is None else self._builder(item) for item in items]
+        scores = np.full(self._sides - 1, np.nan, np.float32)
+        given = pair.scores[: len(scores)]
+        scores[: len(given)] = given
         return {
             "id": pair.id,
             "row": index,
             "target_ids": np.array([content_id(item) for item in items[1:]], np.int32),
+            "subset": self._numbers[self._source.subset(index)],
+            "scores": scores,
             "sequences": [None if s is None else to_arrays(s) for s in sequences],
         }
 

@@ -124,7 +124,7 @@ def measure_subset(
       subset: one of `source.subsets`.
       builder: of the model's sequences.
       count: the most rows that are measured.
-      sides: Z: 2, or 3 with each row's hard negative.
+      sides: Z: 2, and one for each hard negative that a step takes of a row.
 
     Returns:
       What the rows take, and which of them cannot be used.
@@ -173,7 +173,7 @@ def measure_subsets(
       source: of the pairs.
       builder: of the model's sequences.
       rows_per_subset: the most rows of each subset that are measured.
-      sides: Z: 2, or 3 with each row's hard negative.
+      sides: Z: 2, and one for each hard negative that a step takes of a row.
 
     Returns:
       Subset -> what its rows take.
@@ -203,7 +203,7 @@ def measure_source(
       source: of the pairs.
       builder: of the model's sequences.
       rows_per_subset: rows of each subset that are measured.
-      sides: Z: 2, or 3 with each row's hard negative.
+      sides: Z: 2, and one for each hard negative that a step takes of a row.
       weights: as in `Composition`.
 
     Returns:

@@ -78,7 +78,7 @@ def train_iterator(
     Args:
       source: pairs, the same in every process.
       builder: of the model's sequences.
-      budget: of one shard of one micro-batch; `sides` is 2, or 3 to use the rows' negatives.
+      budget: of one shard of one micro-batch; `sides` is 2, and one for each negative to use of a row.
       seed: of the shuffle, at least 0.
       num_shards: shards (devices) of this process.
       micro_batches: packs a step.

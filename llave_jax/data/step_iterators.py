@@ -13,7 +13,7 @@ import enum
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -25,7 +25,7 @@ from llave_jax.data.modality_order import IMAGE, MIXED, ModalityPart
 from llave_jax.data.order import HOLE
 from llave_jax.data.skips import SkipLog, TooManySkips
 from llave_jax.data.workers import Waiting, prepare_worker
-from llave_jax.inputs.batch import PackedBatch, stack_batches
+from llave_jax.inputs.batch import PackedBatch, PairLabels, stack_batches
 from llave_jax.inputs.cuts import CutWarnings
 from llave_jax.inputs.packing import Packer, place_dealt
 
@@ -40,15 +40,14 @@ class TrainBatch(NamedTuple):
 
     Attributes:
       packed: arrays with leading axes [M, S].
-      target_ids: int32 [M, S, Z - 1, G], equal for equal contents (text and image), of the target
-        and the negatives of each pair. The values of empty slots mean nothing.
+      labels: what the loss knows of the pairs besides their embeddings.
       ids: [M][S][G] pair ids, "" for empty slots.
       epoch: rows read so far by this process as a multiple of its share of the source.
       skipped: pair ids of the rows that this process could not use so far.
     """
 
     packed: PackedBatch
-    target_ids: np.ndarray
+    labels: PairLabels
     ids: list[list[list[str]]]
     epoch: float
     skipped: tuple[str, ...]
@@ -148,9 +147,9 @@ class StepIterator(grain.DatasetIterator):
         self._step = self._next = 0
         self._carry: list[_Pair] = []
         self._stream: grain.DatasetIterator[dict[str, Any]] | None = None
-        # Of the step that is being made: its pairs' contents, and their target ids by pair id.
+        # Of the step that is being made: its pairs' contents, and their loaded rows by pair id.
         self._taken: set[int] = set()
-        self._target_ids: dict[str, np.ndarray] = {}
+        self._placed: dict[str, dict[str, Any]] = {}
 
     @abc.abstractmethod
     def _fill(self) -> None:
@@ -170,22 +169,39 @@ class StepIterator(grain.DatasetIterator):
         return int(row)
 
     def __next__(self) -> TrainBatch:
-        self._taken, self._target_ids = set(), {}
+        self._taken, self._placed = set(), {}
         self._fill()
         self._step += 1
         batches, ids = zip(*(packer.emit() for packer in self._packers), strict=True)
         packed = stack_batches(batches)
-        none = np.zeros(packed.pooled.shape[2] - 1, np.int32)
-        by_slot = [
-            [[self._target_ids.get(pair_id, none) for pair_id in shard] for shard in pack]
-            for pack in ids
-        ]
         return TrainBatch(
             packed=packed,
-            target_ids=np.array(by_slot, np.int32).swapaxes(2, 3),
+            labels=self._labels(ids, packed.pooled.shape[2] - 1),
             ids=list(ids),
             epoch=self._epochs_read(),
             skipped=() if self._skips is None else self._skips.pair_ids,
+        )
+
+    def _labels(self, ids: Sequence[list[list[str]]], targets: int) -> PairLabels:
+        """The labels of the pairs in each slot, of which each has so many targets and negatives."""
+        nothing = {
+            "target_ids": np.zeros(targets, np.int32),
+            "subset": 0,
+            "scores": np.full(targets, np.nan, np.float32),
+        }
+
+        def by_slot(key: str) -> np.ndarray:
+            return np.array(
+                [
+                    [[self._placed.get(i, nothing)[key] for i in shard] for shard in pack]
+                    for pack in ids
+                ]
+            )
+
+        return PairLabels(
+            target_ids=by_slot("target_ids").astype(np.int32).swapaxes(2, 3),
+            subsets=by_slot("subset").astype(np.int32),
+            scores=by_slot("scores").astype(np.float32).swapaxes(2, 3),
         )
 
     def get_state(self) -> dict[str, Any]:
@@ -251,7 +267,9 @@ class StepIterator(grain.DatasetIterator):
         if not added:
             return _Outcome.NO_ROOM
         self._taken.add(content)
-        self._target_ids[element["id"]] = element["target_ids"]
+        self._placed[element["id"]] = {
+            key: element[key] for key in ("target_ids", "subset", "scores")
+        }
         return _Outcome.DONE
 
     def _skip(self, pair_id: str, reason: str) -> SkipLog:

@@ -201,7 +201,7 @@ def _steps(
 ) -> list[float]:
     """Seconds of steps, after one that compiles."""
     state = setup.random_state(config, training)
-    arrays = sharding.device_put_batch((batch.packed, batch.target_ids), mesh, leading_axes=1)
+    arrays = sharding.device_put_batch((batch.packed, batch.labels), mesh, leading_axes=1)
     times = []
     for _ in range(STEPS + 1):
         start = time.perf_counter()

@@ -73,6 +73,24 @@ class PackedBatch(NamedTuple):
     valid: np.ndarray
 
 
+class PairLabels(NamedTuple):
+    """What the loss knows of a step's pairs besides their embeddings. M micro-batches, S shards, Z sides, G slots.
+
+    The values of empty slots mean nothing.
+
+    Attributes:
+      target_ids: int32 [M, S, Z - 1, G], equal for equal contents (text and image), of the target and the
+        negatives of each pair.
+      subsets: int32 [M, S, G], the number of each pair's subset in its source.
+      scores: float32 [M, S, Z - 1, G], a teacher's score of the target and of each negative; nan where the row
+        has none.
+    """
+
+    target_ids: np.ndarray
+    subsets: np.ndarray
+    scores: np.ndarray
+
+
 def empty_batch(budget: Budget, num_shards: int, crop: CropGeometry) -> PackedBatch:
     """A batch with nothing in it: all slots invalid, all tokens unused.
 

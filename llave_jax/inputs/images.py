@@ -125,6 +125,24 @@ def load_image(image: ImageLike, name: str = "") -> PIL.Image.Image:
     return _to_rgb(*_open(image, name))
 
 
+def open_image(encoded: bytes, name: str = "") -> PIL.Image.Image:
+    """Reads the header of an image; its pixels are decoded when they are asked for.
+
+    Args:
+      encoded: an image file.
+      name: where the image comes from, for errors.
+
+    Returns:
+      A Pillow image, for `load_image`.
+
+    Raises:
+      ImageError: as for `image_size`.
+    """
+    image, name = _open(encoded, name)
+    _check_size(image, name)
+    return image
+
+
 def image_size(image: ImageLike, name: str = "") -> tuple[int, int]:
     """The size of an image, from its header alone.
 

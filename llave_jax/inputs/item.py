@@ -59,6 +59,7 @@ class Pair:
       target: what is to be found.
       negatives: the hard negatives.
       subset: name of the subset; "" without subsets.
+      scores: a teacher's scores of the target and of each negative, in this order; () without.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Pair:
     target: Item
     negatives: tuple[Item, ...] = ()
     subset: str = ""
+    scores: tuple[float, ...] = ()
 
     def sides(self, count: int) -> list[Item | None]:
         """The items of a pair as a fixed number of sides.

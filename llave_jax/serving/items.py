@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import PIL.Image
+
 from llave_jax.inputs import images, video
 from llave_jax.inputs.chat import IMAGE_MARKER, count_markers
 from llave_jax.inputs.config import InputConfig
@@ -228,7 +230,7 @@ Fetch = Callable[[str, int], bytes]
 def load_item(
     item: ClientItem, config: InputConfig, limits: Limits, fetch: Fetch | None = None
 ) -> Item:
-    """An item whose images are bytes and whose video is frames.
+    """An item of images and frames.
 
     Args:
       item: as the client wrote it.
@@ -237,15 +239,14 @@ def load_item(
       fetch: (URL, most bytes) -> its content; None: URLs are refused.
 
     Returns:
-      The item, named by its field of the request.
+      The item, named by its field of the request. Of its images the headers are read.
 
     Raises:
       ItemError: an image or the video cannot be read or is beyond a limit.
     """
 
-    def picture(uri: str) -> bytes:
-        encoded = _read(uri, limits.body_bytes, item.where, fetch)
-        return _check_pixels(encoded, item.where, limits)
+    def picture(uri: str) -> PIL.Image.Image:
+        return _open_image(_read(uri, limits.body_bytes, item.where, fetch), item.where, limits)
 
     frames = None
     if item.video is not None:
@@ -253,18 +254,19 @@ def load_item(
     return Item(item.text, tuple(map(picture, item.images)), frames, item.where)
 
 
-def _check_pixels(encoded: bytes, where: str, limits: Limits) -> bytes:
+def _open_image(encoded: bytes, where: str, limits: Limits) -> PIL.Image.Image:
     try:
-        width, height = images.image_size(encoded, "the image")
+        image = images.open_image(encoded, "the image")
     except images.ImageError as error:
         raise ItemError(where, str(error), "invalid_image") from error
+    width, height = image.size
     if width * height > limits.pixels:
         raise ItemError(
             where,
             f"the image has {width} x {height} pixels; the limit is {limits.pixels} in all",
             "image_too_large",
         )
-    return encoded
+    return image
 
 
 def _read(uri: str, most: int, where: str, fetch: Fetch | None) -> bytes:
@@ -305,7 +307,7 @@ def _frames(
                 where, f"the video has {len(parts)} frames; expected 1 to {most}", "invalid_video"
             )
         pictures = [_decoded(lambda part=part: decode_base64(part), where) for part in parts]
-        return [_check_pixels(picture, where, limits) for picture in pictures]
+        return [_open_image(picture, where, limits) for picture in pictures]
     encoded = _read(uri, limits.video_bytes, where, fetch)
     if len(encoded) > limits.video_bytes:
         raise ItemError(

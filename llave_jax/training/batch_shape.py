@@ -242,9 +242,21 @@ def batch_budget(config: Config, shards: int) -> Budget:
         row_length=batch.row_length,
         crops=math.ceil(pairs * batch.crops_per_pair),
         groups=slots,
-        sides=3 if config.loss.hard_negatives else 2,
+        sides=sides(config),
         taps=batch.taps or 1,
     )
+
+
+def sides(config: Config) -> int:
+    """Sequences of a pair.
+
+    Args:
+      config: of the run.
+
+    Returns:
+      Two, and one for each hard negative that a step takes of a row.
+    """
+    return 2 + (config.loss.negatives_per_row if config.loss.hard_negatives else 0)
 
 
 def pairs_per_group(config: Config, shards: int) -> int:

@@ -132,6 +132,7 @@ TABLE: dict[str, Values] = {
     "loss.margin": _FINITE,
     "loss.temperature": _POSITIVE,
     "loss.pool": _one_of(POOLS),
+    "loss.negatives_per_row": _at_least(1),
     "optim.learning_rate": _NOT_NEGATIVE,
     "optim.warmup_fraction": _SHARE,
     "optim.beta1": _BETA,

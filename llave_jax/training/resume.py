@@ -6,10 +6,11 @@ itself must agree with (processes, data, optimiser) is checked where it is read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llave_jax.config import Config
+from llave_jax.config import Config, default_config
 
 # What the keys decide -> the keys. These may change.
 MAY_CHANGE: dict[str, tuple[str, ...]] = {
@@ -99,6 +100,7 @@ FIXED: dict[str, tuple[str, ...]] = {
         "loss.pool",
         "loss.mask_false_negatives",
         "loss.hard_negatives",
+        "loss.negatives_per_row",
         "optim.learning_rate",
         "optim.warmup_fraction",
         "optim.beta1",
@@ -141,9 +143,12 @@ def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
       before, now: the run's config and the new one, as read from JSON.
 
     Returns:
-      "KEY: OLD -> NEW" of each key that differs and may not.
+      "KEY: OLD -> NEW" of each key that differs and may not. A run that began before there was a key has its
+      default.
     """
     before, now = dict(leaves(before)), dict(leaves(now))
+    defaults = dict(leaves(json.loads(default_config().to_json())))
+    before = {key: value for key, value in defaults.items() if key in now} | before
     may_change = {key for keys in MAY_CHANGE.values() for key in keys}
     if now.get("loss.pool") == "device":
         may_change -= set(FIXED_WITH_DEVICE_POOLS)

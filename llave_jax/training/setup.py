@@ -222,9 +222,8 @@ def measure_data(config: Config, source: PairSource, builder: SequenceBuilder) -
     Returns:
       The sizes.
     """
-    sides = 3 if config.loss.hard_negatives else 2
     weights = dict(config.data.weights) or None
-    return measure_source(source, builder, sides=sides, weights=weights)
+    return measure_source(source, builder, sides=batch_shape.sides(config), weights=weights)
 
 
 def make_iterator(
@@ -372,7 +371,7 @@ def build_training(
     optimizer = optim.make_optimizer(
         schedule, multipliers, **_without(config.optim, "learning_rate", "warmup_fraction", "rates")
     )
-    loss = train_step.LossConfig(**_without(config.loss, "hard_negatives"))
+    loss = train_step.LossConfig(**_without(config.loss, "hard_negatives", "negatives_per_row"))
     skips = config.nonfinite.action == "skip"
     step = train_step.build_step(model, mesh, optimizer, multipliers, loss, skips)
     return Training(model, schedule, step)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llave_jax.inputs.batch import Budget, PackedBatch, empty_batch
+from llave_jax.inputs.batch import Budget, PackedBatch, PairLabels, empty_batch
 from llave_jax.loss.cross_device import KINDS, contrastive_loss
 from llave_jax.models.llave import VISION_FEATURES, Llave, abstract_params
 from llave_jax.models.remat import find_remat
@@ -84,9 +84,9 @@ def make_loss(
       config: the settings.
 
     Returns:
-      `loss(params, batch, target_ids=None) -> (scalar, metrics)`. Batch arrays are [M, S, ...] with M
-      micro-batches; `target_ids` int32 [M, S, Z - 1, G] are needed with `mask_false_negatives`. Sides beyond
-      query and target are hard negatives, which every query of the pool sees.
+      `loss(params, batch, labels=None) -> (scalar, metrics)`. Batch arrays are [M, S, ...] with M
+      micro-batches; `labels`, `PairLabels`, are needed with `mask_false_negatives`. Sides beyond query and
+      target are hard negatives, which every query of the pool sees.
 
     Raises:
       ValueError: the model's `remat` is not a key of `models.remat.REMATS`.
@@ -147,10 +147,14 @@ def make_loss(
 
     pooled_loss = global_loss if config.pool == "global" else micro_loss
 
-    def loss(params: Any, batch: PackedBatch, target_ids: Any = None) -> tuple[jax.Array, dict]:
-        if config.mask_false_negatives and target_ids is None:
-            raise ValueError("mask_false_negatives needs the batch's target_ids")
-        return pooled_loss(params, batch, target_ids if config.mask_false_negatives else None)
+    def loss(
+        params: Any, batch: PackedBatch, labels: PairLabels | None = None
+    ) -> tuple[jax.Array, dict]:
+        if not config.mask_false_negatives:
+            return pooled_loss(params, batch, None)
+        if labels is None:
+            raise ValueError("mask_false_negatives needs the batch's labels")
+        return pooled_loss(params, batch, labels.target_ids)
 
     return loss
 
@@ -176,9 +180,9 @@ class TrainStep:
     """A compiled training step and the state it works on.
 
     Attributes:
-      run: `(state, batch, target_ids) -> (state, metrics)`, jitted with the shardings of a mesh; the state
-        that is given is donated: its arrays must not be used again. Batch and target ids are those of
-        the loss of `make_loss`; target ids may be None.
+      run: `(state, batch, labels) -> (state, metrics)`, jitted with the shardings of a mesh; the state
+        that is given is donated: its arrays must not be used again. Batch and labels are those of the loss of
+        `make_loss`; labels may be None.
       init: `params -> state`, jitted: the state before the first step, made in its shards.
       state: shapes, dtypes and shardings of the state.
     """
@@ -236,8 +240,8 @@ def build_step(
 
 def abstract_batch(
     model: Llave, mesh: jax.sharding.Mesh, budget: Budget, leading: tuple[int, ...]
-) -> tuple[PackedBatch, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a batch of a budget and of its target ids.
+) -> tuple[PackedBatch, PairLabels]:
+    """Shapes, dtypes and shardings of a batch of a budget and of its labels.
 
     Args:
       model: the module.
@@ -246,15 +250,20 @@ def abstract_batch(
       leading: axes in front of the shards: (micro_batches,) for training, () for embedding.
 
     Returns:
-      The batch, and target ids int32 [*leading, S, Z - 1, G], as `jax.ShapeDtypeStruct`.
+      The batch and the labels, of `jax.ShapeDtypeStruct`, with the axes `leading` in front.
     """
     vision = model.config.vision
     batch = empty_batch(budget, 1, vision.crop)
-    ids = np.zeros((1, budget.sides - 1, budget.groups), np.int32)
+    by_target = (1, budget.sides - 1, budget.groups)
+    labels = PairLabels(
+        np.zeros(by_target, np.int32),
+        np.zeros((1, budget.groups), np.int32),
+        np.zeros(by_target, np.float32),
+    )
     shards, place = sharding.num_shards(mesh), sharding.batch_sharding(mesh, len(leading))
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((*leading, shards, *x.shape[1:]), x.dtype, sharding=place),
-        (batch, ids),
+        (batch, labels),
     )
 
 
@@ -265,13 +274,13 @@ def _train_step(
     skip_nonfinite: bool,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     def train_step(
-        state: TrainState, batch: PackedBatch, target_ids: jax.Array | None
+        state: TrainState, batch: PackedBatch, labels: PairLabels | None
     ) -> tuple[TrainState, dict]:
         flat = sharding.flatten(state.params)
         trainable, frozen = optim.split_params(flat, lr_multipliers)
 
         def trainable_loss(trainable: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-            return loss(sharding.unflatten({**flat, **trainable}), batch, target_ids)
+            return loss(sharding.unflatten({**flat, **trainable}), batch, labels)
 
         (value, metrics), gradient = jax.value_and_grad(trainable_loss, has_aux=True)(trainable)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)

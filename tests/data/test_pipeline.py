@@ -1,6 +1,7 @@
 """The stream of batches: every row once an epoch, exact resumption, compositions, skipped rows."""
 
 import collections
+import dataclasses
 import functools
 import itertools
 import json
@@ -135,7 +136,7 @@ if __name__ == "__main__":
 def assert_same(batch, other):
     assert batch.ids == other.ids
     assert batch.epoch == other.epoch
-    np.testing.assert_array_equal(batch.target_ids, other.target_ids)
+    np.testing.assert_array_equal(batch.labels.target_ids, other.labels.target_ids)
     for field, a, b in zip(batch.packed._fields, batch.packed, other.packed, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=field)
 
@@ -508,7 +509,7 @@ class TestContent:
             for place in np.ndindex(1, 2, BUDGET.groups):
                 pack, shard, slot = place
                 if name := batch.ids[pack][shard][slot]:
-                    ids[index[name]] = int(batch.target_ids[pack, shard, 0, slot])
+                    ids[index[name]] = int(batch.labels.target_ids[pack, shard, 0, slot])
         for i, j in itertools.combinations(range(40), 2):
             a, b = source[i].target, source[j].target
             assert (ids[i] == ids[j]) == ((a.text, a.images) == (b.text, b.images))
@@ -543,7 +544,8 @@ class TestContent:
         budget = Budget(rows=3, row_length=512, crops=14, groups=4, sides=3)
         with_negative = 0
         for batch in make(source, builder, epochs=1, budget=budget):
-            assert batch.target_ids.shape == (1, 2, 2, 4)
+            assert batch.labels.target_ids.shape == batch.labels.scores.shape == (1, 2, 2, 4)
+            assert batch.labels.subsets.shape == (1, 2, 4)
             for shard, slot in np.ndindex(2, 4):
                 if name := batch.ids[0][shard][slot]:
                     pair = source[index[name]]
@@ -551,8 +553,36 @@ class TestContent:
                     if pair.negatives:
                         with_negative += 1
                         expected = content_id(pair.negatives[0])
-                        assert batch.target_ids[0, shard, 1, slot] == expected
+                        assert batch.labels.target_ids[0, shard, 1, slot] == expected
         assert with_negative == 8
+
+    def test_labels_lie_in_the_slots_of_their_pairs(self, builder):
+        class Scored(Pairs):
+            """Rows of 0 to 3 negatives; some have a score of the target and of each."""
+
+            def __getitem__(self, index):
+                negatives = tuple(Item(f"not {index}, {n}") for n in range(index % 4))
+                scores = tuple(index + n / 10 for n in range(1 + index % 4)) if index % 3 else ()
+                return dataclasses.replace(
+                    super().__getitem__(index), negatives=negatives, scores=scores
+                )
+
+        source = Scored({"a": 9, "b": 12})
+        index = {source.pair_id(i): i for i in range(21)}
+        budget = Budget(rows=3, row_length=512, crops=14, groups=4, sides=4)
+        seen = set()
+        for batch in make(source, builder, epochs=1, budget=budget):
+            for shard, slot in np.ndindex(2, 4):
+                if name := batch.ids[0][shard][slot]:
+                    seen.add(name)
+                    pair = source[index[name]]
+                    assert batch.labels.subsets[0, shard, slot] == "ab".index(pair.subset)
+                    scores = [*pair.scores[:3], *[np.nan] * (3 - len(pair.scores))]
+                    actual = batch.labels.scores[0, shard, :, slot]
+                    np.testing.assert_array_equal(actual, np.array(scores, np.float32))
+                    present = batch.packed.pooled[0, shard, 2:, slot] >= 0
+                    np.testing.assert_array_equal(present, np.arange(2) < len(pair.negatives))
+        assert seen == set(index)
 
     def test_the_mmeb_tree_streams_completely(self, tmp_path, builder):
         make_tree(tmp_path / "tree", 9)

@@ -91,6 +91,7 @@ FIELDS = {
     "loss.margin": floats(),
     "loss.temperature": POSITIVE,
     "loss.pool": names("global", "micro", "device"),
+    "loss.negatives_per_row": integers(1),
     "optim.learning_rate": NOT_NEGATIVE,
     "optim.warmup_fraction": SHARE,
     "optim.beta1": BETA,

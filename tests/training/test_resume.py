@@ -102,6 +102,14 @@ def test_a_key_that_no_table_knows_is_refused():
     assert refused == ["loss.new.key: None -> 2", "loss.old: 1 -> None"]
 
 
+def test_a_run_from_before_there_was_a_key_has_its_default():
+    now = {"loss": {"negatives_per_row": 1, "alpha": 9.0}}
+    assert resume.refused_changes({"loss": {"alpha": 9.0}}, now) == []
+    now["loss"]["negatives_per_row"] = 4
+    refused = resume.refused_changes({"loss": {"alpha": 9.0}}, now)
+    assert refused == ["loss.negatives_per_row: 1 -> 4"]
+
+
 # Real runs: a tiny model with weights, text only.
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from llave_jax.inputs.batch import Budget, empty_batch, stack_batches
+from llave_jax.inputs.batch import Budget, PairLabels, empty_batch, stack_batches
 from llave_jax.inputs.item import Item, missing_image
 from llave_jax.inputs.packing import Packer
 from llave_jax.inputs.sequence import SequenceBuilder
@@ -292,6 +292,7 @@ def test_pools_in_value_and_gradient(pool, kind, golden_model):
     valid = random.random((micro_batches, shards, groups)) < 0.7
     ids = random.integers(0, 12, (micro_batches, shards, sides - 1, groups)).astype(np.int32)
     vision = golden_model.config.vision
+    labels = PairLabels(ids, np.zeros(valid.shape, np.int32), np.zeros(ids.shape, np.float32))
     one = empty_batch(Budget(1, 8, 0, groups, sides), shards, vision.crop)
     batch = stack_batches([one] * micro_batches)._replace(pooled=pooled, valid=valid)
 
@@ -300,7 +301,7 @@ def test_pools_in_value_and_gradient(pool, kind, golden_model):
     config = train_step.LossConfig(kind, pool=pool, mask_false_negatives=True, **numbers)
     loss = train_step.make_loss(LookUp(), mesh, config)
     params = {"embeddings": jnp.asarray(embeddings, jnp.float32)}
-    (found, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, ids)
+    (found, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, labels)
 
     pairs = pooled[:, :, 0].reshape(-1)
     targets, extra = pooled[:, :, 1].reshape(-1), pooled[:, :, 2].reshape(-1)
