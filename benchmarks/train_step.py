@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --preset llave-0.5b                  # one GPU, bfloat16
     python benchmarks/train_step.py --preset llave-2b --torch            # and transformers, same items
     python benchmarks/train_step.py --preset llave-0.5b --embed --torch
-    python benchmarks/train_step.py --layers 4 --pairs 8 --micro-batches 4 --dtype float32 --torch  # a CPU
+    python benchmarks/train_step.py --preset mid-size --pairs 8 --micro-batches 8 --dtype float32 --torch  # a CPU
 
 Pairs have the sizes of MMEB's mix (llave_jax/planning/workload.py), random pixels and random tokens; weights
 are random. transformers' LlavaOnevision gets the same items as the authors feed it: padded, queries
@@ -37,6 +37,28 @@ from llave_jax.parallel import sharding
 from llave_jax.planning import flops, workload
 from llave_jax.training import optim, train_step
 
+# The model of tests/golden/cpu_baseline.json, with which the authors' code was timed on two cores, and its pairs.
+MID_SIZE = dataclasses.replace(
+    PRESETS["llave-0.5b"],
+    text=dataclasses.replace(
+        PRESETS["llave-0.5b"].text,
+        hidden_size=512,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=2,
+        intermediate_size=1408,
+        vocab_size=8000,
+    ),
+    vision=dataclasses.replace(
+        PRESETS["llave-0.5b"].vision,
+        hidden_size=384,
+        num_layers=8,
+        num_heads=6,
+        intermediate_size=1536,
+    ),
+)
+MODELS = {**PRESETS, "mid-size": MID_SIZE}
+MID_SIZE_PAIR = (workload.Side(16, ((640, 480, 1.0),)), workload.Side(6, None))
 # Dense bfloat16 operations a second, as published, by a part of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
 # Rows are a multiple of what the attention kernels' blocks divide.
@@ -46,14 +68,15 @@ FROZEN = (("vision_tower/.*", None), (".*", 1.0))
 
 def main() -> None:
     args = parse_arguments()
-    config = PRESETS[args.preset]
+    config = MODELS[args.preset]
     if args.layers:
         config = dataclasses.replace(
             config,
             text=dataclasses.replace(config.text, num_layers=args.layers),
             vision=dataclasses.replace(config.vision, num_layers=args.layers),
         )
-    pairs = [random_pair(config, i) for i in range(args.pairs)]
+    sides = MID_SIZE_PAIR if args.preset == "mid-size" else None
+    pairs = [random_pair(config, i, sides) for i in range(args.pairs)]
     batch = pack(config, pairs, args)
     lengths = np.array([len(s) for pair in pairs for s in pair])
     crops = sum(len(s.crops) for pair in pairs for s in pair)
@@ -86,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="llave-0.5b")
+    parser.add_argument("--preset", choices=tuple(MODELS), default="llave-0.5b")
     parser.add_argument("--layers", type=int, help="of each tower, instead of the preset's")
     parser.add_argument("--pairs", type=int, default=64, help="pairs of a step")
     parser.add_argument("--micro-batches", type=int, default=8)
@@ -98,13 +121,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--torch-batch", type=int, default=4, help="pairs at a time, as the authors"
     )
+    parser.add_argument(
+        "--torch-keeps", action="store_true", help="transformers keeps all activations"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
 
 
-def random_pair(config: LlaveConfig, seed: int) -> tuple[TokenSequence, TokenSequence]:
-    """Query and target of MMEB's sizes with random content."""
+def random_pair(
+    config: LlaveConfig, seed: int, sides: tuple[workload.Side, workload.Side] | None
+) -> tuple[TokenSequence, TokenSequence]:
+    """Query and target with random content, of the given sizes or of MMEB's."""
     rng = np.random.default_rng(seed)
+    if sides is not None:
+        query, target = (random_side(config, side, rng) for side in sides)
+        return query, target
     shares = np.array([subset.rows for subset in workload.SUBSETS.values()], float)
     subset = list(workload.SUBSETS.values())[rng.choice(len(shares), p=shares / shares.sum())]
     return random_side(config, subset.query, rng), random_side(config, subset.target, rng)
@@ -204,7 +235,8 @@ def torch_run(config, pairs, batch, args) -> tuple[float, float | None]:
     model = model.to(device, getattr(torch, args.dtype))  # pyright: ignore[reportArgumentType]
     model.train()
     model.vision_tower.requires_grad_(False)
-    model.language_model.gradient_checkpointing_enable()
+    if not args.torch_keeps:
+        model.language_model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0
     )
