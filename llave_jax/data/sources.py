@@ -223,6 +223,36 @@ class MmebSource(PairSource):
         paths = (row.qry_image_path, row.pos_image_path, row.neg_image_path)
         return row, tuple(self._images.read(path, name) if path else b"" for path in paths)
 
+    def query_and_target(self, index: int) -> tuple[Item, Item]:
+        """The two sides of a row, without reading the images that are files.
+
+        Args:
+          index: of the pair.
+
+        Returns:
+          The query and the target. Their images are paths of files, or bytes if they lie in an archive.
+
+        Raises:
+          RowError: the row cannot be used.
+          ImageError: an image is not there.
+        """
+        row, name = self.row(index), self._name(index)
+
+        def item(side: str, text: str, path: str) -> Item:
+            where = f"{name}, {side}"
+            images = (self._images.find(path, where),) if path else missing_image(text)
+            return Item(text=text, images=images, name=f"{where} ({path})" if path else where)
+
+        return (
+            item("query", row.qry, row.qry_image_path),
+            item("target", row.pos_text, row.pos_image_path),
+        )
+
+    @property
+    def image_root(self) -> Path:
+        """What the rows' image paths are relative to."""
+        return self._images.root
+
     def make(self, index: int, row: Row, images: Sequence[bytes]) -> Pair:
         """Makes the pair of what `read` gave.
 

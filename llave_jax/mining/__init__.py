@@ -1,0 +1,1 @@
+"""Hard negatives of training rows, found by a model."""
