@@ -71,7 +71,7 @@ def read_contents(source: MmebSource, directory: Path, on_error: str) -> Content
             path = directory / f"{start // _ROWS_PER_PART:06}.npz"
             part = _Part.read(path, source, rows, threads)
             if part.is_new:
-                write_arrays(path, **part.arrays())
+                write_arrays(path, compress=False, **part.arrays())
                 progress.update(len(rows))
             else:
                 progress.skip(len(rows))
