@@ -22,7 +22,9 @@ _COLUMNS = (
     "image size",
     "tokens",
     "crops",
+    "targets",
     "negatives",
+    "scored",
     "unusable",
 )
 # Reasons that are shown for each subset with unusable rows.
@@ -55,14 +57,16 @@ def subset_report(measured: Mapping[str, MeasuredSubset]) -> str:
 
 def _cells(part: MeasuredSubset) -> list[str]:
     usable, unusable = len(part.lengths), len(part.unusable)
-    figures = ["-"] * 5
+    figures = ["-"] * (len(_COLUMNS) - 3)
     if usable:
         figures = [
             _by_side(part.text),
             _image_sizes(part.images),
             _by_side(part.lengths),
             " / ".join(f"{mean:.1f}" for mean in part.crops.mean(0)),
-            f"{part.with_negative / usable:.0%}",
+            _count(part.targets),
+            _count(part.negatives),
+            f"{part.scored / usable:.0%}",
         ]
     return [str(part.rows), *figures, f"{unusable} of {usable + unusable}"]
 
@@ -70,6 +74,10 @@ def _cells(part: MeasuredSubset) -> list[str]:
 def _by_side(values: np.ndarray) -> str:
     pairs = zip(values.mean(0), values.max(0), strict=True)
     return " / ".join(f"{mean:.0f} ({largest})" for mean, largest in pairs)
+
+
+def _count(values: np.ndarray) -> str:
+    return f"{values.mean():.2g} ({values.max()})"
 
 
 def _image_sizes(images: list[tuple[int, int]]) -> str:

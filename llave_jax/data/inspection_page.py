@@ -72,12 +72,21 @@ def _pair(source: PairSource, index: int, builder: SequenceBuilder) -> str:
     name = html.escape(source.pair_id(index))
     try:
         pair = source[index]
+        others = [source.draw(index, n, 0).target for n in range(1, pair.num_targets)]
         items = [("query", pair.query), ("target", pair.target)]
         items += [("hard negative", negative) for negative in pair.negatives]
-        sides = [_side(f"{name} {side}", item, builder) for side, item in items]
+        items += [("another target", target) for target in others]
+        sides = [
+            _side(f"{name} {side}{_score(score)}", item, builder)
+            for (side, item), score in itertools.zip_longest(items, (None, *pair.scores))
+        ]
     except ValueError as error:  # what training would raise or skip is shown in its place
         sides = [f"<div class='side error'>{name}: {html.escape(str(error))}</div>"]
     return f"<div class='pair'>{''.join(sides)}</div>"
+
+
+def _score(score: float | None) -> str:
+    return "" if score is None else f" (score {score:.4g})"
 
 
 def _side(title: str, item: Item, builder: SequenceBuilder) -> str:

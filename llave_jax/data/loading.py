@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llave_jax.common.content import short_hash
 from llave_jax.data.order import HOLE
 from llave_jax.data.sources import PairSource
 from llave_jax.inputs.content import content_id
@@ -18,31 +19,39 @@ from llave_jax.inputs.taps import Taps
 
 
 class RowLoader:
-    """`loader(row) -> dict`: the pair's sequences as plain arrays, or why there are none.
+    """`loader(row, turn) -> dict`: the pair's sequences as plain arrays, or why there are none.
 
     A loaded row has the keys "id", "row", "target_ids" (int32 [Z - 1]), "subset" (its number), "scores" (float32
-    [Z - 1], nan where the row has none) and "sequences" (Z of `to_arrays`, None for a side that the pair lacks). A row that cannot be used has "id" and "skipped", the reason.
-    HOLE has "hole". All have "pid", of the process that has loaded them.
+    [Z - 1], nan where the row has none) and "sequences" (Z of `to_arrays`, None for a side that the pair lacks). A
+    row that cannot be used has "id" and "skipped", the reason. HOLE has "hole". All have "pid", of the process that
+    has loaded them.
+
+    A row of several targets comes with the next one at each turn, from one that is drawn at random.
 
     Args:
       source: of the rows.
       builder: of their sequences.
       sides: Z: 2, and one for each hard negative that a step takes of a row.
       skip: rows that cannot be used have a reason; otherwise they raise ValueError.
+      seed: of the first turn's targets.
     """
 
-    def __init__(self, source: PairSource, builder: SequenceBuilder, sides: int, skip: bool):
+    def __init__(
+        self, source: PairSource, builder: SequenceBuilder, sides: int, skip: bool, seed: int = 0
+    ):
         self._source = source
         self._builder = builder
         self._sides = sides
         self._numbers = {name: number for number, name in enumerate(source.subsets)}
         self._skip = skip
+        self._seed = seed
 
-    def __call__(self, index: int | np.int64) -> dict[str, Any]:
+    def __call__(self, index: int | np.int64, turn: int) -> dict[str, Any]:
         """Loads one row.
 
         Args:
           index: of the row in the source, or HOLE.
+          turn: how often the row has come before.
 
         Returns:
           What the class describes.
@@ -55,7 +64,7 @@ class RowLoader:
         if index == HOLE:
             return {**loaded, "hole": True}
         try:
-            return {**loaded, **self._load(int(index))}
+            return {**loaded, **self._load(int(index), turn)}
         except ValueError as error:
             if not self._skip:
                 raise
@@ -72,8 +81,9 @@ class RowLoader:
         """
         return self._source.pair_id(index)
 
-    def _load(self, index: int) -> dict[str, Any]:
-        pair = self._source[index]
+    def _load(self, index: int, turn: int) -> dict[str, Any]:
+        start = int.from_bytes(short_hash(f"{self._seed}:{index}".encode()), "little")
+        pair = self._source.draw(index, start + turn, self._sides - 2)
         items = pair.sides(self._sides)
         sequences = [None if item is None else self._builder(item) for item in items]
         scores = np.full(self._sides - 1, np.nan, np.float32)

@@ -59,7 +59,9 @@ class MeasuredSubset:
       words: int [n], of the query.
       taps: the most taps any visual token has.
       images: (width, height) of every image.
-      with_negative: pairs that name a hard negative.
+      targets: int [n], how many targets the row names.
+      negatives: int [n], how many hard negatives it names.
+      scored: pairs with a teacher's scores.
       unusable: pair id -> reason.
     """
 
@@ -71,7 +73,9 @@ class MeasuredSubset:
     words: np.ndarray
     taps: int
     images: list[tuple[int, int]]
-    with_negative: int
+    targets: np.ndarray
+    negatives: np.ndarray
+    scored: int
     unusable: dict[str, str]
 
 
@@ -86,7 +90,9 @@ class _MeasuredPair(NamedTuple):
     words: int
     taps: int
     images: list[tuple[int, int]]
-    has_negative: bool
+    targets: int
+    negatives: int
+    scored: bool
 
 
 def _measure_pair(pair: Pair, builder: LayoutBuilder, sides: int) -> _MeasuredPair:
@@ -110,7 +116,9 @@ def _measure_pair(pair: Pair, builder: LayoutBuilder, sides: int) -> _MeasuredPa
             for image in item.images
             if image is not None
         ],
-        has_negative=bool(pair.negatives),
+        targets=pair.num_targets,
+        negatives=len(pair.negatives),
+        scored=bool(pair.scores),
     )
 
 
@@ -133,14 +141,14 @@ def measure_subset(
     indices = source.subsets[subset]
     chosen = indices[:: max(1, -(-len(indices) // count))]
 
-    def measure(index: int) -> _MeasuredPair | str:
-        try:
-            return _measure_pair(source[index], layout, sides)
+    def measure(number: int, index: int) -> _MeasuredPair | str:
+        try:  # over the rows, each of their targets has its turn
+            return _measure_pair(source.draw(index, number), layout, sides)
         except ValueError as error:
             return str(error)
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        results = list(threads.map(measure, chosen))
+        results = list(threads.map(measure, range(len(chosen)), chosen))
     pairs = [result for result in results if not isinstance(result, str)]
 
     def table(field: str) -> np.ndarray:
@@ -155,7 +163,9 @@ def measure_subset(
         words=np.array([pair.words for pair in pairs], int),
         taps=max((pair.taps for pair in pairs), default=1),
         images=[size for pair in pairs for size in pair.images],
-        with_negative=sum(pair.has_negative for pair in pairs),
+        targets=np.array([pair.targets for pair in pairs], int),
+        negatives=np.array([pair.negatives for pair in pairs], int),
+        scored=sum(pair.scored for pair in pairs),
         unusable={
             source.pair_id(index): result
             for index, result in zip(chosen, results, strict=True)

@@ -6,6 +6,7 @@ a position in it is all there is to resume from. Loading the rows is `loading.py
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import heapq
@@ -314,6 +315,56 @@ class _Locate:
         indices = np.full(self._size, HOLE, np.int64)
         indices[: len(members)] = [rows[m] for m in members]
         return indices
+
+
+class Turns:
+    """(position, row) -> how often the row has come before this position, about, if every subset is read evenly.
+
+    In an order that has every row once an epoch it is the epoch.
+
+    Args:
+      subsets: ranges of rows, one after another.
+      positions: of each subset, how many positions of the order have each of its rows once.
+    """
+
+    def __init__(self, subsets: Sequence[range], positions: Sequence[float]):
+        self._starts = [rows.start for rows in subsets]
+        self._positions = list(positions)
+
+    def __call__(self, position: int, row: int) -> int:
+        """How often a row has come.
+
+        Args:
+          position: of the order.
+          row: of the source.
+
+        Returns:
+          At least 0.
+        """
+        return int(position // self._positions[bisect.bisect_right(self._starts, row) - 1])
+
+
+def positions_of_subsets(
+    subsets: Mapping[str, np.ndarray], composition: Composition
+) -> list[float]:
+    """How many positions of `row_order` have each row of a subset once, about.
+
+    Args:
+      subsets: as for `row_order`.
+      composition: as for `row_order`.
+
+    Returns:
+      A number for each subset, at least 1; HOLEs have positions, too.
+    """
+    size = composition.sub_batch
+    filled = {name: size * -(-len(rows) // size) for name, rows in subsets.items()}
+    if composition.weights is None:
+        return [max(1, sum(filled.values()))] * len(subsets)
+    weights = {name: weight for name, weight in composition.weights.items() if filled[name]}
+    total = sum(weights.values())
+    return [
+        max(1, filled[name] * total / weights[name]) if name in weights else 1 for name in subsets
+    ]
 
 
 class Members(grain.MapDataset):

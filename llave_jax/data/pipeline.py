@@ -27,8 +27,10 @@ from llave_jax.data.order import (
     UNIFORM,
     Composition,
     Members,
+    Turns,
     UniformOrder,
     UniformPart,
+    positions_of_subsets,
     row_order,
     rows_of_process,
 )
@@ -128,6 +130,7 @@ def train_iterator(
         )
     process = {"process_index": process_index, "process_count": process_count}
     parts = process_count * num_shards * micro_batches
+    num_subsets = len(source.subsets)
     batch_size = None
     if by_modality:
         part = ModalityPart(
@@ -142,6 +145,7 @@ def train_iterator(
             **process,
         )
         order, batch_size = grain.MapDataset.source(part), part.order.batch_size
+        positions = [part.order.batches_per_epoch * part.size] * num_subsets
         batches = functools.partial(ModalityIterator, part=part)
     elif composition.is_shuffle:
         starts = np.array([rows.start for rows in source.subsets.values()])
@@ -149,13 +153,14 @@ def train_iterator(
         uniform = UniformOrder(contents, starts, num_slots=batch_size, seed=seed)
         part = UniformPart(uniform, epochs=epochs, **process)
         order = grain.MapDataset.source(part)
-        batches = functools.partial(
-            UniformIterator, batch=part.size, epoch=uniform.batches_per_epoch * part.size
-        )
+        epoch = uniform.batches_per_epoch * part.size
+        positions = [epoch] * num_subsets
+        batches = functools.partial(UniformIterator, batch=part.size, epoch=epoch)
     else:
         subsets = rows_of_process(source, contents, seed=seed, **process)
         groups = row_order(subsets, seed=seed, epochs=epochs, composition=composition)
         order = Members(groups, composition.sub_batch)
+        positions = positions_of_subsets(subsets, composition)
         batches = functools.partial(UniformIterator, epoch=sum(map(len, subsets.values())))
     skips = None
     if skip_file is not None:
@@ -165,7 +170,8 @@ def train_iterator(
     dataset = StepDataset(
         batches,
         order,
-        load=RowLoader(source, builder, budget.sides, skip=on_error == "skip"),
+        load=RowLoader(source, builder, budget.sides, skip=on_error == "skip", seed=seed),
+        turns=Turns(list(source.subsets.values()), positions),
         packers=lambda: [
             Packer(budget, num_shards, builder.spec.crop) for _ in range(micro_batches)
         ],

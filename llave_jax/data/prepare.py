@@ -33,14 +33,13 @@ from llave_jax.common import files, ray_engine, workers
 from llave_jax.common.content import digest, file_digest, short_hash
 from llave_jax.common.directories import make_directory
 from llave_jax.common.progress import Progress
-from llave_jax.data.rows import Row
+from llave_jax.data.row_forms import FIELDS
 from llave_jax.data.skips import SkipLog
-from llave_jax.data.sources import INDEX_FACTS, MmebSource
+from llave_jax.data.sources import IMAGES, INDEX_FACTS, MORE_IMAGES, MmebSource
 from llave_jax.inputs.images import load_image
 
 NAME = "mmeb_train"
 logger = logging.getLogger(__name__)
-IMAGES = ("qry_image", "pos_image", "neg_image")
 # A chunk holds one record, so that any record can be read alone. Pictures are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
@@ -63,15 +62,21 @@ class Shard:
         return self.path.with_name(self.path.name + ".json")
 
 
-def features() -> tfds.features.FeaturesDict:
+def features(has_more: bool = False) -> tfds.features.FeaturesDict:
     """What a record holds; images are the bytes of their files, b"" where a side has none.
+
+    Args:
+      has_more: some rows have several targets or hard negatives, or scores.
 
     Returns:
       The features of a record, by name.
     """
-    texts = {field: tfds.features.Text() for field in Row._fields}
-    images = {image: tfds.features.Tensor(shape=(), dtype=np.object_) for image in IMAGES}
-    return tfds.features.FeaturesDict({"row": np.int64, **texts, **images})
+    image = tfds.features.Tensor(shape=(), dtype=np.object_)
+    names: dict[str, Any] = {field: tfds.features.Text() for field in FIELDS}
+    names |= {"row": np.int64, **dict.fromkeys(IMAGES, image)}
+    if has_more:
+        names |= {"more": tfds.features.Text(), MORE_IMAGES: tfds.features.Sequence(image)}
+    return tfds.features.FeaturesDict(names)
 
 
 def prepare(
@@ -111,6 +116,7 @@ def prepare(
     for subset in plans:
         make_directory(output / subset)
         files.remove_abandoned(output / subset)
+        _check_other_splits(output / subset, split, source.has_more(subset))
     options = (check_images, skips is not None)
     work = [(subset, shard) for subset, shards in plans.items() for shard in shards]
     written = (
@@ -139,7 +145,7 @@ def prepare(
             left_out=source.left_out.get(subset, ()),
             facts=part,
         )
-        _write_description(output / subset)
+        _write_description(output / subset, source.has_more(subset))
 
 
 # A shard with the subset that it belongs to.
@@ -261,7 +267,8 @@ def write_shard(
         if _is_sound(done, source, shard) and file_digest(shard.path).hex() == done["sha256"]:
             return done
         logger.warning("%s: is not what was written to it; it is written again", shard.path)
-    serializer = features()
+    has_more = source.has_more(source.subset(shard.indices.start))
+    serializer = features(has_more)
     written: list[bytes] = []
     kept, skipped = [], []
     with files.atomic_file(shard.path) as temporary:
@@ -271,7 +278,7 @@ def write_shard(
                 raise _Stopped
             row_number = source.row_number(index)
             try:
-                record = _record(source, index, row_number, check_images)
+                record = _record(source, index, row_number, check_images, has_more)
             except ValueError as error:
                 if not skip:
                     raise
@@ -295,15 +302,21 @@ def write_shard(
     return record
 
 
-def _record(source: MmebSource, index: int, row_number: int, check_images: bool) -> dict[str, Any]:
+def _record(
+    source: MmebSource, index: int, row_number: int, check_images: bool, has_more: bool
+) -> dict[str, Any]:
     row, images = source.read(index)
     if check_images:
         pair = source.make(index, row, images)
-        for item in (pair.query, pair.target, *pair.negatives):
+        others = [source.make(index, row, images, n).target for n in range(1, pair.num_targets)]
+        for item in (pair.query, pair.target, *others, *pair.negatives):
             for image in item.images:
                 if image is not None:
                     load_image(image, item.name)
-    return {"row": row_number, **row._asdict(), **dict(zip(IMAGES, images, strict=True))}
+    values = row._asdict() if has_more else {field: getattr(row, field) for field in FIELDS}
+    first, others = images[: len(IMAGES)], images[len(IMAGES) :]
+    more = {MORE_IMAGES: list(others)} if has_more else {}
+    return {"row": row_number, **values, **dict(zip(IMAGES, first, strict=True)), **more}
 
 
 def _read_back(path: Path, written: list[bytes]) -> None:
@@ -322,7 +335,9 @@ def _read_back(path: Path, written: list[bytes]) -> None:
 def _fingerprint(source: MmebSource, shard: Shard) -> str:
     """Says which rows a shard is made of."""
     digests = [source.digest(index).to_bytes(8, "little") for index in shard.indices]
-    return short_hash(b"".join(digests), 16).hex()
+    # Shards of a subset have the same fields.
+    fields = b"more" if source.has_more(source.subset(shard.indices.start)) else b""
+    return short_hash(b"".join(digests) + fields, 16).hex()
 
 
 def _read_record(shard: Shard) -> dict[str, Any] | None:
@@ -375,7 +390,19 @@ def _write_index(
     )
 
 
-def _write_description(folder: Path) -> None:
+def _check_other_splits(folder: Path, split: str, has_more: bool) -> None:
+    """Refuses a split whose records have other fields than those of the splits that lie in the folder."""
+    description = folder / "features.json"
+    others = {path.stem.removeprefix("rows-") for path in folder.glob("rows-*.npz")} - {split}
+    if others and (f'"{MORE_IMAGES}"' in description.read_text(encoding="utf-8")) != has_more:
+        rows = "several targets or hard negatives, or scores"
+        raise ValueError(
+            f"{folder} holds the split(s) {sorted(others)}: of those and {split!r}, only one has rows with {rows}; "
+            "choose another output"
+        )
+
+
+def _write_description(folder: Path, has_more: bool) -> None:
     """tensorflow-datasets' description of all complete splits of a folder."""
     splits = sorted(path.stem.removeprefix("rows-") for path in folder.glob("rows-*.npz"))
     with files.scratch_directory(folder / "dataset_info") as scratch:
@@ -401,7 +428,7 @@ def _write_description(folder: Path) -> None:
                 (scratch / path.stem).touch()
         tfds.folder_dataset.write_metadata(
             data_dir=str(scratch),
-            features=features(),
+            features=features(has_more),
             split_infos=infos,
             filename_template=template,
             check_data=False,

@@ -1,10 +1,12 @@
-"""Rows of MMEB training data: their fields, and reading them from parquet, JSON and JSON lines.
+"""Rows of training data: their fields, and reading them from parquet, JSON and JSON lines.
 
-Owns text only. The images of a row are read by `image_store.py`. Rows become pairs in `sources.py`.
+Owns text only. What one row may say is `row_forms.py`. The images of a row are read by `image_store.py`. Rows
+become pairs in `sources.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +18,18 @@ import pyarrow.parquet
 
 from llave_jax.common.content import short_hash
 from llave_jax.common.json_text import LINE_TOO_LONG, json_lines, parse_json
+from llave_jax.data import row_forms
+from llave_jax.data.row_forms import FIELDS, OPTIONAL, REQUIRED, Rest, Side
 from llave_jax.inputs.item import is_empty
 
-REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
-OPTIONAL = ("neg_text", "neg_image_path")
-FIELDS = REQUIRED + OPTIONAL
 # Its functions are made when it is imported: type checkers do not know them.
 compute: Any = pyarrow.compute
 # Rows that are turned into Python strings at a time.
 _CHUNK = 4096
 EMPTY_SIDE = "the query or the target has neither text nor image"
-# `problem` says why a row cannot be used, if that shows while the file is read; otherwise it is null.
-_SCHEMA = pa.schema([(field, pa.large_string()) for field in (*FIELDS, "problem")])
+# `more` is that of `Row`. `problem` says why a row cannot be used, if that shows while the file is read. Either is
+# null where there is nothing to say.
+_SCHEMA = pa.schema([(field, pa.large_string()) for field in (*FIELDS, "more", "problem")])
 
 
 class RowError(ValueError):
@@ -53,10 +55,12 @@ class Row(NamedTuple):
     Attributes:
       qry: text of the query.
       qry_image_path: image of the query, relative to the image root; "" if it has none. So are the others.
-      pos_text: text of the target.
-      pos_image_path: image of the target.
-      neg_text: text of the hard negative; "" if there is none.
-      neg_image_path: image of the hard negative.
+      pos_text: text of the target, the first one of several.
+      pos_image_path: image of this target.
+      neg_text: text of the hard negative, the first one of several; "" if there is none.
+      neg_image_path: image of this hard negative.
+      more: the other targets and hard negatives, and a teacher's scores, as `Rest.to_text` writes them; "" for a
+        row of one target, at most one hard negative and no scores.
     """
 
     qry: str
@@ -65,6 +69,7 @@ class Row(NamedTuple):
     pos_image_path: str
     neg_text: str
     neg_image_path: str
+    more: str = ""
 
     def digest(self) -> int:
         """64-bit hash of the content, the same wherever the row is stored.
@@ -72,7 +77,20 @@ class Row(NamedTuple):
         Returns:
           At least 0, less than 2**64.
         """
-        return hash_texts(self)
+        return hash_texts(self if self.more else self[:-1])
+
+    def rest(self) -> Rest:
+        """What `more` holds."""
+        return Rest.from_text(self.more)
+
+    def positives(self) -> tuple[Side, ...]:
+        """The targets, one at least."""
+        return (Side(self.pos_text, self.pos_image_path), *self.rest().positives)
+
+    def negatives(self) -> tuple[Side, ...]:
+        """The hard negatives, in the row's order; often none."""
+        first = Side(self.neg_text, self.neg_image_path)
+        return () if first.is_empty() else (first, *self.rest().negatives)
 
 
 def hash_texts(texts: Iterable[str]) -> int:
@@ -104,6 +122,13 @@ class Table:
         self.row_numbers = row_numbers
         self.left_out = left_out
         self._columns = [batch.column(field) for field in (*FIELDS, "problem")]
+        more = batch.column("more")
+        self._more = None if more.null_count == len(more) else more
+
+    @property
+    def has_more(self) -> bool:
+        """Whether any row has several targets or hard negatives, or scores."""
+        return self._more is not None
 
     def __len__(self) -> int:
         return len(self._columns[0])
@@ -139,7 +164,8 @@ class Table:
         missing = [f for f, v in zip(REQUIRED, values, strict=False) if v is None]
         if missing:
             raise RowError(name, f"missing fields {missing}; a row has {list(REQUIRED)}")
-        row = Row(*(value or "" for value in values))
+        more = None if self._more is None else self._more[index].as_py()
+        row = Row(*(value or "" for value in values), more=more or "")
         if is_empty(row.qry, row.qry_image_path):
             raise RowError(name, "the query has neither text nor an image")
         if is_empty(row.pos_text, row.pos_image_path):
@@ -191,7 +217,7 @@ def read_table(files: list[Path], max_rows: int | None = None) -> Table:
     else:
         records = _json_records(file)
         kept = [r for r, _ in zip(records, range(max_rows or 2**62), strict=False)]
-        table = pa.Table.from_pylist([_clean(record) for record in kept], schema=_SCHEMA)
+        table = pa.Table.from_pylist(list(map(row_forms.read_record, kept)), schema=_SCHEMA)
         label = str(file)
     row_numbers = np.delete(np.arange(len(table)), left_out)
     if len(left_out):
@@ -210,6 +236,7 @@ def _empty_rows(table: pa.Table) -> np.ndarray:
         text, path = table[text_field], table[path_field]
         visible = compute.match_substring_regex(text.cast(pa.large_binary()), "[!-~]")
         candidates = compute.and_(compute.equal(path, ""), compute.invert(visible))
+        candidates = compute.fill_null(candidates, False)  # a row with a problem has no fields
         for number in np.flatnonzero(candidates.to_numpy()).tolist():
             try:
                 if is_empty(text[number].as_py()):
@@ -226,29 +253,72 @@ def _read_parquet(files: list[Path], max_rows: int | None) -> pa.Table:
             parquet = pyarrow.parquet.ParquetFile(file)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not a readable parquet file: {error}") from error
-        missing = [field for field in REQUIRED if field not in parquet.schema_arrow.names]
-        if missing:
+        names = parquet.schema_arrow.names
+        columns = row_forms.columns_to_read(names)
+        if columns is None:
+            missing = [field for field in REQUIRED if field not in names]
             raise ValueError(
-                f"{file}: lacks columns {missing}; found {parquet.schema_arrow.names}, expected "
-                f"{list(REQUIRED)} and optionally {list(OPTIONAL)}"
+                f"{file}: lacks columns {missing}; found {names}, expected {list(REQUIRED)} and optionally "
+                f"{list(OPTIONAL)}; or, for rows of texts, {row_forms.NAMES_OF_TEXTS}"
             )
-        columns = [field for field in FIELDS if field in parquet.schema_arrow.names]
         try:
-            part = parquet.read(columns=columns)
-            part = part.slice(0, remaining)
-            fields = {
-                name: compute.fill_null(part[name].cast(pa.large_string()), "") for name in columns
-            }
+            part = parquet.read(columns=columns).slice(0, remaining)
+            if set(columns) <= set(FIELDS) and not any(map(_is_list, part.schema.types)):
+                part = _scalar_rows(part)
+            else:
+                part = _rows_of_lists(part)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file}: cannot be read as text columns: {error}") from error
-        for field in (*OPTIONAL, "problem"):
-            fields.setdefault(field, pa.nulls(len(part), pa.large_string()))
-        parts.append(pa.table(fields).select(_SCHEMA.names))
+        parts.append(part)
         if remaining is not None:
             remaining -= len(part)
             if remaining <= 0:
                 break
     return pa.concat_tables(parts)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
+
+
+def _scalar_rows(part: pa.Table) -> pa.Table:
+    """Rows of one target and at most one hard negative, in the columns of `_SCHEMA`."""
+    fields = {
+        name: compute.fill_null(part[name].cast(pa.large_string()), "")
+        for name in part.column_names
+    }
+    for field in (*OPTIONAL, "more", "problem"):
+        fields.setdefault(field, pa.nulls(len(part), pa.large_string()))
+    return pa.table(fields).select(_SCHEMA.names)
+
+
+def _rows_of_lists(part: pa.Table) -> pa.Table:
+    """Rows of lists, of scores, or of other names, in the columns of `_SCHEMA`."""
+    scalar = [field.name for field in part.schema if not _is_list(field.type)]
+    scalar = [name for name in scalar if name not in row_forms.SCORES]
+    for name in scalar:
+        number = part.column_names.index(name)
+        part = part.set_column(number, name, part[name].cast(pa.large_string()))
+    batches = [
+        pa.RecordBatch.from_pylist(
+            [row_forms.read_record(record, null_is_empty=True) for record in _records(batch)],
+            schema=_SCHEMA,
+        )
+        for batch in part.to_batches(_CHUNK)
+    ]
+    return pa.Table.from_batches(batches, schema=_SCHEMA)
+
+
+def _records(batch: pa.RecordBatch) -> list[Any]:
+    """The rows as dicts; what is not Unicode text becomes an error that says so."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [error]
+        return list(
+            itertools.chain.from_iterable(_records(batch.slice(n, 1)) for n in range(len(batch)))
+        )
 
 
 def _json_records(file: Path) -> Iterator[Any]:
@@ -277,19 +347,3 @@ def _parse(text: str, where: str) -> Any:
         return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
-
-
-def _clean(record: Any) -> dict[str, str | None]:
-    """A record that fits the schema. If the given one does not fit, `problem` says why."""
-    if not isinstance(record, dict):
-        return {"problem": f"expected an object, found {type(record).__name__}"}
-    clean: dict[str, str | None] = {}
-    for field in FIELDS:
-        value = record.get(field)
-        if value is not None and not isinstance(value, str):
-            return {"problem": f"{field} is {type(value).__name__}; expected a string"}
-        try:
-            clean[field] = value if value is None else value.encode().decode()
-        except UnicodeEncodeError:
-            return {"problem": f"{field} is not Unicode text (it has half a surrogate pair)"}
-    return clean

@@ -33,6 +33,9 @@ MMEB_TRAIN_SUBSETS = (
 # Arrays of prepared data's `rows-SPLIT.npz` beside row numbers and digests: what `PairSource.contents` and
 # `PairSource.queries` return.
 INDEX_FACTS = ("content", "image_query", "words")
+# Images of a record of prepared data. The last is a list: of the other targets, then of the other hard negatives.
+IMAGES = ("qry_image", "pos_image", "neg_image")
+MORE_IMAGES = "more_images"
 
 
 class PairSource(abc.ABC):
@@ -59,6 +62,23 @@ class PairSource(abc.ABC):
           ImageError: an image path leaves the root or the file cannot be read.
         """
 
+    def draw(self, index: int, positive: int, negatives: int | None = None) -> Pair:
+        """Reads a pair as it comes into a step: with one of its row's targets, and some hard negatives.
+
+        Args:
+          index: of the pair.
+          positive: number of the target, at least 0, counted on from the first one after the last one.
+          negatives: the most hard negatives to read; None: all.
+
+        Returns:
+          The pair. A source whose rows have one target each reads them as ever.
+
+        Raises:
+          RowError, ImageError: as for an index.
+        """
+        del positive, negatives
+        return self[index]
+
     @abc.abstractmethod
     def pair_id(self, index: int) -> str:
         """The name of a pair. Pairs that cannot be read have one, too.
@@ -82,7 +102,7 @@ class PairSource(abc.ABC):
         """
 
     def contents(self) -> np.ndarray:
-        """Hashes that are equal for rows of the same query and target (text and image path).
+        """Hashes that are equal for rows of the same query and first target (text and image path).
 
         Such rows are kept out of each other's pools, where they would be each other's negatives. A source
         that cannot tell gives hashes that are equal only if the hard negatives are equal as well.
@@ -206,6 +226,17 @@ class MmebSource(PairSource):
             image[index], words[index] = bool(path), len(text.split())
         return image, words
 
+    def has_more(self, subset: str) -> bool:
+        """Whether any row of a subset has several targets or hard negatives, or scores.
+
+        Args:
+          subset: its name.
+
+        Returns:
+          True if one has.
+        """
+        return self._tables[subset].has_more
+
     def read(self, index: int) -> tuple[Row, tuple[bytes, ...]]:
         """Reads a row and its images.
 
@@ -213,18 +244,21 @@ class MmebSource(PairSource):
           index: of the pair.
 
         Returns:
-          The row, and the encoded images of its query, target and negative: b"" for those it lacks.
+          The row, and the encoded images of all its sides as `make_pair` takes them.
 
         Raises:
           RowError: the row cannot be used.
           ImageError: an image cannot be read.
         """
-        row, name = self.row(index), self._name(index)
-        paths = (row.qry_image_path, row.pos_image_path, row.neg_image_path)
-        return row, tuple(self._images.read(path, name) if path else b"" for path in paths)
+        row = self.row(index)
+        return row, self._read_images(index, _paths(row))
+
+    def _read_images(self, index: int, paths: Sequence[str]) -> tuple[bytes, ...]:
+        name = self._name(index)
+        return tuple(self._images.read(path, name) if path else b"" for path in paths)
 
     def query_and_target(self, index: int) -> tuple[Item, Item]:
-        """The two sides of a row, without reading the images that are files.
+        """The query and the first target of a row, without reading the images that are files.
 
         Args:
           index: of the pair.
@@ -253,21 +287,31 @@ class MmebSource(PairSource):
         """What the rows' image paths are relative to."""
         return self._images.root
 
-    def make(self, index: int, row: Row, images: Sequence[bytes]) -> Pair:
+    def make(self, index: int, row: Row, images: Sequence[bytes], positive: int = 0) -> Pair:
         """Makes the pair of what `read` gave.
 
         Args:
           index: of the pair.
           row: its text and paths.
           images: its encoded images.
+          positive: as for `draw`.
 
         Returns:
           The pair.
         """
-        return make_pair(self.pair_id(index), self._name(index), row, images)
+        return make_pair(self.pair_id(index), self._name(index), row, images, positive)
 
     def __getitem__(self, index: int) -> Pair:
-        return self.make(index, *self.read(index))
+        return self.draw(index, 0)
+
+    def draw(self, index: int, positive: int, negatives: int | None = None) -> Pair:
+        row = self.row(index)
+        paths = _paths(row)
+        if row.more or negatives is not None:
+            read = _Places(row, positive, negatives).all()
+            paths = [path if place in read else "" for place, path in enumerate(paths)]
+        images = self._read_images(index, paths)
+        return make_pair(self.pair_id(index), self._name(index), row, images, positive, negatives)
 
     def _name(self, index: int) -> str:
         subset = self.subset(index)
@@ -347,12 +391,16 @@ class RecordSource(PairSource):
         return np.concatenate([facts[fact] for facts in self._facts.values()])
 
     def __getitem__(self, index: int) -> Pair:
+        return self.draw(index, 0)
+
+    def draw(self, index: int, positive: int, negatives: int | None = None) -> Pair:
         subset, inside = self._locate(index)
         record = self._records[subset][inside]
-        row = Row(*(record[field].decode() for field in Row._fields))
+        # Records of rows without more do not have the field.
+        row = Row(*(record.get(field, b"").decode() for field in Row._fields))
         name = f"{self._names[subset]} row {self._rows[subset][inside]}"
-        images = (record["qry_image"], record["pos_image"], record["neg_image"])
-        return make_pair(self.pair_id(index), name, row, images)
+        images = [record[image] for image in IMAGES] + list(record.get(MORE_IMAGES, ()))
+        return make_pair(self.pair_id(index), name, row, images, positive, negatives)
 
 
 def _check_features(folder: Path) -> None:
@@ -401,6 +449,9 @@ class SelectedSource(PairSource):
     def __getitem__(self, index: int) -> Pair:
         return self._parent[int(self._indices[index])]
 
+    def draw(self, index: int, positive: int, negatives: int | None = None) -> Pair:
+        return self._parent.draw(int(self._indices[index]), positive, negatives)
+
     def pair_id(self, index: int) -> str:
         return self._parent.pair_id(int(self._indices[index]))
 
@@ -415,14 +466,53 @@ class SelectedSource(PairSource):
         return image[self._indices], words[self._indices]
 
 
-def make_pair(pair_id: str, name: str, row: Row, images: Sequence[bytes]) -> Pair:
+def _paths(row: Row) -> list[str]:
+    """Image paths in the order in which a row's images are stored: query, first target, first hard negative ("" if
+    there is none), the other targets, the other hard negatives."""
+    rest = row.rest()
+    others = [side.image_path for side in (*rest.positives, *rest.negatives)]
+    return [row.qry_image_path, row.pos_image_path, row.neg_image_path, *others]
+
+
+class _Places:
+    """Where the sides of a pair are among the stored images of its row.
+
+    Attributes:
+      positive: number of the target.
+      target: its place.
+      negatives: place of each hard negative.
+    """
+
+    def __init__(self, row: Row, positive: int, negatives: int | None):
+        positives = len(row.positives())
+        self.positive = positive % positives
+        self.target = 1 if self.positive == 0 else 2 + self.positive
+        others = range(2 + positives, 1 + positives + len(row.negatives()))
+        self.negatives = [2, *others][: len(row.negatives())][:negatives]
+
+    def all(self) -> set[int]:
+        """Of the query, the target and the hard negatives."""
+        return {0, self.target, *self.negatives}
+
+
+def make_pair(
+    pair_id: str,
+    name: str,
+    row: Row,
+    images: Sequence[bytes],
+    positive: int = 0,
+    negatives: int | None = None,
+) -> Pair:
     """The pair of a row. A marker without an image path, as in WebQA's queries, holds the zero picture.
 
     Args:
       pair_id: "SUBSET:ROW".
       name: file and row, for messages.
       row: its texts and paths.
-      images: the encoded images of query, target and negative; b"" for those it lacks.
+      images: the encoded images of query, first target and first hard negative, of the other targets, and of the
+        other hard negatives; b"" for those it lacks, and those of sides that the pair does not have.
+      positive: number of the target, counted on from the first one after the last one.
+      negatives: the most hard negatives that the pair gets; None: all.
 
     Returns:
       The pair.
@@ -432,15 +522,26 @@ def make_pair(pair_id: str, name: str, row: Row, images: Sequence[bytes]) -> Pai
         where = f"{name}, {side}" + (f" ({path})" if path else "")
         return Item(text=text, images=(image,) if path else missing_image(text), name=where)
 
-    negatives = ()
-    if row.neg_text.strip() or row.neg_image_path:
-        negatives = (item("negative", row.neg_text, row.neg_image_path, images[2]),)
+    def numbered(side: str, number: int, count: int) -> str:
+        return side if count == 1 else f"{side} {number + 1}"
+
+    places = _Places(row, positive, negatives)
+    targets, against, rest = row.positives(), row.negatives(), row.rest()
+    number = places.positive
+    scores = rest.pos_scores and (rest.pos_scores[number], *rest.neg_scores)
     return Pair(
         id=pair_id,
         query=item("query", row.qry, row.qry_image_path, images[0]),
-        target=item("target", row.pos_text, row.pos_image_path, images[1]),
-        negatives=negatives,
+        target=item(
+            numbered("target", number, len(targets)), *targets[number], images[places.target]
+        ),
+        negatives=tuple(
+            item(numbered("negative", n, len(against)), *against[n], images[place])
+            for n, place in enumerate(places.negatives)
+        ),
         subset=pair_id.rpartition(":")[0],
+        scores=scores[: 1 + len(places.negatives)],
+        num_targets=len(targets),
     )
 
 

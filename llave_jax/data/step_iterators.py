@@ -10,6 +10,7 @@ import abc
 import collections
 import dataclasses
 import enum
+import functools
 import logging
 import math
 import os
@@ -82,11 +83,13 @@ class _Pair:
     Attributes:
       position: in the order.
       row: of the source.
+      turn: how often the row has come before.
       element: what `RowLoader` returned; None: it has to be loaded again.
     """
 
     position: int
     row: int
+    turn: int
     element: dict[str, Any] | None
 
 
@@ -107,6 +110,7 @@ class StepIterator(grain.DatasetIterator):
     Args:
       order: the rows' indices, in order.
       load: reads a row and makes its sequences.
+      turns: (position, row) -> how often the row has come before; picklable.
       packers: makes the step's packers, one for each of its micro-batches.
       lookahead: pairs that may wait for a later step while smaller ones fill the current one.
       num_workers: processes that load rows; 0: this one.
@@ -122,6 +126,7 @@ class StepIterator(grain.DatasetIterator):
         order: grain.MapDataset,
         *,
         load: RowLoader,
+        turns: Callable[[int, int], int],
         packers: Callable[[], list[Packer]],
         lookahead: int,
         num_workers: int,
@@ -134,6 +139,7 @@ class StepIterator(grain.DatasetIterator):
         super().__init__()
         self._order = order
         self._load = load
+        self._turns = turns
         self._packers = packers()
         self._lookahead = lookahead
         self._num_workers = num_workers
@@ -167,6 +173,10 @@ class StepIterator(grain.DatasetIterator):
         """The row of a pair that waits."""
         row: Any = self._order[position]
         return int(row)
+
+    def _waiting_turn(self, position: int, row: int) -> int:
+        """The turn of a pair that waits."""
+        return self._turns(position, row)
 
     def __next__(self) -> TrainBatch:
         self._taken, self._placed = set(), {}
@@ -238,7 +248,8 @@ class StepIterator(grain.DatasetIterator):
                 )
         self._stop_stream()
         self._step, self._next = state["step"], state["next"]
-        self._carry = [_Pair(p, self._row_at(p), None) for p in state["carry"]]
+        rows = [(position, self._row_at(position)) for position in state["carry"]]
+        self._carry = [_Pair(p, row, self._waiting_turn(p, row), None) for p, row in rows]
 
     def close(self) -> None:
         """Stops the worker processes."""
@@ -251,7 +262,7 @@ class StepIterator(grain.DatasetIterator):
         if content in self._taken:
             return _Outcome.COPY
         if pair.element is None:
-            pair.element = self._load(pair.row)
+            pair.element = self._load(pair.row, pair.turn)
         element = pair.element
         if "skipped" in element:  # a file that could be read before
             self._skip(element["id"], element["skipped"])
@@ -303,7 +314,8 @@ class StepIterator(grain.DatasetIterator):
                 for sequence in element["sequences"]:
                     if sequence is not None:
                         self._cuts.note(to_sequence(sequence))
-                yield _Pair(position, element["row"], element)
+                row = element["row"]
+                yield _Pair(position, row, self._turns(position, row), element)
 
     def _name_at(self, position: int) -> str:
         row: Any = self._order[position]
@@ -312,7 +324,8 @@ class StepIterator(grain.DatasetIterator):
     def _start_stream(self) -> grain.DatasetIterator:
         threads = os.cpu_count() or 1 if self._num_workers == 0 else 1
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        stream = self._order.map(self._load)[self._next :].to_iter_dataset(options)
+        load = functools.partial(_load_at, self._load, self._turns)
+        stream = self._order.map_with_index(load)[self._next :].to_iter_dataset(options)
         if self._num_workers:
             # grain reads absl flags when it starts workers; a program without absl parses none.
             if not flags.FLAGS.is_parsed():
@@ -330,6 +343,13 @@ class StepIterator(grain.DatasetIterator):
             self._waiting.close()
             self._stream.close()
             self._stream = None
+
+
+def _load_at(
+    load: RowLoader, turns: Callable[[int, int], int], position: int, row: int | np.int64
+) -> dict[str, Any]:
+    """Loads the row at a position of the order."""
+    return load(row, 0 if row == HOLE else turns(position, int(row)))
 
 
 class UniformIterator(StepIterator):
@@ -407,6 +427,10 @@ class ModalityIterator(StepIterator):
 
     def _row_at(self, position: int) -> int:
         return position % len(self._contents)
+
+    def _waiting_turn(self, position: int, row: int) -> int:
+        number = position // len(self._contents)
+        return self._turns(number * self._part.size, row)
 
     def _epochs_read(self) -> float:
         return self._next / (self._part.size * self._batches.batches_per_epoch)

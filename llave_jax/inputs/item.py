@@ -60,6 +60,7 @@ class Pair:
       negatives: the hard negatives.
       subset: name of the subset; "" without subsets.
       scores: a teacher's scores of the target and of each negative, in this order; () without.
+      num_targets: how many targets the row names. This pair has one of them.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Pair:
     negatives: tuple[Item, ...] = ()
     subset: str = ""
     scores: tuple[float, ...] = ()
+    num_targets: int = 1
 
     def sides(self, count: int) -> list[Item | None]:
         """The items of a pair as a fixed number of sides.

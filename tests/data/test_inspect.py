@@ -49,11 +49,39 @@ def test_a_subset_is_measured(tree, builder):
     expected = [[len(builder(i)) for i in row] + [0] * (3 - len(row)) for row in items]
     np.testing.assert_array_equal(part.lengths, expected)
     assert part.rows == ROWS
-    assert part.with_negative == 3
+    assert part.negatives.tolist() == [len(pair.negatives) for pair in pairs] == [0, 1] * 3
+    assert part.targets.tolist() == [1] * 6
+    assert part.scored == 0
     assert len(part.images) == sum(len(row) for row in items)
     sizes = mixed_sizes({"CIRR": part}, 50)
     assert sizes.lengths.shape == sizes.crops.shape == (50, 3)
     assert {tuple(row) for row in sizes.lengths} <= {tuple(row) for row in part.lengths}
+
+
+def test_targets_negatives_and_scores_are_counted_and_shown(tokenizer, builder, tmp_path):
+    rows = [
+        {"query": f"q{n}", "pos": ["a", "longer " * 30][: 1 + n % 2], "neg": ["b"] * (n % 4)}
+        for n in range(8)
+    ]
+    for row in rows[4:]:
+        row |= {"pos_scores": [9.5, 2][: len(row["pos"])], "neg_scores": [1] * len(row["neg"])}
+    (tmp_path / "A.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    part = measure_subset(open_source(tmp_path), "A", builder, count=8, sides=3)
+    assert part.targets.tolist() == [1, 2] * 4
+    assert part.negatives.tolist() == [0, 1, 2, 3] * 2
+    assert part.scored == 4
+    lengths = part.lengths[1::2, 1]  # second targets at odd numbers
+    assert lengths.min() > 2 * part.lengths[::2, 1].max()
+    np.testing.assert_array_equal(part.lengths[:, 2] > 0, part.negatives > 0)
+    report = inspect(run_config(tmp_path, tokenizer), tmp_path / "out", rows=8, samples=8, shards=2)
+    assert re.search(
+        r"targets +negatives +scored +unusable *\n-+\n.* 1\.5 \(2\) +1\.5 \(3\) +50% ", report
+    )
+    page = (tmp_path / "out/data.html").read_text()
+    assert "A:5 query" in page
+    assert "A:5 target (score 9.5)" in page
+    assert "A:5 hard negative (score 1)" in page
+    assert page.count("another target: ") == 4
 
 
 @pytest.fixture(scope="session")

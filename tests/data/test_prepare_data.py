@@ -18,9 +18,10 @@ import tensorflow_datasets as tfds
 
 from llave_jax.data import prepare
 from llave_jax.data.image_store import ImageStore
+from llave_jax.data.row_forms import FIELDS
 from llave_jax.data.rows import RowError
 from llave_jax.data.skips import SkipLog, TooManySkips
-from llave_jax.data.sources import MmebSource, open_source
+from llave_jax.data.sources import IMAGES, MmebSource, open_source
 from llave_jax.inputs.images import ImageError
 from tests.data.mmeb_tree import encode, make_tree, picture
 
@@ -32,34 +33,6 @@ def tree(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("mmeb") / "tree"
     make_tree(root, 10)
     return root
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Shards are written in this process: starting workers takes seconds."""
-
-    class Pool:
-        def __init__(self, max_workers, mp_context, initializer, initargs):
-            initializer(*initargs)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exc):
-            pass
-
-        def submit(self, function, *arguments):
-            future = prepare.concurrent.futures.Future()
-            try:
-                future.set_result(function(*arguments))
-            except Exception as error:
-                future.set_exception(error)
-            return future
-
-        def shutdown(self, **options):
-            pass
-
-    monkeypatch.setattr(prepare.concurrent.futures, "ProcessPoolExecutor", Pool)
 
 
 def open_tree(tree: Path, **options) -> MmebSource:
@@ -87,8 +60,9 @@ def test_records_are_the_rows_also_without_this_package(tree, tmp_path, in_proce
         row, images = source.read(number)
         record = records[number]
         assert record["row"] == number
-        assert [record[field].decode() for field in row._fields] == list(row)
-        assert [record[name] for name in prepare.IMAGES] == list(images)
+        assert [record[field].decode() for field in FIELDS] == [*row][:-1]
+        assert [record[name] for name in IMAGES] == list(images)
+        assert record.keys() == {"row", *FIELDS, *IMAGES}
     assert "tensorflow" not in sys.modules
     assert not list(tmp_path.rglob("*.partial"))
 

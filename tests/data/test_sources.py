@@ -253,7 +253,7 @@ HOSTILE_ROWS = {
     "a list": (["q", "", "t", ""], "expected an object, found list"),
     "null": (None, "expected an object, found NoneType"),
     "number as text": (row(qry=3), "qry is int; expected a string"),
-    "list of paths": (row(pos_image_path=["a.png"]), "pos_image_path is list"),
+    "list of paths": (row(qry_image_path=["a.png"]), "qry_image_path is list"),
     "half a surrogate": (row(qry="\ud83d"), "not Unicode"),
     "empty query": (row(qry=""), "query has neither text nor an image"),
     "blank target": (row(pos_text=" \n\t"), "target has neither text nor an image"),
@@ -327,7 +327,7 @@ def test_parquet_nulls_and_columns_of_other_types(tmp_path):
     assert source.left_out == {"N": (0,)}
     assert source[0].negatives == ()
     assert (source[1].query.text, source[1].query.images) == ("", (b"picture",))
-    parquet_of(tmp_path / "M/original-0.parquet", [row(pos_text=["a"])])
+    parquet_of(tmp_path / "M/original-0.parquet", [row(pos_text={"a": "b"})])
     with pytest.raises(ValueError, match=r"M/original-0.parquet.*text columns"):
         open_source(tmp_path)
 
