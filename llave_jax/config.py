@@ -142,6 +142,19 @@ def default_config() -> Config:
     config.optim.clip_norm = 1.0
     config.optim.rates = (("vision_tower/.*", None), (".*", 1.0))
 
+    # Adapters of rank `rank` on the modules whose path `targets` matches as a whole; None: the model's own
+    # parameters are trained. They need `model.path`, whose parameters stay as they are, in `base_dtype` (None: as
+    # stored). An adapter counts alpha / rank (`rslora`: alpha / sqrt(rank)) times; `dropout` is the share of its
+    # inputs that a step leaves out. Their learning rates are those of `optim.rates`, by path (such as
+    # language_model/layers/self_attn/q_proj/lora_a). docs/training.md, "Adapters".
+    config.lora = ConfigDict()
+    config.lora.rank = placeholder(int)
+    config.lora.alpha = 32.0
+    config.lora.dropout = 0.0
+    config.lora.targets = "(language_model|projector)/.*"
+    config.lora.rslora = False
+    config.lora.base_dtype = placeholder(str)
+
     # A step whose loss or gradient is not finite: "stop" ends the run, with the last checkpoint kept. "skip" leaves
     # the parameters as they are and goes on, until it has happened more than `max_in_a_row` times in a row or
     # more than `max_in_all` times in the whole run.
@@ -150,7 +163,7 @@ def default_config() -> Config:
     # Devices along each mesh axis; -1: the rest. Batches are split over data and fsdp.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
-    # Activations and products; parameters are float32 masters. Norms, softmax and loss are float32.
+    # Activations and products; what is trained is float32. Norms, softmax and loss are float32.
     config.dtype = "bfloat16"
     # Implementations of `llave_jax.ops.attention`; "auto": what suits the devices, once it has agreed with the
     # reference on them (`llave_jax.ops.attention_choice`).

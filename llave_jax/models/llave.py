@@ -104,6 +104,12 @@ class Llave(nn.Module):
         # The lower bound is that of torch.nn.functional.normalize.
         return (x / jnp.maximum(norm, 1e-12)).reshape(*pooled.shape, -1)
 
+    @nn.nowrap
+    def abstract_parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the model reads: path -> shape and dtype of each parameter."""
+        shapes = parameter_shapes(self.config)
+        return {p: jax.ShapeDtypeStruct(shape, self.param_dtype) for p, shape in shapes.items()}
+
     def hidden_states(self, batch: PackedBatch) -> Float[Array, "S R T D"]:
         """Final hidden states of all tokens.
 
@@ -226,15 +232,12 @@ def abstract_params(model: Llave) -> dict[str, Any]:
     """The parameter tree of a model as shapes and dtypes.
 
     Args:
-      model: its `param_dtype` is the dtype.
+      model: the module.
 
     Returns:
       Nested dict of `jax.ShapeDtypeStruct`.
     """
-    shapes = parameter_shapes(model.config)
-    return sharding.unflatten(
-        {path: jax.ShapeDtypeStruct(shape, model.param_dtype) for path, shape in shapes.items()}
-    )
+    return sharding.unflatten(model.abstract_parameters())
 
 
 def param_shardings(params: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llave_jax.models.config import LlaveConfig
@@ -203,6 +203,9 @@ POSITION_EMBEDDING = Weight(
     decay=True,
 )
 LM_HEAD = Weight("", "{lm_head}.weight", "vocab width")
+# The two factors of an adapter, parameters of the linear map that it is added to: [*in, rank] and
+# [rank, *out].
+LORA_A, LORA_B = "lora_a", "lora_b"
 
 WEIGHTS: tuple[Weight, ...] = (
     EMBEDDING,
@@ -234,18 +237,62 @@ def weight_at(path: str) -> Weight:
       path: in the parameter tree, joined by "/".
 
     Returns:
-      The row.
+      The row. That of an adapter follows from the kernel that it is added to.
 
     Raises:
       ValueError: the table has no such parameter.
     """
-    weight = _by_path().get(path)
+    weight = _by_path().get(path) or _adapter_at(path)
     if weight is None:
         raise ValueError(
             f"parameter {path!r} has no row in the table of weights, "
             "llave_jax.models.parameters.WEIGHTS; add one"
         )
     return weight
+
+
+@functools.cache
+def _adapter_at(path: str) -> Weight | None:
+    """The row of an adapter's factor: `rank` in its shape is the adapter's own size."""
+    module, _, name = path.rpartition("/")
+    kernel = _by_path().get(f"{module}/kernel")
+    if name not in (LORA_A, LORA_B) or kernel is None or kernel.transform != "transpose":
+        return None
+    inputs, outputs = kernel.shape.split()
+    count = input_axes(kernel)
+    if name == LORA_A:
+        shape, axes, hf_name = f"{inputs} rank", (*kernel.axes[:count], None), "lora_A.weight"
+    else:
+        shape, axes, hf_name = f"rank {outputs}", (None, *kernel.axes[count:]), "lora_B.weight"
+    return dataclasses.replace(
+        kernel,
+        path=path,
+        hf_name=kernel.hf_name.removesuffix("weight") + hf_name,
+        shape=shape,
+        axes=axes,
+    )
+
+
+def input_axes(kernel: Weight) -> int:
+    """How many of the first axes of a linear map's kernel its input has.
+
+    Args:
+      kernel: its row.
+
+    Returns:
+      The number; the other axes are those of the output.
+    """
+    return len(kernel.shape.split()[0].split("*"))
+
+
+def linear_maps() -> tuple[str, ...]:
+    """The modules that an adapter can be added to.
+
+    Returns:
+      Their paths, in the table's order.
+    """
+    kernels = (path for path, weight in _by_path().items() if weight.transform == "transpose")
+    return tuple(path.removesuffix("/kernel") for path in kernels)
 
 
 def sizes(config: LlaveConfig) -> dict[str, int]:
@@ -336,6 +383,29 @@ def parameter_shapes(config: LlaveConfig) -> dict[str, tuple[int, ...]]:
         layers = num_layers(weight, config)
         shape = layer_shape(weight, config)
         shapes[path] = shape if layers is None else (layers, *shape)
+    return shapes
+
+
+def adapter_shapes(
+    modules: Iterable[str], rank: int, config: LlaveConfig
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the adapters on some modules of a model.
+
+    Args:
+      modules: paths, of `linear_maps`.
+      rank: of the adapters.
+      config: of the model.
+
+    Returns:
+      path -> shape, with the layer axis.
+    """
+    shapes = {}
+    for module in modules:
+        kernel = weight_at(f"{module}/kernel")
+        layers, shape = num_layers(kernel, config), layer_shape(kernel, config)
+        stack, count = () if layers is None else (layers,), input_axes(kernel)
+        shapes[f"{module}/{LORA_A}"] = (*stack, *shape[:count], rank)
+        shapes[f"{module}/{LORA_B}"] = (*stack, rank, *shape[count:])
     return shapes
 
 

@@ -1,6 +1,6 @@
 """The best parameters of a run by one score, a model of its own in WORKDIR/best.
 
-    WORKDIR/best/checkpoints/STEP/{params,score}      the parameters, and what they scored
+    WORKDIR/best/checkpoints/STEP/{params,score}      the parameters (or adapters), and what they scored
     WORKDIR/best/best.json                            the score once more, to be read
 
 A checkpoint and its score appear together. What was best before is removed afterwards, so that there is no
@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llave_jax.common.files import write_text
+from llave_jax.models.lora import adapters_of
 from llave_jax.parallel.processes import json_from_first_process
 from llave_jax.training.checkpoint_writer import CheckpointWriter
 from llave_jax.weights.run_params import CHECKPOINTS, latest_params
@@ -78,7 +79,8 @@ class BestCheckpoint:
         self._writer.save(
             step,
             ocp.args.Composite(
-                params=ocp.args.StandardSave(params), **{_SCORE: ocp.args.JsonSave(record)}
+                params=ocp.args.StandardSave(adapters_of(params)),
+                **{_SCORE: ocp.args.JsonSave(record)},
             ),
         )
         self._writer.wait()

@@ -2,7 +2,7 @@
 
     WORKDIR/checkpoints/STEP/{params,optimizer,data}
 
-A checkpoint appears under its name only when all of it is written. When a run is continued, the newest one
+Of a run that trains adapters, params are the adapters. A checkpoint appears under its name only when all of it is written. When a run is continued, the newest one
 whose files are as they were written is used (`weights/checkpoint_seal.py`); one that is damaged is kept as
 STEP.damaged. Optimiser state is kept under names
 (optimizer/opt_state/adam/mu/PATH), so that no field is mistaken for another if a library reorders them.
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llave_jax.models.lora import adapters_of
 from llave_jax.parallel import processes, sharding
 from llave_jax.training.checkpoint_writer import DAMAGED, CheckpointWriter, set_aside
 from llave_jax.training.state import TrainState
@@ -85,7 +86,7 @@ class Checkpoints:
         self._writer.save(
             int(state.step),
             ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
+                params=ocp.args.StandardSave(adapters_of(state.params)),
                 optimizer=ocp.args.StandardSave(
                     {"step": state.step, "opt_state": _by_name(state.opt_state)}
                 ),

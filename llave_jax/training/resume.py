@@ -76,6 +76,14 @@ FIXED: dict[str, tuple[str, ...]] = {
         "model.inputs.frames_per_second",
         "dtype",
     ),
+    "the adapters": (
+        "lora.rank",
+        "lora.alpha",
+        "lora.dropout",
+        "lora.targets",
+        "lora.rslora",
+        "lora.base_dtype",
+    ),
     "which rows, and their order": (
         "seed",
         "data.subsets",

@@ -22,10 +22,11 @@ from llave_jax.config import Config
 from llave_jax.data.batch_plan import BatchPlan
 from llave_jax.models.config import LlaveConfig
 from llave_jax.parallel import processes
-from llave_jax.training import batch_shape, resume
+from llave_jax.training import adapters, batch_shape, resume
 from llave_jax.training.best import BEST
-from llave_jax.weights import model_dir
+from llave_jax.weights import adapted, model_dir
 from llave_jax.weights.checkpoint_seal import package_versions
+from llave_jax.weights.fingerprint import weights_fingerprint
 from llave_jax.weights.json_files import read_json
 from llave_jax.weights.run_params import has_checkpoint
 from llave_jax.weights.tokenizer_files import same_tokenizer_files
@@ -144,28 +145,38 @@ def record_model(
     """Keeps with the run what makes its checkpoints a model: config, tokenizer, source files.
 
     Args:
-      config: of the run.
+      config: of the run; `model.path` is a path, of `setup.with_local_model`.
       llave_config: the model that the run trains.
       tokenizer_path: its tokenizer, where `config.model.path` has none.
       workdir: the run's directory.
 
     Raises:
-      ValueError: the run that is continued has another model or tokenizer.
+      ValueError: the run that is continued has another model, tokenizer or base of its adapters; or it trains
+        adapters without a model.
     """
-    kept = workdir / MODEL
+    kept, adapter = workdir / MODEL, _adapter_record(config, workdir)
+    values = None if adapter is None else adapter.values()
     if not has_checkpoint(workdir) or not model_dir.is_model_dir(kept):
         model_dir.write_model_dir(
-            kept, llave_config, source=config.model.path, tokenizer=tokenizer_path, overwrite=True
+            kept,
+            llave_config,
+            source=config.model.path,
+            tokenizer=tokenizer_path,
+            adapter=values,
+            overwrite=True,
         )
     else:
         _check_same_model(config, llave_config, tokenizer_path, kept)
+        _check_same_base(adapter, kept)
     if config.checkpoint.best_metric is not None:
         best = workdir / BEST
         if not has_checkpoint(workdir):
             # The run begins anew, perhaps with other data: what was best before it is not this run's.
             shutil.rmtree(best, ignore_errors=True)
         if not model_dir.is_model_dir(best / MODEL):
-            model_dir.write_model_dir(best / MODEL, llave_config, source=kept, overwrite=True)
+            model_dir.write_model_dir(
+                best / MODEL, llave_config, source=kept, adapter=values, overwrite=True
+            )
 
 
 def _check_same_model(
@@ -187,3 +198,33 @@ def _check_same_model(
             f"{kept} has the tokenizer of the run; {tokenizer} is another. Use another --workdir, or "
             "the tokenizer the run began with"
         )
+
+
+def _adapter_record(config: Config, workdir: Path) -> adapted.Record | None:
+    """What is kept of a run's adapters and their base; None if it has none."""
+    lora, path = adapters.lora_of(config), config.model.path
+    if lora is None:
+        return None
+    if path is None:
+        raise ValueError(
+            "config.lora.rank asks for adapters, which need a trained model: expected --config.model.path=MODEL, "
+            "or --config.lora.rank=None"
+        )
+    place = str(Path(path).absolute())
+    # The config of the run has the name on the hub, where the model is from there.
+    name = read_json(workdir / CONFIG)["model"]["path"]
+    name = place if Path(name).expanduser().exists() else name
+    return adapted.Record(name, place, weights_fingerprint(path), lora)
+
+
+def _check_same_base(adapter: adapted.Record | None, kept: Path) -> None:
+    """The base of a run's adapters has the weights that it began with; where it lies now is noted."""
+    before = adapted.read_record(kept)
+    if adapter is None or before is None:
+        # `resume.refused_changes` has compared the configs.
+        return
+    adapted.check_base(before, Path(adapter.path), kept.parent)
+    for folder in (kept, kept.parent / BEST / MODEL):
+        if (folder / model_dir.ADAPTER).is_file():
+            text = json.dumps(adapter.values(), indent=2, sort_keys=True) + "\n"
+            write_text(folder / model_dir.ADAPTER, text)

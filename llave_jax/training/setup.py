@@ -41,11 +41,12 @@ from llave_jax.inputs.config import grid_pinpoints
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.loss.cross_device import make_formula
 from llave_jax.models.config import PRESETS, LlaveConfig
-from llave_jax.models.llave import Llave, abstract_params, attention_cases, example_batch
+from llave_jax.models.llave import Llave, attention_cases, example_batch
+from llave_jax.models.lora import AdaptedLlave, adapters_of
 from llave_jax.ops.attention_choice import choose
 from llave_jax.parallel import sharding
 from llave_jax.parallel.processes import json_from_first_process
-from llave_jax.training import batch_shape, optim, train_step
+from llave_jax.training import adapters, batch_shape, optim, train_step
 from llave_jax.training.benchmark import open_benchmark
 from llave_jax.training.best import BestCheckpoint
 from llave_jax.training.checkpoint import Checkpoints
@@ -362,8 +363,7 @@ def build_training(
       ValueError: a name that the config gives for a loss, a pool, an implementation of attention or
         what is recomputed is none; or rules for learning rates miss a parameter.
     """
-    paths = sharding.flatten(abstract_params(Llave(llave_config)))
-    multipliers = optim.lr_multipliers(list(paths), config.optim.rates)
+    multipliers = adapters.learning_rates(config, llave_config)
     model = make_model(config, llave_config, mesh, multipliers)
     schedule = optim.learning_rate_schedule(
         config.optim.learning_rate, total_steps, config.optim.warmup_fraction
@@ -412,14 +412,18 @@ def make_model(
     """
     tower = [rate for path, rate in lr_multipliers.items() if path.startswith("vision_tower/")]
     packed, crops = attention_cases(llave_config, config.dtype)
-    return Llave(
-        llave_config,
-        dtype=jnp.dtype(config.dtype),
-        attention=choose(config.attention, mesh, packed),
-        vision_attention=choose(config.vision_attention, mesh, crops),
-        remat=config.remat,
-        freeze_vision=all(rate is None for rate in tower),
-    )
+    options: dict[str, Any] = {
+        "dtype": jnp.dtype(config.dtype),
+        "attention": choose(config.attention, mesh, packed),
+        "vision_attention": choose(config.vision_attention, mesh, crops),
+        "remat": config.remat,
+        "freeze_vision": all(rate is None for rate in tower),
+    }
+    lora = adapters.lora_of(config)
+    if lora is None:
+        return Llave(llave_config, **options)
+    base_dtypes = adapters.base_dtypes(config, llave_config)
+    return AdaptedLlave(llave_config, lora=lora, base_dtypes=base_dtypes, **options)
 
 
 def _without(values: Config, *keys: str) -> dict[str, Any]:
@@ -450,11 +454,16 @@ def make_state(
     Raises:
       ValueError: the checkpoint does not suit this run (`Checkpoints.restore`).
     """
-    step = training.step
+    step, has_adapters = training.step, config.lora.rank is not None
     if checkpoints.latest_step is not None:
-        state = checkpoints.restore(step.state, iterator)
+        kept = step.state._replace(params=adapters_of(step.state.params))
+        state = checkpoints.restore(kept, iterator)
         log.info("continuing from step %d", int(state.step))
-        return state
+        return adapters.with_base(config, state, mesh) if has_adapters else state
+    if has_adapters:
+        params = adapters.begin(config, training.model.config, mesh)
+        # The base's arrays become those of the state: there is no second copy of them.
+        return jax.jit(step.init, donate_argnums=0)(params)
     if config.model.path is not None:
         return step.init(model_dir.load_params(config.model.path, mesh=mesh, dtype=jnp.float32))
     return random_state(config, training)

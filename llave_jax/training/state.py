@@ -19,7 +19,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 scalar, optimiser steps done.
-      params: the parameter tree, float32.
+      params: the parameter tree, float32; where there are adapters, those and the base's as it is stored.
       opt_state: the optimiser's state of the trainable parameters, as a flat dict by path.
     """
 

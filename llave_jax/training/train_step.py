@@ -12,6 +12,7 @@ other devices). The loss is the mean over all pairs of the step, in every kind o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +23,7 @@ import optax
 
 from llave_jax.inputs.batch import Budget, PackedBatch, PairLabels, empty_batch
 from llave_jax.loss.cross_device import KINDS, contrastive_loss
+from llave_jax.models import lora
 from llave_jax.models.llave import VISION_FEATURES, Llave, abstract_params
 from llave_jax.models.remat import find_remat
 from llave_jax.parallel import sharding
@@ -84,9 +86,10 @@ def make_loss(
       config: the settings.
 
     Returns:
-      `loss(params, batch, labels=None) -> (scalar, metrics)`. Batch arrays are [M, S, ...] with M
+      `loss(params, batch, labels=None, key=None) -> (scalar, metrics)`. Batch arrays are [M, S, ...] with M
       micro-batches; `labels`, `PairLabels`, are needed with `mask_false_negatives`. Sides beyond query and
-      target are hard negatives, which every query of the pool sees.
+      target are hard negatives, which every query of the pool sees. `key`, of `lora.step_key`, is what the
+      dropout of adapters is drawn from; None: nothing is dropped.
 
     Raises:
       ValueError: the model's `remat` is not a key of `models.remat.REMATS`.
@@ -94,7 +97,9 @@ def make_loss(
     References: LLaVE (arXiv 2503.04812), section 3; GradCache (arXiv 2101.06983) for the pool "global".
     """
 
-    def embed(params: Any, micro_batch: PackedBatch) -> jax.Array:
+    def embed(params: Any, micro_batch: PackedBatch, key: jax.Array | None) -> jax.Array:
+        if key is not None:
+            params = lora.with_dropout(model, params, key)
         with sharding.use_mesh(mesh):
             return cast(jax.Array, model.apply({"params": params}, micro_batch))
 
@@ -128,33 +133,37 @@ def make_loss(
             **settings,
         )
 
-    def global_loss(params: Any, batch: PackedBatch, ids: Any) -> tuple[jax.Array, dict]:
+    def global_loss(params: Any, batch: PackedBatch, ids: Any, keys: Any) -> tuple[jax.Array, dict]:
         _, embeddings = jax.lax.scan(
-            lambda carry, micro_batch: (carry, embed(params, micro_batch)), None, batch
+            lambda carry, inputs: (carry, embed(params, *inputs)), None, (batch, keys)
         )
         pools = PoolEmbeddings(embeddings, _present(batch), ids)
         return pool_loss(jax.tree.map(_merge_micro_batches, pools))
 
-    def micro_loss(params: Any, batch: PackedBatch, ids: Any) -> tuple[jax.Array, dict]:
-        def one(carry: None, inputs: tuple[PackedBatch, Any]) -> tuple[None, Any]:
-            micro_batch, ids = inputs
-            pool = PoolEmbeddings(embed(params, micro_batch), _present(micro_batch), ids)
+    def micro_loss(params: Any, batch: PackedBatch, ids: Any, keys: Any) -> tuple[jax.Array, dict]:
+        def one(carry: None, inputs: tuple[PackedBatch, Any, Any]) -> tuple[None, Any]:
+            micro_batch, ids, key = inputs
+            pool = PoolEmbeddings(embed(params, micro_batch, key), _present(micro_batch), ids)
             return carry, (jnp.sum(micro_batch.valid), pool_loss(pool))
 
-        _, (pairs, values) = jax.lax.scan(one, None, (batch, ids))
+        _, (pairs, values) = jax.lax.scan(one, None, (batch, ids, keys))
         weight = pairs / jnp.maximum(jnp.sum(pairs), 1)
         return jax.tree.map(lambda x: jnp.sum(x * weight), values)
 
     pooled_loss = global_loss if config.pool == "global" else micro_loss
 
     def loss(
-        params: Any, batch: PackedBatch, labels: PairLabels | None = None
+        params: Any,
+        batch: PackedBatch,
+        labels: PairLabels | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
+        keys = None if key is None else jax.random.split(key, len(batch.valid))
         if not config.mask_false_negatives:
-            return pooled_loss(params, batch, None)
+            return pooled_loss(params, batch, None, keys)
         if labels is None:
             raise ValueError("mask_false_negatives needs the batch's labels")
-        return pooled_loss(params, batch, labels.target_ids)
+        return pooled_loss(params, batch, labels.target_ids, keys)
 
     return loss
 
@@ -227,7 +236,11 @@ def build_step(
     return TrainStep(
         run=jax.jit(
             _train_step(
-                make_loss(model, mesh, loss_config), optimizer, lr_multipliers, skip_nonfinite
+                make_loss(model, mesh, loss_config),
+                functools.partial(lora.step_key, model),
+                optimizer,
+                lr_multipliers,
+                skip_nonfinite,
             ),
             in_shardings=(places, of_batch, of_batch),
             out_shardings=(places, sharding.replicated(mesh)),
@@ -269,6 +282,7 @@ def abstract_batch(
 
 def _train_step(
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    key_of: Callable[[jax.Array], jax.Array | None],
     optimizer: optax.GradientTransformation,
     lr_multipliers: Mapping[str, float | None],
     skip_nonfinite: bool,
@@ -280,7 +294,8 @@ def _train_step(
         trainable, frozen = optim.split_params(flat, lr_multipliers)
 
         def trainable_loss(trainable: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-            return loss(sharding.unflatten({**flat, **trainable}), batch, labels)
+            params = sharding.unflatten({**flat, **trainable})
+            return loss(params, batch, labels, key_of(state.step))
 
         (value, metrics), gradient = jax.value_and_grad(trainable_loss, has_aux=True)(trainable)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)

@@ -17,6 +17,7 @@ import numpy as np
 from llave_jax.common.paths import OutsideRoot, check_links, is_plain_name
 from llave_jax.models.parameters import EMBEDDING, LM_HEAD, num_layers
 from llave_jax.weights import hf_names, model_dir
+from llave_jax.weights.adapted import parts_of
 from llave_jax.weights.hf_names import LAYOUTS, HfTensor
 from llave_jax.weights.json_files import read_json
 from llave_jax.weights.safetensors_io import (
@@ -56,14 +57,16 @@ class ExportSource:
 
     Args:
       path: the model directory or training run.
+      adapter: what is added to its weights, as of `adapted.parts_of`; None: nothing.
 
     Raises:
       CheckpointError: it is neither, or has no weights; a link leads out of it, or what it says of the
         checkpoint that it came from does not fit the model.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self._params = model_dir.open_params(path)
+    def __init__(self, path: str | os.PathLike, adapter: str | os.PathLike | None = None):
+        base, self._adapters = parts_of(path, adapter)
+        self._params = model_dir.open_base(base)
         self.directory = model_dir.locate(path)
         try:
             check_links(self.directory)
@@ -72,9 +75,11 @@ class ExportSource:
         self.config = model_dir.load_config(self.directory)
         self.origin = _read_origin(self.directory)
         # Parameters in a file are read, not mapped: mapped pages would stay in memory.
-        in_file = self.directory == Path(path)
-        self._file = SafetensorsFile(self.directory / model_dir.WEIGHTS) if in_file else None
-        self.as_converted = self._file is not None and model_dir.is_as_converted(self._file)
+        in_file = model_dir.locate(base) == base
+        self._file = SafetensorsFile(base / model_dir.WEIGHTS) if in_file else None
+        self.as_converted = (
+            self._file is not None and not self._adapters and model_dir.is_as_converted(self._file)
+        )
         self._last: tuple[str, np.ndarray] | None = None
 
         carried = self.directory / model_dir.CARRIED
@@ -150,6 +155,12 @@ class ExportSource:
         return {tensor: name for name, tensor in found.items() if tensor is not None}
 
     def _parameter(self, path: str, layer: int | None) -> np.ndarray:
+        weight = self._base_parameter(path, layer)
+        for adapter in self._adapters:
+            weight = adapter.add(path, layer, weight)
+        return weight
+
+    def _base_parameter(self, path: str, layer: int | None) -> np.ndarray:
         if self._file is not None:
             return self._file.read(path, layer)
         if self._last is None or self._last[0] != path:

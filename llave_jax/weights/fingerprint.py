@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from llave_jax.common.content import digest, sampled_digest
 from llave_jax.models.config import LlaveConfig
 from llave_jax.weights import model_dir
+from llave_jax.weights.json_files import read_json, section
 from llave_jax.weights.run_params import latest_params
+from llave_jax.weights.safetensors_io import CheckpointError
 
 
 def model_fingerprint(path: str | os.PathLike, dtype: object, config: LlaveConfig) -> str:
@@ -28,13 +32,55 @@ def model_fingerprint(path: str | os.PathLike, dtype: object, config: LlaveConfi
     Raises:
       CheckpointError: `path` is neither a model directory nor a training run with a checkpoint.
     """
-    parts = [repr((dtype, config)).encode()]
-    for part in _model_files(Path(path)):
+    return _digest(repr((dtype, config)), _model_files(Path(path)))
+
+
+def weights_fingerprint(path: str | os.PathLike) -> str:
+    """Digest of a model's weights alone, by which adapters know the base that they belong to.
+
+    Files enter as for `model_fingerprint`.
+
+    Args:
+      path: a model directory or a training run.
+
+    Returns:
+      32 hexadecimal digits.
+
+    Raises:
+      CheckpointError: it is neither, or has no weights.
+    """
+    path = Path(path)
+    directory = model_dir.locate(path)
+    if directory == path:
+        if not (path / model_dir.WEIGHTS).is_file():
+            raise CheckpointError(
+                f"{path / model_dir.WEIGHTS}: no such file; this model has no weights"
+            )
+        return _digest("", [path / model_dir.WEIGHTS])
+    record = directory / model_dir.ADAPTER
+    base = _without_place(record) if record.is_file() else ""
+    return _digest(base, [latest_params(path)])
+
+
+def _digest(beside: str, parts: Iterable[Path]) -> str:
+    """Of a text and of files: a folder stands for all its files."""
+    found = [beside.encode()]
+    for part in parts:
         files = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
         for file in files:
             name = file.relative_to(part).as_posix() if part.is_dir() else file.name
-            parts += [f"{name} {file.stat().st_size} ".encode(), sampled_digest(file)]
-    return digest(*parts).hex()[:32]
+            if file.name == model_dir.ADAPTER.name:
+                found.append(f"{name} {_without_place(file)}".encode())
+            else:
+                found += [f"{name} {file.stat().st_size} ".encode(), sampled_digest(file)]
+    return digest(*found).hex()[:32]
+
+
+def _without_place(record: Path) -> str:
+    """What a run says of its adapters and their base, but not where the base lies."""
+    values = read_json(record)
+    base = {"fingerprint": section(values, "base", record).get("fingerprint")}
+    return json.dumps({**values, "base": base}, sort_keys=True)
 
 
 def _model_files(path: Path) -> list[Path]:

@@ -8,7 +8,8 @@
     prompts.json          named prompts, if the model has any (`prompts.py`)
 
 A training run is a model too: RUN/model is a model directory without model.safetensors, and the weights
-are the latest of RUN/checkpoints. The functions that load accept both.
+are the latest of RUN/checkpoints. Of a run that trains adapters, RUN/model/adapter.json names their base, and the
+weights are those of both together (`adapted.py`). The functions that load accept all of these.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from llave_jax.weights.tokenizer_files import check_tokenizer_files, copy_tokeni
 if TYPE_CHECKING:
     import jax
 
+    from llave_jax.weights.adapter import MergedParam
     from llave_jax.weights.run_params import RunParam
 
 FORMAT_KEY, FORMAT = "llave_jax_format", 1
@@ -54,6 +56,8 @@ CARRIED = Path("carried.safetensors")
 SOURCE = Path("source")
 LAYOUT = SOURCE / "layout.json"
 TOKENIZER = Path("tokenizer")
+# Of a run that trains adapters: what they are, and the base that they belong to (`adapted.py`).
+ADAPTER = Path("adapter.json")
 
 # The metadata in the header of the weights. AS_CONVERTED says that they are still those of the Hugging
 # Face checkpoint.
@@ -188,15 +192,40 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     return tokenizer_files.load_tokenizer(directory)
 
 
-def open_params(path: str | os.PathLike) -> Mapping[str, np.ndarray | RunParam]:
+def open_params(
+    path: str | os.PathLike, adapter: str | os.PathLike | None = None
+) -> Mapping[str, np.ndarray | RunParam | MergedParam]:
     """The parameters of a model by path, read only when used.
+
+    Args:
+      path: a model directory or a training run.
+      adapter: what is added to them, as of `adapted.parts_of`; None: nothing.
+
+    Returns:
+      path -> parameter. A model directory's are mapped from the file; a run's are read by
+      `np.asarray`, each as a whole. With adapters, the sum is in the dtype of the base.
+
+    Raises:
+      CheckpointError: no weights; missing, surplus or mis-shaped parameters.
+    """
+    from llave_jax.weights.adapted import parts_of
+    from llave_jax.weights.adapter import MergedParam
+
+    parts = parts_of(path, adapter)
+    params = open_base(parts.base)
+    if not parts.adapters:
+        return params
+    return {name: MergedParam(name, array, parts.adapters) for name, array in params.items()}
+
+
+def open_base(path: Path) -> Mapping[str, np.ndarray | RunParam]:
+    """`open_params` of a model that has no adapters.
 
     Args:
       path: a model directory or a training run.
 
     Returns:
-      path -> parameter. A model directory's are mapped from the file; a run's are read by
-      `np.asarray`, each as a whole.
+      path -> parameter.
 
     Raises:
       CheckpointError: no weights; missing, surplus or mis-shaped parameters.
@@ -219,7 +248,11 @@ def open_params(path: str | os.PathLike) -> Mapping[str, np.ndarray | RunParam]:
 
 
 def load_params(
-    path: str | os.PathLike, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
+    path: str | os.PathLike,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
+    adapter: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """The parameter tree of a model as JAX arrays, split over a mesh by the table of weights.
 
@@ -229,6 +262,7 @@ def load_params(
       path: a model directory or a training run.
       mesh: where the arrays go. None: to the first local device.
       dtype: of the arrays. None: as stored.
+      adapter: as for `open_params`.
 
     Returns:
       Nested dict of `jax.Array`.
@@ -240,8 +274,11 @@ def load_params(
 
     from llave_jax.models.llave import param_shardings
     from llave_jax.parallel import sharding
+    from llave_jax.weights import run_params
+    from llave_jax.weights.adapter import MergedParam
+    from llave_jax.weights.run_params import RunParam
 
-    arrays = open_params(path)
+    arrays = open_params(path, adapter)
     if mesh is not None:
         places = sharding.flatten(param_shardings(sharding.unflatten(arrays), mesh))
     else:
@@ -250,15 +287,16 @@ def load_params(
         name: jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=places[name])
         for name, array in arrays.items()
     }
-    if locate(path) != Path(path):
-        from llave_jax.weights import run_params
-
+    if any(isinstance(array, RunParam) for array in arrays.values()):
         folder = run_params.latest_params(Path(path))
         return run_params.load_params(folder, sharding.unflatten(targets))
-    where = locate(path) / WEIGHTS
-    return sharding.unflatten(
-        {name: _place(_Finite(arrays[name], name, where), targets[name]) for name in arrays}
-    )
+    loaded = {}
+    for name, array in arrays.items():
+        if isinstance(array, MergedParam) and isinstance(array.base, RunParam):
+            # Once, not for every device.
+            array = np.asarray(array)
+        loaded[name] = _place(_Finite(array, name, locate(path)), targets[name])
+    return sharding.unflatten(loaded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +335,7 @@ def write_model_dir(
     *,
     source: str | os.PathLike | None = None,
     tokenizer: Any = None,
+    adapter: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model directory, whole or not at all.
@@ -308,6 +347,7 @@ def write_model_dir(
       source: the model that this one comes from, if any. Its tokenizer, its carried tensors and the
         files of its Hugging Face checkpoint are copied.
       tokenizer: needed without `source`: a transformers tokenizer, or a directory with its files.
+      adapter: of a run that trains adapters, the content of adapter.json; None: it has none.
       overwrite: replace a model directory that exists.
 
     Raises:
@@ -321,6 +361,8 @@ def write_model_dir(
         write_config(staged, config)
         if params is not None:
             _write_params(staged / WEIGHTS, config, params)
+        if adapter is not None:
+            write_json(staged / ADAPTER, dict(adapter))
         if source is not None:
             _take_over(locate(source), staged)
         elif isinstance(tokenizer, str | os.PathLike):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 FREE = {
     *("model.path", "model.tokenizer", "model.inputs.pinpoints"),
     *("data.path", "data.image_root", "data.subsets", "data.split"),
-    *("loss.mask_false_negatives", "loss.hard_negatives"),
+    *("loss.mask_false_negatives", "loss.hard_negatives", "lora.rslora"),
     *("checkpoint.best_metric", "log.wandb", "eval.benchmark", "eval.datasets"),
 }
 HUGE = 10**9
@@ -103,6 +103,11 @@ FIELDS = {
         st.just((("vision_tower/.*", None), (".*", 0.5))),
         st.sampled_from([(), (("(", 1.0),), ((".*", -1.0),), ((".*", math.inf),), (".*",)]),
     ),
+    "lora.rank": integers(1),
+    "lora.alpha": POSITIVE,
+    "lora.dropout": BETA,
+    "lora.targets": (st.sampled_from([".*", "projector/.*"]), st.sampled_from(["(", "[a"])),
+    "lora.base_dtype": names("float32", "bfloat16"),
     "nonfinite.action": names("stop", "skip"),
     "nonfinite.max_in_a_row": integers(0),
     "nonfinite.max_in_all": integers(0),

@@ -66,7 +66,7 @@ VALUES = {
     "eval.datasets": ("A",),
 }
 STRINGS = ("path", "preset", "tokenizer", "newline_position", "pool_mode", "image_root")
-STRINGS += ("best_metric", "benchmark", "wandb")
+STRINGS += ("best_metric", "benchmark", "wandb", "base_dtype")
 
 
 @pytest.mark.parametrize("key", sorted(KEYS))

@@ -1,0 +1,164 @@
+"""Adapters (LoRA) of a model on disk: what each adds to a weight, and weights with that added.
+
+Owns the sum W + scale * A B, in float32 and layer by layer. Which base and which adapters a path stands for is
+`adapted.py`; PEFT's format is `peft_format.py`; adapters in training are `models/lora.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llave_jax.models.config import LlaveConfig
+from llave_jax.models.lora import Lora
+from llave_jax.models.parameters import LORA_A, LORA_B, adapter_shapes, weight_at
+from llave_jax.weights.safetensors_io import CheckpointError, check_finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What is added to the kernel of one layer: scale * a b.
+
+    Attributes:
+      a: float32 [*in, rank].
+      b: float32 [rank, *out].
+      scale: of the product.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter of a model, in memory.
+
+    Attributes:
+      deltas: (path of a kernel, layer or None) -> what is added to it.
+    """
+
+    deltas: Mapping[tuple[str, int | None], Delta]
+
+    def add(
+        self, path: str, layer: int | None, weight: np.ndarray, part: Sequence[slice] = ()
+    ) -> np.ndarray:
+        """A weight with what the adapter adds to it.
+
+        Args:
+          path: of the parameter.
+          layer: of a stacked parameter; None otherwise.
+          weight: of that layer, or a part of it.
+          part: which part, a slice for each axis of the layer; empty: all of it.
+
+        Returns:
+          The sum, computed in float32 and cast to the dtype of `weight`; `weight` itself if nothing is added.
+        """
+        delta = self.deltas.get((path, layer))
+        if delta is None:
+            return weight
+        a, b = delta.a, delta.b
+        if part:
+            count = a.ndim - 1
+            a, b = a[tuple(part[:count])], b[(slice(None), *part[count:])]
+        rank = b.shape[0]
+        added = (a.reshape(-1, rank) * np.float32(delta.scale)) @ b.reshape(rank, -1)
+        return (weight.astype(np.float32) + added.reshape(weight.shape)).astype(weight.dtype)
+
+
+def adapter_of(
+    arrays: Mapping[str, Any], lora: Lora, config: LlaveConfig, where: str | Path
+) -> Adapter:
+    """An adapter from the parameters that training keeps.
+
+    Args:
+      arrays: path -> array in the shapes of `parameters.adapter_shapes`, layers stacked; read one by one.
+      lora: what was trained.
+      config: of the model.
+      where: for messages.
+
+    Returns:
+      The adapter.
+
+    Raises:
+      CheckpointError: the arrays are not those of `lora`, or have values that are not finite.
+    """
+    expected = adapter_shapes(lora.modules, lora.rank, config)
+    for path in sorted(expected.keys() | arrays.keys()):
+        found = tuple(arrays[path].shape) if path in arrays else "none"
+        if found != expected.get(path):
+            raise CheckpointError(
+                f"{where}: adapter {path}: expected shape {expected.get(path, 'none')}, found {found}"
+            )
+    deltas: dict[tuple[str, int | None], Delta] = {}
+    for module in lora.modules:
+        both = []
+        for name in (LORA_A, LORA_B):
+            array = np.asarray(arrays[f"{module}/{name}"]).astype(np.float32)
+            check_finite(array, f"{module}/{name}", where)
+            both.append(array)
+        kernel = f"{module}/kernel"
+        if weight_at(kernel).stacked:
+            for layer, (a, b) in enumerate(zip(*both, strict=True)):
+                deltas[kernel, layer] = Delta(a, b, lora.scale)
+        else:
+            deltas[kernel, None] = Delta(both[0], both[1], lora.scale)
+    return Adapter(deltas)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedParam:
+    """One parameter with adapters added. Only what is indexed is computed.
+
+    Attributes:
+      path: of the parameter.
+      base: without adapters: an array, or what NumPy reads as one.
+      adapters: added one after another, each sum cast to the dtype of `base`.
+    """
+
+    path: str
+    base: Any
+    adapters: tuple[Adapter, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter, with the layer axis."""
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of `base`."""
+        return np.dtype(self.base.dtype)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A part of the parameter.
+
+        Args:
+          index: slices of the first axes.
+
+        Returns:
+          A new array.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        parts = tuple(
+            slice(*part.indices(size))
+            for part, size in zip(index, self.shape[: len(index)], strict=True)
+        ) + tuple(slice(0, size) for size in self.shape[len(index) :])
+        if not weight_at(self.path).stacked:
+            return self._added(None, np.asarray(self.base[parts]), parts)
+        layers = range(parts[0].start, parts[0].stop)
+        merged = [self._added(n, np.asarray(self.base[n][parts[1:]]), parts[1:]) for n in layers]
+        return np.stack(merged)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = dataclasses.replace(self, base=np.asarray(self.base))[:]
+        return whole if dtype is None else whole.astype(dtype)
+
+    def _added(self, layer: int | None, weight: np.ndarray, part: Sequence[slice]) -> np.ndarray:
+        for adapter in self.adapters:
+            weight = adapter.add(self.path, layer, weight, part)
+        return weight
