@@ -364,7 +364,7 @@ def write_model_dir(
         if adapter is not None:
             write_json(staged / ADAPTER, dict(adapter))
         if source is not None:
-            _take_over(locate(source), staged)
+            take_over(locate(source), staged)
         elif isinstance(tokenizer, str | os.PathLike):
             check_tokenizer_files(Path(tokenizer))
             copy_tokenizer_files(Path(tokenizer), staged / TOKENIZER)
@@ -372,8 +372,16 @@ def write_model_dir(
             tokenizer.save_pretrained(str(staged / TOKENIZER))
 
 
-def _take_over(base: Path, target: Path) -> None:
-    """Copy all files but config and weights from one model directory to another."""
+def take_over(base: Path, target: Path) -> None:
+    """Copy all files but config and weights from one model directory to another.
+
+    Args:
+      base: a model directory.
+      target: one that is being staged.
+
+    Raises:
+      CheckpointError: a link leads out of `base`.
+    """
     try:
         check_links(base)
     except OutsideRoot as error:

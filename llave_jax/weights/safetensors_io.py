@@ -342,6 +342,27 @@ class SafetensorsWriter:
         self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._written[name] += array.nbytes
 
+    def write_slice(self, name: str, start: int, values: np.ndarray) -> None:
+        """Write consecutive elements of a tensor, each of them once.
+
+        Args:
+          name: the tensor.
+          start: the first element's place among all, counted row by row.
+          values: of its dtype, one axis.
+
+        Raises:
+          CheckpointError: another dtype, or elements beyond its end.
+        """
+        info = self.tensors[name]
+        if values.dtype != info.dtype or start + values.size > math.prod(info.shape):
+            raise CheckpointError(
+                f"{self.path}: tensor {name}: expected {info.dtype} {info.shape}, "
+                f"found {values.dtype} elements up to {start + values.size}"
+            )
+        self._file.seek(self._data_start + info.start + start * values.itemsize)
+        self._file.write(np.ascontiguousarray(values).view(np.uint8).data)
+        self._written[name] += values.nbytes
+
     def __enter__(self) -> SafetensorsWriter:
         return self
 
