@@ -257,14 +257,14 @@ class MmebSource(PairSource):
         name = self._name(index)
         return tuple(self._images.read(path, name) if path else b"" for path in paths)
 
-    def query_and_target(self, index: int) -> tuple[Item, Item]:
-        """The query and the first target of a row, without reading the images that are files.
+    def query_and_targets(self, index: int) -> tuple[Item, ...]:
+        """The query and all targets of a row, without reading the images that are files.
 
         Args:
           index: of the pair.
 
         Returns:
-          The query and the target. Their images are paths of files, or bytes if they lie in an archive.
+          The query, then the targets. Their images are paths of files, or bytes if they lie in an archive.
 
         Raises:
           RowError: the row cannot be used.
@@ -277,9 +277,13 @@ class MmebSource(PairSource):
             images = (self._images.find(path, where),) if path else missing_image(text)
             return Item(text=text, images=images, name=f"{where} ({path})" if path else where)
 
+        targets = row.positives()
+        names = (
+            ["target"] if len(targets) == 1 else [f"target {n + 1}" for n in range(len(targets))]
+        )
         return (
             item("query", row.qry, row.qry_image_path),
-            item("target", row.pos_text, row.pos_image_path),
+            *(item(side, *target) for side, target in zip(names, targets, strict=True)),
         )
 
     @property

@@ -34,12 +34,15 @@ class Contents:
     """The contents of all rows of a source.
 
     Attributes:
-      queries, targets: uint64 [n], the keys; 0 for a row that cannot be used.
+      queries: uint64 [n], the keys; 0 for a row that cannot be used.
+      targets: uint64, the keys of all rows' targets, one row after another.
+      counts: int64 [n], targets of each row; 0 for a row that cannot be used.
       problems: why rows cannot be used, by index.
     """
 
     queries: np.ndarray
     targets: np.ndarray
+    counts: np.ndarray
     problems: dict[int, str]
 
 
@@ -60,7 +63,7 @@ def read_contents(source: MmebSource, directory: Path, on_error: str) -> Content
     """
     make_directory(directory)
     remove_abandoned(directory)
-    queries, targets = np.zeros(len(source), np.uint64), np.zeros(len(source), np.uint64)
+    parts: list[_Part] = []
     problems: dict[int, str] = {}
     with (
         Progress(len(source), "reading", unit="rows") as progress,
@@ -77,9 +80,13 @@ def read_contents(source: MmebSource, directory: Path, on_error: str) -> Content
                 progress.skip(len(rows))
             if part.problems and on_error == "raise":
                 raise ValueError(next(iter(part.problems.values())))
-            queries[rows.start : rows.stop], targets[rows.start : rows.stop] = part.keys
+            parts.append(part)
             problems |= {rows[place]: reason for place, reason in part.problems.items()}
-    return Contents(queries, targets, problems)
+    queries, targets, counts = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("queries", "targets", "counts")
+    )
+    return Contents(queries, targets, counts, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +95,15 @@ class _Part:
 
     Attributes:
       stamp: of their texts and files.
-      keys: uint64 [2, rows].
+      queries, targets, counts: as of `Contents`.
       problems: by the row's place in the part.
       is_new: was computed now.
     """
 
     stamp: bytes
-    keys: np.ndarray
+    queries: np.ndarray
+    targets: np.ndarray
+    counts: np.ndarray
     problems: dict[int, str]
     is_new: bool = True
 
@@ -102,7 +111,9 @@ class _Part:
         problems = json.dumps(list(self.problems.items())).encode()
         return {
             "stamp": np.frombuffer(self.stamp, np.uint8),
-            "keys": self.keys,
+            "queries": self.queries,
+            "targets": self.targets,
+            "counts": self.counts,
             "problems": np.frombuffer(problems, np.uint8),
         }
 
@@ -117,27 +128,32 @@ class _Part:
             with np.load(path, allow_pickle=False) as kept:
                 # A row that could not be read is tried again.
                 if kept["stamp"].tobytes() == stamp and kept["problems"].tobytes() == b"[]":
-                    return cls(stamp, kept["keys"], {}, is_new=False)
+                    return cls(
+                        stamp, kept["queries"], kept["targets"], kept["counts"], {}, is_new=False
+                    )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # there is none, or it was damaged
-        keys, problems = np.zeros((2, len(rows)), np.uint64), {}
+        queries, counts = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.int64)
+        targets: list[int] = []
+        problems: dict[int, str] = {}
         for place, found in enumerate(run(_keys, sides)):
             if isinstance(found, str):
                 problems[place] = found
             else:
-                keys[:, place] = found
-        return cls(stamp, keys, problems)
+                queries[place], counts[place] = found[0], len(found) - 1
+                targets += found[1:]
+        return cls(stamp, queries, np.array(targets, np.uint64), counts, problems)
 
 
-def _sides(source: MmebSource, index: int) -> tuple[Item, Item] | str:
-    """Query and target of a row, or what is wrong with it."""
+def _sides(source: MmebSource, index: int) -> tuple[Item, ...] | str:
+    """Query and targets of a row, or what is wrong with it."""
     try:
-        return source.query_and_target(index)
+        return source.query_and_targets(index)
     except ValueError as error:
         return shortened(str(error))
 
 
-def _stamp(sides: tuple[Item, Item] | str) -> bytes:
+def _stamp(sides: tuple[Item, ...] | str) -> bytes:
     if isinstance(sides, str):
         return digest(sides.encode("utf-8", "backslashreplace"))
     try:
@@ -146,7 +162,7 @@ def _stamp(sides: tuple[Item, Item] | str) -> bytes:
         return digest(f"unreadable: {type(error).__name__}".encode())
 
 
-def _keys(sides: tuple[Item, Item] | str) -> tuple[int, ...] | str:
+def _keys(sides: tuple[Item, ...] | str) -> tuple[int, ...] | str:
     if isinstance(sides, str):
         return sides
     try:

@@ -33,10 +33,16 @@ from llave_jax.common.tables import align, percent
 from llave_jax.data.sources import MmebSource
 from llave_jax.embedding.bulk import Job, embed_items
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.mining.candidates import Rules, never_negatives, number_contents, same_content
+from llave_jax.mining.candidates import (
+    Groups,
+    Rules,
+    never_negatives,
+    number_contents,
+    same_content,
+)
 from llave_jax.mining.contents import Contents, read_contents
 from llave_jax.mining.parts import PART_ROWS, Corpus, Counts, Part, Scope, mine_part
-from llave_jax.mining.vectors import SIDES, SideItems, Vectors
+from llave_jax.mining.vectors import SideItems, Vectors
 
 NEIGHBOURS = "neighbours.parquet"
 WORK = "mining"
@@ -126,53 +132,90 @@ def _claim_output(mining: Mining) -> set[str]:
 
 def _embed(embedder: Embedder, mining: Mining, contents: Contents) -> tuple[Corpus, dict[int, str]]:
     """Embeds the distinct contents; also why rows cannot be used, by index."""
-    usable = np.ones(len(mining.source), bool)
-    usable[list(contents.problems)] = False
-    rows = np.flatnonzero(usable)
-    if not len(rows):
-        reason = next(iter(contents.problems.values()), "there are no rows")
+    source, problems = mining.source, dict(contents.problems)
+    usable = contents.counts > 0
+    if not usable.any():
+        reason = next(iter(problems.values()), "there are no rows")
         raise ValueError(f"{mining.data}: no row can be used: {reason}")
-    problems = dict(contents.problems)
-    numbers: dict[str, np.ndarray] = {}
-    keys, first, vectors = {}, {}, {}
-    for side, all_keys in zip(SIDES, (contents.queries, contents.targets), strict=True):
-        numbers[side] = np.full(len(usable), -1, np.int64)
-        numbers[side][rows], places = number_contents(all_keys[rows])
-        first[side], keys[side] = rows[places], all_keys[rows[places]]
-        logger.info("%d distinct %s contents of %d rows", len(places), side, len(rows))
-        output = mining.output / WORK / side
-        items = SideItems(mining.source, first[side], side, str(Path(mining.data).resolve()))
-        job = Job(
-            items,
-            output,
-            mining.fingerprint,
-            on_error=mining.on_error,
-            model=mining.model,
-            batch_size=mining.batch_size,
-        )
-        if not embed_items(embedder, job).embedded:
-            raise ValueError(f"{mining.data}: no {side} can be embedded")
-        vectors[side] = Vectors(output, len(places))
-        for index in rows[~vectors[side].has(numbers[side][rows])].tolist():
-            usable[index] = False
-            problems.setdefault(index, vectors[side].problems[int(numbers[side][index])])
     rows = np.flatnonzero(usable)
-    for side in SIDES:
-        numbers[side][~usable] = -1
-    own = same_content(keys["query"], keys["target"])
+    query = _embed_side(embedder, mining, "query", contents.queries[rows], rows, 0 * rows)
+    rows = np.repeat(np.arange(len(usable)), contents.counts)
+    starts = np.cumsum(contents.counts) - contents.counts
+    places = np.arange(len(rows)) - starts[rows] + 1
+    target = _embed_side(embedder, mining, "target", contents.targets, rows, places)
+    for side in (query, target):
+        failed = ~side.vectors.has(side.numbers)
+        for row, number in zip(
+            side.rows[failed].tolist(), side.numbers[failed].tolist(), strict=True
+        ):
+            usable[row] = False
+            problems.setdefault(row, side.vectors.problems[number])
+    queries = np.full(len(usable), -1, np.int64)
+    kept = usable[query.rows]
+    queries[query.rows[kept]] = query.numbers[kept]
+    own = same_content(query.keys, target.keys)
+    kept = usable[target.rows]
+    owners, targets = target.rows[kept], target.numbers[kept]
     # A target whose rows cannot be used is no candidate: it is in no scope.
     corpus = Corpus(
-        mining.source,
-        numbers["query"],
-        numbers["target"],
-        first["target"],
-        mining.source.contents(),
-        vectors["query"],
-        vectors["target"],
+        source,
+        queries,
+        Groups(owners, targets, len(usable)),
+        target.rows[target.first],
+        target.places[target.first] - 1,
+        source.contents(),
+        query.vectors,
+        target.vectors,
         own,
-        never_negatives(numbers["query"][rows], numbers["target"][rows], own),
+        never_negatives(queries[owners], targets, own),
     )
     return corpus, problems
+
+
+@dataclasses.dataclass(frozen=True)
+class _Embedded:
+    """Queries or targets of rows.
+
+    Attributes:
+      rows, places: int64 [n], of each.
+      numbers: int64 [n], of its content.
+      first: int64 [contents], where each content occurs first.
+      keys: uint64 [contents].
+      vectors: by number.
+    """
+
+    rows: np.ndarray
+    places: np.ndarray
+    numbers: np.ndarray
+    first: np.ndarray
+    keys: np.ndarray
+    vectors: Vectors
+
+
+def _embed_side(
+    embedder: Embedder,
+    mining: Mining,
+    side: str,
+    keys: np.ndarray,
+    rows: np.ndarray,
+    places: np.ndarray,
+) -> _Embedded:
+    """Embeds the distinct contents of queries or targets, whose keys, rows and places in the row are given."""
+    numbers, first = number_contents(keys)
+    logger.info("%d distinct contents of %d %s(s)", len(first), len(keys), side)
+    name = str(Path(mining.data).resolve())
+    job = Job(
+        SideItems(mining.source, rows[first], places[first], name),
+        mining.output / WORK / side,
+        mining.fingerprint,
+        on_error=mining.on_error,
+        model=mining.model,
+        batch_size=mining.batch_size,
+    )
+    if not embed_items(embedder, job).embedded:
+        raise ValueError(f"{mining.data}: no {side} can be embedded")
+    vectors = Vectors(job.output, len(first))
+    return _Embedded(rows, places, numbers, first, keys[first], vectors)
 
 
 class _Parts:
@@ -193,7 +236,8 @@ class _Parts:
             "subsets": {name: list(r) for name, r in _bounds(mining.source).items()},
             "vectors": [corpus.query_vectors.digest, corpus.target_vectors.digest],
         }
-        arrays = (corpus.contents, corpus.queries, corpus.targets)
+        targets = (corpus.targets.values, corpus.targets.starts)
+        arrays = (corpus.contents, corpus.queries, *targets)
         key = digest(json.dumps(settings).encode(), *(array.tobytes() for array in arrays)).hex()
         self._directory = mining.output / WORK / f"parts-{key[:16]}"
         for other in self._directory.parent.glob("parts-*"):
@@ -351,7 +395,7 @@ def _cells(name: str, c: Counts) -> tuple[str, ...]:
         str(c.rows - c.used),
         percent(c.full / c.used if c.used else None),
         mean(c.negatives, c.used),
-        mean(c.positive_score, c.used),
+        mean(c.positive_score, c.positives),
         mean(c.negative_score, c.negatives),
         *map(str, (c.other_positives, c.own_content, c.outside_ranks, c.above_margin)),
     )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llave_jax.common.files import write_arrays
+from llave_jax.data.row_forms import Side
 from llave_jax.data.rows import Row
 from llave_jax.data.sources import MmebSource
 from llave_jax.embedding.search import search
@@ -32,8 +33,9 @@ class Corpus:
 
     Attributes:
       source: of the rows.
-      queries, targets: int64 [n], number of each row's contents; -1 for rows that cannot be used.
-      first_row: int64 [targets], a row that has this target.
+      queries: int64 [n], number of each row's content; -1 for rows that cannot be used.
+      targets: numbers of each row's targets; none for rows that cannot be used.
+      first_row, first_place: int64 [targets], a row that has this target, and which of its targets it is.
       contents: uint64 [n], of `PairSource.contents`.
       query_vectors, target_vectors: by number.
       own: int64 [queries], the target that shows what the query shows; -1 for none.
@@ -42,13 +44,23 @@ class Corpus:
 
     source: MmebSource
     queries: np.ndarray
-    targets: np.ndarray
+    targets: Groups
     first_row: np.ndarray
+    first_place: np.ndarray
     contents: np.ndarray
     query_vectors: Vectors
     target_vectors: Vectors
     own: np.ndarray
     never: Groups
+
+    def usable(self, rows: range) -> np.ndarray:
+        """Args:
+          rows: of the source.
+
+        Returns:
+          int64, those of them that can be used.
+        """
+        return rows.start + np.flatnonzero(self.queries[rows.start : rows.stop] >= 0)
 
 
 class Scope:
@@ -60,11 +72,11 @@ class Scope:
     """
 
     def __init__(self, corpus: Corpus, rows: range):
-        usable = rows.start + np.flatnonzero(corpus.targets[rows.start : rows.stop] >= 0)
-        targets = corpus.targets[usable]
+        usable = corpus.usable(rows)
+        places, targets = corpus.targets.of(usable)
         # int64 [m], increasing: the number of the target in each row of what is searched.
         self.targets = np.unique(targets)
-        self.rows_of = Groups(targets, usable, len(corpus.first_row))
+        self.rows_of = Groups(targets, usable[places], len(corpus.first_row))
         self.vectors = corpus.target_vectors.some(self.targets)
 
     def columns(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,6 +101,7 @@ class Counts(NamedTuple):
       rows: of the source.
       used: with an embedding of both sides.
       full: with as many negatives as were asked for.
+      positives: targets of all rows.
       negatives: of all rows.
       other_positives: targets left out as they belong to another row of the same query.
       own_content: targets left out as they show what the query shows.
@@ -100,6 +113,7 @@ class Counts(NamedTuple):
     rows: int = 0
     used: int = 0
     full: int = 0
+    positives: int = 0
     negatives: int = 0
     other_positives: int = 0
     own_content: int = 0
@@ -188,22 +202,25 @@ def mine_part(corpus: Corpus, scope: Scope, rows: range, rules: Rules, memory: i
     Returns:
       The rows' part of the output. Rows that cannot be used are not in it.
     """
-    used = rows.start + np.flatnonzero(corpus.targets[rows.start : rows.stop] >= 0)
-    positive = np.einsum(
+    used = corpus.usable(rows)
+    owners, own_targets = corpus.targets.of(used)
+    positives = np.einsum(
         "nd,nd->n",
-        corpus.query_vectors.of(corpus.queries[used]),
-        corpus.target_vectors.of(corpus.targets[used]),
+        corpus.query_vectors.of(corpus.queries[used][owners]),
+        corpus.target_vectors.of(own_targets),
         dtype=np.float64,
     )
     scores, targets = _nearest(corpus, scope, corpus.queries[used], rules, memory)
-    filtered = filter_candidates(scores, positive, rules)
+    filtered = filter_candidates(scores, _lowest(positives, owners, len(used)), rules)
     names = [corpus.source.pair_id(index) for index in used.tolist()]
     chosen = choose(filtered.passed, rules, names)
+    own_scores = np.split(positives, np.searchsorted(owners, np.arange(1, len(used))))
     lines = []
     for place, index in enumerate(used.tolist()):
         picked = chosen[place]
-        negatives = [corpus.source.row(int(i)) for i in corpus.first_row[targets[place, picked]]]
-        line = _line(corpus.source.row(index), negatives, positive[place], scores[place, picked])
+        negatives = [_side(corpus, target) for target in targets[place, picked].tolist()]
+        row = corpus.source.row(index)
+        line = _line(row, negatives, own_scores[place], scores[place, picked])
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     near = filtered.passed & (np.cumsum(filtered.passed, axis=1) <= rules.neighbours)
     places, ranks = np.nonzero(near)
@@ -212,11 +229,12 @@ def mine_part(corpus: Corpus, scope: Scope, rows: range, rules: Rules, memory: i
         rows=len(rows),
         used=len(used),
         full=sum(len(picked) == rules.negatives for picked in chosen),
+        positives=len(positives),
         negatives=sum(map(len, chosen)),
         **_left_out(corpus, scope, used),
         outside_ranks=int(filtered.outside_ranks.sum()),
         above_margin=int(filtered.above_margin.sum()),
-        positive_score=float(positive.sum()),
+        positive_score=float(positives.sum()),
         negative_score=float(
             sum(scores[i, picked].sum(dtype=np.float64) for i, picked in enumerate(chosen))
         ),
@@ -228,6 +246,18 @@ def mine_part(corpus: Corpus, scope: Scope, rows: range, rules: Rules, memory: i
         near.sum(axis=1),
         counts,
     )
+
+
+def _lowest(positives: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
+    """Of each row the score of its least similar target: whichever is trained with, the margin holds."""
+    lowest = np.full(count, np.inf)
+    np.minimum.at(lowest, owners, positives)
+    return lowest
+
+
+def _side(corpus: Corpus, target: int) -> Side:
+    row = corpus.source.row(int(corpus.first_row[target]))
+    return row.positives()[corpus.first_place[target]]
 
 
 def _nearest(
@@ -257,19 +287,26 @@ def _left_out(corpus: Corpus, scope: Scope, used: np.ndarray) -> dict[str, int]:
     """How many targets are no candidates of these rows, beside each row's own."""
     numbers = corpus.queries[used]
     which, targets = corpus.never.of(numbers)
-    others = scope.columns(targets)[1] & (targets != corpus.targets[used][which])
+    owners, own_targets = corpus.targets.of(used)
+    count = len(corpus.first_row)
+    is_own = np.isin(which * count + targets, owners * count + own_targets)
+    others = scope.columns(targets)[1] & ~is_own
     own = others & (targets == corpus.own[numbers[which]])
     return {"other_positives": int((others & ~own).sum()), "own_content": int(own.sum())}
 
 
-def _line(row: Row, negatives: list[Row], positive: float, scores: np.ndarray) -> dict[str, Any]:
+def _line(
+    row: Row, negatives: list[Side], positives: np.ndarray, scores: np.ndarray
+) -> dict[str, Any]:
+    texts, paths = (list(values) for values in zip(*row.positives(), strict=True))
+    several = len(texts) > 1
     return {
         "qry": row.qry,
         "qry_image_path": row.qry_image_path,
-        "pos_text": row.pos_text,
-        "pos_image_path": row.pos_image_path,
-        "neg_text": [negative.pos_text for negative in negatives],
-        "neg_image_path": [negative.pos_image_path for negative in negatives],
-        "pos_scores": [round(float(positive), 6)],
+        "pos_text": texts if several else texts[0],
+        "pos_image_path": paths if several else paths[0],
+        "neg_text": [negative.text for negative in negatives],
+        "neg_image_path": [negative.image_path for negative in negatives],
+        "pos_scores": [round(float(score), 6) for score in positives],
         "neg_scores": [round(float(score), 6) for score in scores],
     }

@@ -18,35 +18,32 @@ from llave_jax.embedding.entries import Entry, failed_entry
 from llave_jax.embedding.item_sources import ItemSource
 from llave_jax.embedding.store import whole_lines
 
-SIDES = ("query", "target")
-
 
 class SideItems(ItemSource):
-    """One side of some rows, as the input of `embed_items`. The id of an item is its number, from 0.
+    """Sides of some rows, as the input of `embed_items`. The id of an item is its number, from 0.
 
     Args:
       source: of the rows.
-      indices: int64, of the rows.
-      side: "query" or "target".
+      rows: int64 [n], of each side.
+      places: int64 [n], of the side in its row: 0 is the query, 1 the first target.
       name: of the data, for messages and to recognise earlier work.
     """
 
-    def __init__(self, source: MmebSource, indices: np.ndarray, side: str, name: str):
-        self._source, self._indices, self._side = source, indices, SIDES.index(side)
+    def __init__(self, source: MmebSource, rows: np.ndarray, places: np.ndarray, name: str):
+        self._source, self._rows, self._places = source, rows, places
         self.name, self.shard, self.allow_urls, self.metadata_fields = name, (0, 1), False, []
 
     def __iter__(self) -> Iterator[Entry]:
-        for number, index in enumerate(self._indices.tolist()):
+        for number, row in enumerate(self._rows.tolist()):
             try:
-                item = self._source.query_and_target(index)[self._side]
+                item = self._source.query_and_targets(row)[self._places[number]]
             except ValueError as error:  # its files are gone since its contents were read
-                where = f"{self._source.pair_id(index)}, {SIDES[self._side]}"
-                yield failed_entry(where, number + 1, number, error)
+                yield failed_entry(self._source.pair_id(row), number + 1, number, error)
                 continue
             yield Entry(item.name, number + 1, number, item)
 
     def count(self) -> int:
-        return len(self._indices)
+        return len(self._rows)
 
     def resolved(self) -> str:
         return self.name

@@ -2,6 +2,7 @@
 
 import json
 import types
+from operator import itemgetter
 from pathlib import Path
 
 import hypothesis
@@ -60,24 +61,30 @@ def small_parts(monkeypatch):
         monkeypatch.setattr(module, "PART_ROWS", 4)
 
 
+def targets_of(row):
+    """A row is a query and a target or a list of them; a side is a text, or a text and the path of an image."""
+    return row[1] if isinstance(row[1], list) else [row[1]]
+
+
+def as_tuple(side):
+    return side if isinstance(side, tuple) else (side, "")
+
+
 def write_data(folder, subsets):
-    """Subsets of rows, a row two sides; a side is a text, or a Path of an image whose content is its last part."""
+    """Writes subsets of rows; an image holds its own name."""
     folder.mkdir(exist_ok=True)
     for name, rows in subsets.items():
         lines = []
-        for query, target in rows:
-            values = {}
-            for fields, side in zip(
-                (("qry", "qry_image_path"), ("pos_text", "pos_image_path")),
-                (query, target),
-                strict=True,
-            ):
-                text, image = side if isinstance(side, tuple) else (side, "")
-                if image:
-                    path = folder / image
-                    path.parent.mkdir(exist_ok=True)
-                    path.write_text(path.stem)
-                values |= dict(zip(fields, (text, image), strict=True))
+        for row in rows:
+            sides = [as_tuple(side) for side in (row[0], *targets_of(row))]
+            for _, image in filter(itemgetter(1), sides):
+                path = folder / image
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(path.stem)
+            values = dict(zip(("qry", "qry_image_path"), sides[0], strict=True))
+            for number, field in enumerate(("pos_text", "pos_image_path")):
+                listed = [side[number] for side in sides[1:]]
+                values[field] = listed if len(listed) > 1 else listed[0]
             lines.append(json.dumps(values) + "\n")
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
@@ -107,29 +114,27 @@ def vector(side):
 
 def expected(subsets, rules, across):
     """Negatives (text, path, score) of each row, and the rows that are its neighbours, by plain loops."""
-    rows = [(name, *row) for name, some in subsets.items() for row in some]
+    rows = [(name, row[0], targets_of(row)) for name, some in subsets.items() for row in some]
     first = {}
-    for index, (_, _, target) in enumerate(rows):
-        first.setdefault(content(target), index)
+    for _, _, targets in rows:
+        for target in targets:
+            first.setdefault(content(target), target)
+    order = list(first)
     negatives, neighbours = [], []
-    for index, (name, query, target) in enumerate(rows):
+    for index, (name, query, targets) in enumerate(rows):
         scope = [i for i, row in enumerate(rows) if across or row[0] == name]
-        never = {content(t) for _, q, t in rows if content(q) == content(query)} | {content(query)}
-        candidates = {content(rows[i][2]) for i in scope} - never
-        scored = [(-float(vector(query) @ vector(rows[first[c]][2])), first[c]) for c in candidates]
+        never = {content(query)}
+        never |= {content(t) for _, q, ts in rows if content(q) == content(query) for t in ts}
+        candidates = {content(t) for i in scope for t in rows[i][2]} - never
+        scored = [(-float(vector(query) @ vector(first[c])), order.index(c)) for c in candidates]
         ranked = sorted(scored)[rules.first_rank : rules.end_rank]
-        positive = float(vector(query) @ vector(target))
-        bound = positive - (1 - rules.relative) * abs(positive)
-        kept = [(first_row, -score) for score, first_row in ranked if -score < bound]
-        found = []
-        for first_row, score in kept[: rules.negatives]:
-            side = rows[first_row][2]
-            text, path = side if isinstance(side, tuple) else (side, "")
-            found.append((text, path, float(score)))
-        negatives.append(found)
+        bounds = [float(vector(query) @ vector(target)) for target in targets]
+        bound = min(bounds) - (1 - rules.relative) * abs(min(bounds))
+        kept = [(order[number], -score) for score, number in ranked if -score < bound]
+        negatives.append([(*as_tuple(first[c]), score) for c, score in kept[: rules.negatives]])
         having = [
-            [i for i in scope if content(rows[i][2]) == content(rows[first_row][2])]
-            for first_row, _ in kept[: rules.neighbours]
+            [i for i in scope for t in rows[i][2] if content(t) == c]
+            for c, _ in kept[: rules.neighbours]
         ]
         neighbours.append([some[index % len(some)] for some in having])
     return negatives, neighbours
@@ -143,7 +148,8 @@ pictures = st.tuples(
     st.just(""), st.tuples(st.sampled_from("xy"), vectors).map("{0[0]}/{0[1]}.png".format)
 )
 sides = texts | pictures
-pair_lists = st.lists(st.tuples(sides, sides), min_size=1, max_size=14)
+targets = sides | st.lists(sides, min_size=1, max_size=3)
+pair_lists = st.lists(st.tuples(sides, targets), min_size=1, max_size=14)
 
 
 @hypothesis.settings(
@@ -177,11 +183,19 @@ def test_equals_plain_loops(tmp_path_factory, first, second, across, ranks, nega
     hashes = source.contents()
     assert table["content"] == hashes.tolist()
     assert table["neighbours"] == [hashes[n].tolist() for n in expected_neighbours]
-    given_rows = [row for name in subsets for row in rows[name]]
-    for index, row in enumerate(given_rows):
-        given = source.row(index)
-        assert (row["qry"], row["qry_image_path"]) == (given.qry, given.qry_image_path)
-        assert (row["pos_text"], row["pos_image_path"]) == (given.pos_text, given.pos_image_path)
+    # Training reads the rows as they were, with their negatives and all scores.
+    mined = open_source(folder / "out", image_root=folder / "data")
+    for index in range(len(source)):
+        before, after = source.row(index), mined.row(index)
+        assert after[:2] == before[:2]
+        assert after.positives() == before.positives()
+        assert [tuple(side) for side in after.negatives()] == [f[:2] for f in found[index]]
+        rest = after.rest()
+        own = [
+            float(vector(tuple(before[:2])) @ vector(tuple(side))) for side in before.positives()
+        ]
+        assert list(rest.pos_scores) == own
+        assert list(rest.neg_scores) == [f[2] for f in found[index]]
 
 
 PLANTED = {
@@ -375,7 +389,7 @@ def test_report(tmp_path):
     rules = Rules(1, 3, negatives=1)
     counts = run(tmp_path / "data", tmp_path / "out", rules=rules)
     # Each row of B has the targets of the two others as positives of its query, and no candidate.
-    assert counts["B"][:4] == (3, 3, 0, 0)
+    assert counts["B"][:5] == (3, 3, 0, 3, 0)
     assert counts["B"].other_positives + counts["B"].own_content == 6
     assert counts["B"].own_content == 2
     assert counts["A"].outside_ranks == 4
