@@ -113,7 +113,17 @@ def default_config() -> Config:
     config.loss.kind = "hardness"
     config.loss.alpha = 9.0
     config.loss.margin = 0.3
+    # The negatives that alpha weighs: "all", those of other pairs ("in_batch"), or those that the row itself names
+    # ("explicit", as EmbeddingGemma has it).
+    config.loss.hardness_on = "all"
     config.loss.temperature = 0.02
+    # Learn the temperature, from `temperature` on: one for all, or one for each subset. It stays in
+    # `temperature_range` (CLIP's), and `temperature_rate` is a factor on the learning rate: parameters move by 1e-5
+    # of their size a step, and the logarithm of a temperature would hardly move at all.
+    config.loss.learn_temperature = False
+    config.loss.temperature_per_subset = False
+    config.loss.temperature_range = (0.01, 1.0)
+    config.loss.temperature_rate = 100.0
     # pool "global": every pair of the step is a negative of every other, with exact gradients.
     # "micro": those of its own micro-batch only, as the authors' gradient accumulation does.
     # "device": those of its micro-batch on its own device only, batch.pairs / (shards *
@@ -124,10 +134,24 @@ def default_config() -> Config:
     # Equal targets (same text and image; class names, yes and no) are not each other's negatives.
     # The authors' code does not mask them.
     config.loss.mask_false_negatives = False
+    # Negatives that are more similar to the query than its target plus this margin are left out, and likewise
+    # from target to query (0.1 in Qwen3-VL-Embedding); None: none are.
+    config.loss.mask_margin = placeholder(float)
+    # Subsets whose pairs have no negatives but those that their own rows name, as classes need it. Their targets
+    # are candidates for the queries of other subsets.
+    config.loss.in_batch_off = ()
     # Use the hard negatives that rows name (`neg_text`, `neg_image_path`) as further candidates, the first
     # `negatives_per_row` of each row.
     config.loss.hard_negatives = False
     config.loss.negatives_per_row = 1
+    # Matryoshka: the loss is the mean over the first numbers of each embedding, L2-normalised again, such as
+    # (64, 256, 896). They ascend, and the last is the model's width. `dim_weights`: what each counts; (): the same.
+    config.loss.dims = ()
+    config.loss.dim_weights = ()
+    # Rows with a teacher's scores (`scores`): share of the divergence from them in the loss, 0 to 1; and the
+    # temperature by which the scores are divided.
+    config.loss.distill_weight = 0.0
+    config.loss.teacher_temperature = 1.0
 
     # `rates`: (path regex, factor on the learning rate); None freezes. The first match wins.
     config.optim = ConfigDict()

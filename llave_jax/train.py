@@ -128,7 +128,8 @@ def _set_up(config: Config, workdir: Path, clock: Clock) -> _Run:
     source, held_out = setup.open_sources(config, data_path)
     builder = SequenceBuilder(tokenizer, llave_config.input_spec)
     measure = functools.partial(setup.measure_data, config, source, builder)
-    search = BatchSearch(config, llave_config, mesh, len(source), measure)
+    subsets = tuple(source.subsets)
+    search = BatchSearch(config, llave_config, mesh, len(source), measure, subsets=subsets)
     plan = run_files.record_batch_plan(config, sharding.num_shards(mesh), search.find, workdir)
     config = with_batch(config, plan.pairs, plan.micro_batches)
     total_steps = batch_shape.total_steps(config, len(source), plan.fill)
@@ -155,7 +156,7 @@ def _set_up(config: Config, workdir: Path, clock: Clock) -> _Run:
     )
     if not evaluation.has_stopped and evaluation.due(start, total_steps):
         with clock.spent(EVALUATION):
-            evaluation.run(state.params, start, writer)
+            evaluation.run(state.params, start, writer, learned=state.loss)
     watch = setup.make_watch(config, writer, training.schedule, total_steps, start, clock, workdir)
     clock.begin(start)
     return _Run(
@@ -206,7 +207,10 @@ def _make_steps(
             if evaluates:
                 try:
                     with clock.spent(EVALUATION), stop.interruptible(checkpoints.wait):
-                        evaluation.run(run.state.params, step, run.writer, checkpoints.wait)
+                        evaluation.run(
+                            *(run.state.params, step, run.writer, checkpoints.wait),
+                            learned=run.state.loss,
+                        )
                 except stopping.StopRequested:
                     log.warning("told to stop: step %d is saved, and not yet evaluated", step)
                     told = True

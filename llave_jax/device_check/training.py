@@ -79,7 +79,8 @@ def measure(config: Config, mesh: jax.sharding.Mesh, folder: Path) -> Iterator[R
     """
     model = setup.model_config(config)
     source, builder, measured_sizes = _pairs(config, model, folder)
-    search = BatchSearch(config, model, mesh, len(source), measured_sizes)
+    subsets = tuple(source.subsets) if config.data.path is not None else None
+    search = BatchSearch(config, model, mesh, len(source), measured_sizes, subsets=subsets)
     plan = search.find()
     config = with_batch(config, plan.pairs, plan.micro_batches)
     batch, rate, row = _input(config, source, builder, plan, mesh, folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from llave_jax.loss.hardness import Number, check_finite, check_temperature, symmetric_loss
 
@@ -24,6 +24,10 @@ class Focal(NamedTuple):
     margin: Number = 0.3
     temperature: Number = 0.02
 
+    def at(self, temperature: Number) -> Focal:
+        """See `Formula.at`."""
+        return self._replace(temperature=temperature)
+
     def positive(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
         """s^2. See `Formula.positive`."""
         return similarity * similarity
@@ -32,7 +36,9 @@ class Focal(NamedTuple):
         """s (s + margin). See `Formula.negative`."""
         return similarity * (similarity + self.margin)
 
-    def log_weight(self, similarity: Float[Array, "..."]) -> float:
+    def log_weight(
+        self, similarity: Float[Array, "..."], is_explicit: Bool[Array, "..."] | None = None
+    ) -> float:
         """0: all negatives weigh the same. See `Formula.log_weight`."""
         return 0.0
 
@@ -63,7 +69,7 @@ def focal_contrastive_loss(
       similarity: [N, N] cosines; row i is query i, its positive is column i.
       margin: m, added to the similarity that scales a negative; 0.3 in the example of the method's
         authors.
-      temperature: positive.
+      temperature: positive, one for all or [N], one for each pair.
       valid: bool [N], False for empty slots, which have no influence. None: all are valid.
 
     Returns:

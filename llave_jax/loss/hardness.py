@@ -2,16 +2,16 @@
 
 Owns the formula and the diagnostics of the matrix. It can be lifted out: it needs jax alone, and jaxtyping
 for its annotations. A batch spread over devices is `cross_device.py`, a pool too large for its matrix is
-`tiled.py`, another formula for the same matrix is `focal.py`.
+`tiled.py`, another formula for the same matrix is `focal.py`, which candidates are negatives is `masks.py`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
@@ -44,7 +44,7 @@ def hardness_weighted_contrastive_loss(
       similarity: [N, N] cosines; row i is query i, its positive is column i. Half precision is
         converted to float32.
       alpha: hardness; 9 in the paper, 0 for no weighting.
-      temperature: positive; 0.02 in the paper.
+      temperature: positive, one for all or [N], one for each pair; 0.02 in the paper.
       valid: bool [N], False for empty slots. The row and the column of an empty slot may hold anything,
         nan included: they change neither value nor gradient. None: all are valid.
 
@@ -79,7 +79,18 @@ class Formula(Protocol):
 
     @property
     def temperature(self) -> Number:
-        """Divides `positive` and `negative`."""
+        """Divides `positive` and `negative`. One for all, or [n], one for each row."""
+        ...
+
+    def at(self, temperature: Number) -> Formula:
+        """The same formula at another temperature.
+
+        Args:
+          temperature: in the place of the formula's own.
+
+        Returns:
+          The formula.
+        """
         ...
 
     def positive(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -104,11 +115,14 @@ class Formula(Protocol):
         """
         ...
 
-    def log_weight(self, similarity: Float[Array, "..."]) -> Number:
+    def log_weight(
+        self, similarity: Float[Array, "..."], is_explicit: Bool[Array, "..."] | None = None
+    ) -> Number:
         """The logarithm of a negative's weight, which is added to its logit.
 
         Args:
           similarity: [...] cosines.
+          is_explicit: bool [...], where the negative is one that the row itself names; None: nowhere.
 
         Returns:
           [...], or one number for all.
@@ -130,10 +144,17 @@ class Hardness(NamedTuple):
     Attributes:
       alpha: hardness; 0 is InfoNCE.
       temperature: positive.
+      explicit_alpha: hardness of the negatives that a row itself names. EmbeddingGemma (arXiv 2509.20354)
+        has 5 for these and alpha = 0. None: alpha.
     """
 
     alpha: Number = 9.0
     temperature: Number = 0.02
+    explicit_alpha: Number | None = None
+
+    def at(self, temperature: Number) -> Hardness:
+        """See `Formula.at`."""
+        return self._replace(temperature=temperature)
 
     def positive(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
         """s. See `Formula.positive`."""
@@ -143,7 +164,9 @@ class Hardness(NamedTuple):
         """s. See `Formula.negative`."""
         return similarity
 
-    def log_weight(self, similarity: Float[Array, "..."]) -> Float[Array, "..."]:
+    def log_weight(
+        self, similarity: Float[Array, "..."], is_explicit: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
         """alpha * sg(s), the logarithm of a negative's weight w = exp(alpha * sg(s)).
 
         It is added to the logit, because the exponential itself would overflow. It is clipped to a
@@ -151,11 +174,16 @@ class Hardness(NamedTuple):
         See `Formula.log_weight`.
         """
         limit = float(jnp.finfo(similarity.dtype).max) / 4
-        return jnp.clip(self.alpha * jax.lax.stop_gradient(similarity), -limit, limit)
+        alpha = self.alpha
+        if self.explicit_alpha is not None and is_explicit is not None:
+            alpha = jnp.where(is_explicit, self.explicit_alpha, alpha)
+        return jnp.clip(alpha * jax.lax.stop_gradient(similarity), -limit, limit)
 
     def check(self) -> None:
         """See `Formula.check`."""
         check_finite(alpha=self.alpha)
+        if self.explicit_alpha is not None:
+            check_finite(explicit_alpha=self.explicit_alpha)
         check_temperature(self.temperature)
 
 
@@ -246,6 +274,7 @@ def row_losses(
     *,
     column_valid: Bool[Array, " A"],
     can_be_negative: Bool[Array, "n A"] | None = None,
+    is_explicit: Bool[Array, "n A"] | None = None,
 ) -> Float[Array, " n"]:
     """One direction of the loss for some rows of the matrix, such as those of one device.
 
@@ -257,6 +286,7 @@ def row_losses(
       column_valid: bool [A], False for candidates that are empty slots.
       can_be_negative: bool [n, A], False where a candidate must not count as a negative of that row,
         because it is known to match. The entry of the positive itself is ignored. None: all can.
+      is_explicit: bool [n, A], True for the negatives that the row itself names; None: there are none.
 
     Returns:
       [n] losses; 0 for a row whose positive is an empty slot, and for a row without negatives.
@@ -265,6 +295,8 @@ def row_losses(
       ValueError: a shape does not fit, or a number of the formula is out of range.
     """
     formula.check()
+    if jnp.ndim(formula.temperature) == 1:
+        formula = formula.at(jnp.asarray(formula.temperature)[:, None])
     row_valid, is_positive, is_negative = _masks(
         similarity, positive, column_valid, can_be_negative
     )
@@ -273,7 +305,7 @@ def row_losses(
     similarity = jnp.where(is_positive | is_negative, similarity, 0)
     positives = jnp.sum(jnp.where(is_positive, similarity, 0), axis=1, keepdims=True)
     logits = (formula.negative(similarity) - formula.positive(positives)) / formula.temperature
-    logits += formula.log_weight(similarity)
+    logits += formula.log_weight(similarity, is_explicit)
     logits = jnp.where(is_negative, logits, masked_logit(similarity.dtype))
     # log(1 + sum_j exp(logit_j)), logits relative to that of the positive: exact for small losses.
     return jnp.where(row_valid, jax.nn.softplus(jax.nn.logsumexp(logits, axis=1)), 0)
@@ -460,12 +492,14 @@ def check_temperature(temperature: Number) -> None:
     """Refuses a temperature that is not positive and finite. The caller checks a traced one.
 
     Args:
-      temperature: of the loss.
+      temperature: of the loss, one or an array of them.
 
     Raises:
       ValueError: it is not positive and finite.
     """
-    if not isinstance(temperature, Tracer) and not 0 < float(temperature) < math.inf:
+    if not isinstance(temperature, Tracer) and not np.all(
+        (np.asarray(temperature) > 0) & np.isfinite(temperature)
+    ):
         raise ValueError(f"temperature must be positive and finite, found {temperature}")
 
 

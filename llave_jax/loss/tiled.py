@@ -1,7 +1,8 @@
 """What the loss needs of a pool's similarities, tile by tile: the matrix is never held.
 
 Owns the traversal of the tiles and its gradient rule. A tile is computed once in the forward and once in
-the backward pass, and serves both directions of the loss. The formulas are `hardness.py` and `focal.py`.
+the backward pass, and serves both directions of the loss. The formulas are `hardness.py` and `focal.py`, which
+candidates are negatives is `masks.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from llave_jax.loss.hardness import Formula, infonce, masked_logit, similarity_matrix
+from llave_jax.loss.masks import Slots, allowed, differs, is_own
 
 
 class PoolMask(NamedTuple):
@@ -24,15 +26,27 @@ class PoolMask(NamedTuple):
       row_valid: bool [n], False for empty slots.
       column_valid: bool [A].
       first_positive: int32 scalar; the positive of row i is column first_positive + i.
-      row_ids: int32 [n], or None; a column of equal id is not a negative of the row.
-      column_ids: int32 [A], or None.
+      rows: what the rules on negatives know of the n rows.
+      columns: the same of the A columns.
     """
 
     row_valid: Bool[Array, " n"]
     column_valid: Bool[Array, " A"]
     first_positive: Int32[Array, ""]
-    row_ids: Int32[Array, " n"] | None = None
-    column_ids: Int32[Array, " A"] | None = None
+    rows: Slots = Slots()
+    columns: Slots = Slots()
+
+
+class Temperatures(NamedTuple):
+    """A temperature for each row of the loss.
+
+    Attributes:
+      rows: [n], of the rows of the matrix.
+      columns: [A], of its columns, the rows of the other direction.
+    """
+
+    rows: Float[Array, " n"]
+    columns: Float[Array, " A"]
 
 
 class Negatives(NamedTuple):
@@ -73,6 +87,7 @@ def _pool_sums_without_rule(
     columns: Float[Array, "A D"],
     mask: PoolMask,
     formula: Formula,
+    temperatures: Temperatures | None,
     tile_size: int,
 ) -> PoolSums:
     """What the loss needs of the similarities `rows @ columns.T`, in O((n + A) D) memory.
@@ -82,27 +97,32 @@ def _pool_sums_without_rule(
       columns: float32 [A, D].
       mask: which rows and columns are valid, and which entries are positives and negatives.
       formula: its numbers are float32 arrays; inside `shard_map` they vary over the axes that `rows` do.
+      temperatures: in the place of the formula's own; None: the formula's own everywhere.
       tile_size: side of the square tiles; it need not divide n or A.
 
     Returns:
-      `PoolSums`, differentiable in `rows`, `columns` and `formula` through `positive` and through the
-      `logsumexp` of rows and columns. The other fields are diagnostics and have no gradient.
+      `PoolSums`, differentiable in `rows`, `columns`, `formula` and `temperatures` through `positive` and
+      through the `logsumexp` of rows and columns. The other fields are diagnostics and have no gradient.
     """
     grid = _Grid(rows.shape[0], columns.shape[0], tile_size)
 
     def visit(step, carry):
         positive, of_rows, of_columns = carry
         tile = _tile(rows, columns, mask, grid, step)
-        logits = _negative_logits(tile.similarity, formula)
-        plain = _negative_logits(tile.similarity, infonce(formula))
+        at = _of_tile(temperatures, tile, grid)
+        in_rows, in_columns = _logits(tile, tile.similarity, formula, at)
+        plain = functools.partial(_logits, tile, tile.similarity)
+        plain_in_rows, plain_in_columns = plain(infonce(formula), jax.lax.stop_gradient(at))
         row_index = mask.first_positive + tile.row_start + _arange(grid.height)
         column_index = tile.column_start + _arange(grid.width)
         positives = jnp.sum(jnp.where(tile.is_positive, tile.similarity, 0), axis=1)
         extend_rows = functools.partial(
-            _extend, tile.similarity, logits, plain, tile.is_negative, column_index
+            *(_extend, tile.similarity, in_rows, plain_in_rows),
+            *(tile.is_negative_of_row, column_index),
         )
         extend_columns = functools.partial(
-            _extend, tile.similarity.T, logits.T, plain.T, tile.is_negative.T, row_index
+            *(_extend, tile.similarity.T, in_columns.T, plain_in_columns.T),
+            *(tile.is_negative_of_column.T, row_index),
         )
         return (
             _update(positive, tile.row_start, grid.height, lambda old: old + positives),
@@ -119,41 +139,81 @@ def _pool_sums_without_rule(
     return PoolSums(positive, _finish(of_rows), _finish(of_columns))
 
 
-pool_sums = jax.custom_vjp(_pool_sums_without_rule, nondiff_argnums=(4,))
+pool_sums = jax.custom_vjp(_pool_sums_without_rule, nondiff_argnums=(5,))
 
 
-def _negative_logits(similarity: Float[Array, "n A"], formula: Formula) -> Float[Array, "n A"]:
-    return formula.negative(similarity) / formula.temperature + formula.log_weight(similarity)
+def _logits(
+    tile: _Tile,
+    similarity: Float[Array, "n a"],
+    formula: Formula,
+    temperatures: Temperatures | None,
+) -> tuple[Float[Array, "n a"], Float[Array, "n a"]]:
+    """Logits of a tile's entries as negatives of their rows, and of their columns.
+
+    Args:
+      tile: of the masks.
+      similarity: of the tile.
+      formula: of the loss.
+      temperatures: of the tile's rows and columns.
+    """
+
+    def logits(formula: Formula, is_explicit: jax.Array | None = None) -> Float[Array, "n a"]:
+        weight = formula.log_weight(similarity, is_explicit)
+        return formula.negative(similarity) / formula.temperature + weight
+
+    if temperatures is not None:
+        in_rows = logits(formula.at(temperatures.rows[:, None]), tile.is_explicit)
+        return in_rows, logits(formula.at(temperatures.columns))
+    in_rows = logits(formula, tile.is_explicit)
+    return in_rows, in_rows if tile.is_explicit is None else logits(formula)
 
 
-def _forward(rows, columns, mask, formula, tile_size):
-    sums = pool_sums(rows, columns, mask, formula, tile_size)
-    return sums, (rows, columns, mask, formula, sums.rows.logsumexp, sums.columns.logsumexp)
+def _of_tile(temperatures: Temperatures | None, tile: _Tile, grid: _Grid) -> Temperatures | None:
+    if temperatures is None:
+        return None
+    return Temperatures(
+        jax.lax.dynamic_slice_in_dim(temperatures.rows, tile.row_start, grid.height),
+        jax.lax.dynamic_slice_in_dim(temperatures.columns, tile.column_start, grid.width),
+    )
+
+
+def _forward(rows, columns, mask, formula, temperatures, tile_size):
+    sums = pool_sums(rows, columns, mask, formula, temperatures, tile_size)
+    found = sums.rows.logsumexp, sums.columns.logsumexp
+    return sums, (rows, columns, mask, formula, temperatures, *found)
 
 
 def _backward(tile_size, residuals, cotangent: PoolSums):
     """d logsumexp / d logit is the softmax; d logit / d similarity is the formula's derivative."""
-    rows, columns, mask, formula, row_logsumexp, column_logsumexp = residuals
+    rows, columns, mask, formula, temperatures, row_logsumexp, column_logsumexp = residuals
     grid = _Grid(rows.shape[0], columns.shape[0], tile_size)
 
     def visit(step, carry):
-        d_rows, d_columns, d_formula = carry
+        d_rows, d_columns, d_formula, d_temperatures = carry
         tile = _tile(rows, columns, mask, grid, step)
-        logits, derivative = jax.vjp(_negative_logits, tile.similarity, formula)
+        at = _of_tile(temperatures, tile, grid)
+        (row_logits, column_logits), derivative = jax.vjp(
+            functools.partial(_logits, tile), tile.similarity, formula, at
+        )
 
         def part(values, start, size):
             return jax.lax.dynamic_slice_in_dim(values, start, size)
 
-        def softmax(logsumexp):
+        def softmax(logits, logsumexp):
             # Only rounding puts a logit above its logsumexp. It is coarse where weights are huge.
             return jnp.exp(jnp.minimum(logits - logsumexp, 0))
 
-        in_rows = softmax(part(row_logsumexp, tile.row_start, grid.height)[:, None])
+        in_rows = softmax(row_logits, part(row_logsumexp, tile.row_start, grid.height)[:, None])
         in_rows *= part(cotangent.rows.logsumexp, tile.row_start, grid.height)[:, None]
-        in_columns = softmax(part(column_logsumexp, tile.column_start, grid.width))
+        in_columns = softmax(column_logits, part(column_logsumexp, tile.column_start, grid.width))
         in_columns *= part(cotangent.columns.logsumexp, tile.column_start, grid.width)
         d_positive = part(cotangent.positive, tile.row_start, grid.height)[:, None]
-        d_similarity, d_numbers = derivative(jnp.where(tile.is_negative, in_rows + in_columns, 0))
+        d_similarity, d_numbers, d_at = derivative(
+            (
+                jnp.where(tile.is_negative_of_row, in_rows, 0),
+                jnp.where(tile.is_negative_of_column, in_columns, 0),
+            )
+        )
         d_similarity += jnp.where(tile.is_positive, d_positive, 0)
 
         def add_rows(old):
@@ -162,15 +222,25 @@ def _backward(tile_size, residuals, cotangent: PoolSums):
         def add_columns(old):
             return old + _matmul("na,nD->aD", d_similarity, tile.rows)
 
+        def add_temperatures(old, new):
+            if old is None:
+                return None
+            return Temperatures(
+                _update(old.rows, tile.row_start, grid.height, lambda x: x + new.rows),
+                _update(old.columns, tile.column_start, grid.width, lambda x: x + new.columns),
+            )
+
         return (
             _update(d_rows, tile.row_start, grid.height, add_rows),
             _update(d_columns, tile.column_start, grid.width, add_columns),
             jax.tree.map(jnp.add, d_formula, d_numbers),
+            add_temperatures(d_temperatures, d_at),
         )
 
-    start = jax.tree.map(jnp.zeros_like, (rows, columns, formula))
-    d_rows, d_columns, d_formula = jax.lax.fori_loop(0, grid.steps, visit, start)
-    return d_rows, d_columns, None, d_formula
+    start = jax.tree.map(jnp.zeros_like, (rows, columns, formula, temperatures))
+    found = jax.lax.fori_loop(0, grid.steps, visit, start)
+    d_rows, d_columns, d_formula, d_temperatures = found
+    return d_rows, d_columns, None, d_formula, d_temperatures
 
 
 pool_sums.defvjp(_forward, _backward)
@@ -191,7 +261,10 @@ class _Grid:
 
 
 class _Tile(NamedTuple):
-    """One tile: where it begins, its embeddings (0 in empty slots), similarities and masks."""
+    """One tile: where it begins, its embeddings (0 in empty slots), similarities and masks.
+
+    `is_explicit` says which columns the row itself has named; None where the loss does not ask.
+    """
 
     row_start: Int32[Array, ""]
     column_start: Int32[Array, ""]
@@ -199,7 +272,9 @@ class _Tile(NamedTuple):
     columns: Float[Array, "a D"]
     similarity: Float[Array, "n a"]
     is_positive: Bool[Array, "n a"]
-    is_negative: Bool[Array, "n a"]
+    is_negative_of_row: Bool[Array, "n a"]
+    is_negative_of_column: Bool[Array, "n a"]
+    is_explicit: Bool[Array, "n a"] | None
 
 
 def _tile(
@@ -228,16 +303,26 @@ def _tile(
     is_new &= column_valid & (column_index >= first_column)
     is_positive = (mask.first_positive + row_index)[:, None] == column_index
     is_negative = is_new & ~is_positive
-    if mask.row_ids is not None:
-        is_negative &= row_part(mask.row_ids)[:, None] != column_part(mask.column_ids)
+    of_rows, of_columns = jax.tree.map(row_part, mask.rows), jax.tree.map(column_part, mask.columns)
+    by_ids = differs(of_rows, of_columns)
+    if by_ids is not None:
+        is_negative &= by_ids
+    similarity = similarity_matrix(tile_rows, tile_columns)
+    of_row, of_column = is_negative, is_negative
+    by_row = allowed(similarity, of_rows, of_columns)
+    by_column = allowed(similarity.T, of_columns, of_rows)
+    if by_row is not None and by_column is not None:
+        of_row, of_column = is_negative & by_row, is_negative & by_column.T
     return _Tile(
-        row_start,
-        column_start,
-        tile_rows,
-        tile_columns,
-        similarity_matrix(tile_rows, tile_columns),
-        is_new & is_positive,
-        is_negative,
+        row_start=row_start,
+        column_start=column_start,
+        rows=tile_rows,
+        columns=tile_columns,
+        similarity=similarity,
+        is_positive=is_new & is_positive,
+        is_negative_of_row=of_row,
+        is_negative_of_column=of_column,
+        is_explicit=is_own(of_rows, of_columns),
     )
 
 

@@ -47,6 +47,7 @@ class BatchSearch:
         rows: int,
         measure: Callable[[], PairSizes],
         limit: Callable[[], int] | None = None,
+        subsets: Sequence[str] | None = None,
     ):
         """Args:
         config: of the run.
@@ -55,11 +56,12 @@ class BatchSearch:
         rows: pairs of the training data.
         measure: gives the sizes of a sample of them. It is called at most once, on the first process.
         limit: gives the bytes that a step may take on a device; None: what this machine's devices have.
+        subsets: names of the data's subsets, as for `setup.build_training`.
         """
         self._config, self._llave_config, self._mesh = config, llave_config, mesh
         self._rows, self._measure = rows, functools.cache(measure)
         self._limit = functools.cache(limit or self._limit_here)
-        self._shards = sharding.num_shards(mesh)
+        self._shards, self._subsets = sharding.num_shards(mesh), subsets
         self._trainings: dict[tuple[int, int, int], setup.Training] = {}
         self.tried: dict[tuple[int, int], int | None] = {}
 
@@ -103,7 +105,11 @@ class BatchSearch:
           total_steps: of the run.
         """
         found = self._trainings.get((plan.pairs, plan.micro_batches, total_steps))
-        return found or setup.build_training(config, self._llave_config, self._mesh, total_steps)
+        return found or self._build(config, total_steps)
+
+    def _build(self, config: Config, total_steps: int) -> setup.Training:
+        model = self._llave_config
+        return setup.build_training(config, model, self._mesh, total_steps, self._subsets)
 
     def _found(self, sizes: tuple[int, int]) -> BatchPlan:
         self._trainings = {k: v for k, v in self._trainings.items() if k[:2] == sizes}
@@ -170,7 +176,7 @@ class BatchSearch:
         plan = self._plan(sizes)
         config = with_batch(self._config, *sizes)
         steps = batch_shape.total_steps(config, self._rows, plan.fill)
-        training = setup.build_training(config, self._llave_config, self._mesh, steps)
+        training = self._build(config, steps)
         lowered = setup.lower_step(training, self._mesh, plan.budget, plan.micro_batches)
         if not self.tried:
             log.info("compiling the step, to see how many pairs fit into memory")

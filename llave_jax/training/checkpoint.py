@@ -87,9 +87,7 @@ class Checkpoints:
             int(state.step),
             ocp.args.Composite(
                 params=ocp.args.StandardSave(adapters_of(state.params)),
-                optimizer=ocp.args.StandardSave(
-                    {"step": state.step, "opt_state": _by_name(state.opt_state)}
-                ),
+                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
                 data=grain.checkpoint.CheckpointSave(iterator),
             ),
         )
@@ -136,9 +134,7 @@ class Checkpoints:
         _check_processes(folder / "data")
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(target.params),
-            optimizer=ocp.args.StandardRestore(
-                {"step": target.step, "opt_state": _by_name(target.opt_state)}
-            ),
+            optimizer=ocp.args.StandardRestore(_optimizer_item(target)),
             data=grain.checkpoint.CheckpointRestore(iterator),
         )
         if is_sealed(folder):
@@ -156,6 +152,7 @@ class Checkpoints:
             opt_state=jax.tree_util.tree_map_with_path(
                 lambda path, _: by_name[sharding.path_string(path)], target.opt_state
             ),
+            loss=optimizer.get("loss"),
         )
 
     def _read(self, folder: Path, args: ocp.args.Composite) -> Any:
@@ -248,8 +245,8 @@ def _check_structure(folder: Path, target: TrainState) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
     _check_optimizer(folder / "optimizer", optimizer, _by_name(target.opt_state))
-    expected = {"params": target.params, "optimizer": {"opt_state": _by_name(target.opt_state)}}
-    found = {"params": params, "optimizer": {"opt_state": optimizer["opt_state"]}}
+    expected = {"params": target.params, "optimizer": _optimizer_item(target)}
+    found = {"params": params, "optimizer": optimizer}
     for item, tree in expected.items():
         saved = {path: _form(array) for path, array in sharding.flatten(found[item]).items()}
         wanted = {path: _form(array) for path, array in sharding.flatten(tree).items()}
@@ -284,6 +281,12 @@ def _check_optimizer(
         f"{sorted(expected - saved)[:3] or 'nothing'} and has {sorted(saved - expected)[:3] or 'nothing'} "
         f"besides; {advice}"
     )
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint keeps beside the parameters, as a nested dict."""
+    learned = {} if state.loss is None else {"loss": state.loss}
+    return {"step": state.step, "opt_state": _by_name(state.opt_state), **learned}
 
 
 def _by_name(opt_state: Any) -> dict[str, Any]:

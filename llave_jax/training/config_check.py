@@ -15,7 +15,7 @@ from llave_jax.config import Config
 from llave_jax.data.order import ORDERS
 from llave_jax.data.pipeline import POLICIES
 from llave_jax.inputs.config import NEWLINE_POSITIONS, POOL_MODES
-from llave_jax.loss.cross_device import KINDS
+from llave_jax.loss.cross_device import HARDNESS_ON, KINDS
 from llave_jax.models.config import PRESETS
 from llave_jax.models.remat import REMATS
 from llave_jax.ops.attention import IMPLEMENTATIONS
@@ -77,6 +77,24 @@ def _are_rates(value: Any) -> bool:
     )
 
 
+def _are_dims(value: Any) -> bool:
+    return all(isinstance(dim, int) and dim >= 1 for dim in value) and list(value) == sorted(
+        set(value)
+    )
+
+
+def _are_positive(value: Any) -> bool:
+    return all(_is_number(entry) and entry > 0 for entry in value)
+
+
+def _are_bounds(value: Any) -> bool:
+    return len(value) == 2 and _are_positive(value) and value[0] <= value[1]
+
+
+def _are_names(value: Any) -> bool:
+    return not isinstance(value, str) and all(isinstance(entry, str) for entry in value)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -130,9 +148,18 @@ TABLE: dict[str, Values] = {
     "loss.kind": _one_of(KINDS),
     "loss.alpha": _FINITE,
     "loss.margin": _FINITE,
+    "loss.hardness_on": _one_of(HARDNESS_ON),
     "loss.temperature": _POSITIVE,
+    "loss.temperature_range": Values(_are_bounds, "(least, largest), both more than 0"),
+    "loss.temperature_rate": _NOT_NEGATIVE,
+    "loss.mask_margin": _FINITE.or_none(),
+    "loss.in_batch_off": Values(_are_names, "a tuple of names of subsets"),
     "loss.pool": _one_of(POOLS),
     "loss.negatives_per_row": _at_least(1),
+    "loss.dims": Values(_are_dims, "ascending whole numbers of at least 1"),
+    "loss.dim_weights": Values(_are_positive, "numbers of more than 0"),
+    "loss.distill_weight": _SHARE,
+    "loss.teacher_temperature": _POSITIVE,
     "optim.learning_rate": _NOT_NEGATIVE,
     "optim.warmup_fraction": _SHARE,
     "optim.beta1": _BETA,
@@ -190,5 +217,49 @@ def check_config(config: Config) -> None:
             f"--config.batch.micro_batches is None; with --config.loss.pool={pool} it decides how many pairs "
             "a pool has, so expected a number"
         )
+    wrong += _loss_mistakes(config.loss)
     if wrong:
         raise ValueError(". ".join(wrong))
+
+
+def _loss_mistakes(loss: Config) -> list[str]:
+    """What is wrong with settings of the loss that go together."""
+    wrong = []
+    if loss.kind == "focal" and loss.hardness_on != "all":
+        wrong.append(
+            f"--config.loss.hardness_on is {loss.hardness_on!r}; --config.loss.kind=focal has no hardness, "
+            "expected 'all'"
+        )
+    if loss.hardness_on == "explicit" and not loss.hard_negatives:
+        wrong.append(
+            "--config.loss.hardness_on is 'explicit'; without --config.loss.hard_negatives=True there are no "
+            "such negatives"
+        )
+    if loss.in_batch_off and not loss.hard_negatives:
+        wrong.append(
+            "--config.loss.in_batch_off leaves pairs without negatives; expected "
+            "--config.loss.hard_negatives=True"
+        )
+    if loss.temperature_per_subset and not loss.learn_temperature:
+        wrong.append(
+            "--config.loss.temperature_per_subset is True; expected --config.loss.learn_temperature=True too"
+        )
+    least, largest = (
+        loss.temperature_range if _are_bounds(loss.temperature_range) else (0, math.inf)
+    )
+    if loss.learn_temperature and not least <= loss.temperature <= largest:
+        wrong.append(
+            f"--config.loss.temperature is {loss.temperature}, with which the learned temperature begins; "
+            f"expected {least} to {largest} (--config.loss.temperature_range)"
+        )
+    if len(loss.dim_weights) not in (0, len(loss.dims)):
+        wrong.append(
+            f"--config.loss.dim_weights is {loss.dim_weights!r}; expected one for each of "
+            f"--config.loss.dims, {loss.dims!r}"
+        )
+    if loss.distill_weight and not loss.hard_negatives:
+        wrong.append(
+            f"--config.loss.distill_weight is {loss.distill_weight}; a target alone has no distribution, expected "
+            "--config.loss.hard_negatives=True"
+        )
+    return wrong

@@ -8,7 +8,7 @@ better may be stopped. At the end a table compares the trained with the untraine
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,7 @@ class TrainingEvaluation:
         step: int,
         writer: MetricsWriter,
         committed: Callable[[], None] = lambda: None,
+        learned: Mapping[str, jax.Array] | None = None,
     ) -> None:
         """Scores the parameters of a step, and keeps them if they are the best so far.
 
@@ -133,6 +134,7 @@ class TrainingEvaluation:
           writer: gets the scores as "eval/NAME" and "validation/NAME".
           committed: waits for the checkpoint of this step. Scores are written after it and after the best
             parameters, so that what a run that goes on finds written need not be done again.
+          learned: what the loss has learned, `TrainState.loss`.
 
         Raises:
           ValueError: `checkpoint.best_metric` is none of the scores, or a pair or item cannot be read.
@@ -141,7 +143,7 @@ class TrainingEvaluation:
         self._embedder.params = params
         if VALIDATION in parts:
             assert self._held_out is not None
-            found = self._held_out.score(self._embedder)
+            found = self._held_out.score(self._embedder, learned)
             log.info("step %d, %s", step, validation.summary(found, len(self._held_out)))
             scores |= {VALIDATION + name: value for name, value in found.items()}
         if BENCHMARK in parts:

@@ -22,7 +22,8 @@ def check_finite(state: TrainState) -> None:
       FloatingPointError: it names some of the arrays that are not finite.
     """
     leaves, names = [], []
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):
+    trees = (state.params, state.opt_state, state.loss)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             leaves.append(leaf)
             names.append(sharding.path_string(path[1:]))

@@ -14,6 +14,8 @@ from llave_jax.models.parameters import decay_mask
 # (path regex, multiplier of the learning rate). None freezes. The first rule whose regex matches the
 # whole path decides.
 RateRules = Sequence[tuple[str, float | None]]
+# In front of the names of what the loss learns, beside the paths of the model's parameters.
+LOSS = "loss/"
 
 
 def lr_multipliers(paths: Sequence[str], rules: RateRules) -> dict[str, float | None]:
@@ -60,6 +62,34 @@ def split_params(
     trainable = {path: x for path, x in flat.items() if multipliers[path] is not None}
     frozen = {path: x for path, x in flat.items() if multipliers[path] is None}
     return trainable, frozen
+
+
+def with_prefix(learned: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the loss learns, as the optimiser knows it.
+
+    Args:
+      learned: name -> array; None: nothing.
+
+    Returns:
+      "loss/NAME" -> array.
+    """
+    return {LOSS + name: value for name, value in (learned or {}).items()}
+
+
+def without_learned(trainable: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Divides what is trained into the model's parameters and what the loss learns.
+
+    Args:
+      trainable: path -> array, with "loss/NAME" among them.
+
+    Returns:
+      The model's by path, and the loss's by name; None where it learns nothing.
+    """
+    learned = {
+        path.removeprefix(LOSS): value for path, value in trainable.items() if path.startswith(LOSS)
+    }
+    model = {path: value for path, value in trainable.items() if not path.startswith(LOSS)}
+    return model, learned or None
 
 
 def learning_rate_schedule(peak: float, total_steps: int, warmup_fraction: float) -> optax.Schedule:
@@ -110,7 +140,7 @@ def make_optimizer(
         steps["clip"] = optax.clip_by_global_norm(clip_norm)
     steps["adam"] = optax.scale_by_adam(beta1, beta2, epsilon)
     if weight_decay:
-        steps["weight_decay"] = optax.add_decayed_weights(weight_decay, mask=decay_mask)
+        steps["weight_decay"] = optax.add_decayed_weights(weight_decay, mask=_decays)
     steps["learning_rate"] = optax.scale_by_learning_rate(schedule)
     if any(factor not in (None, 1.0) for factor in multipliers.values()):
 
@@ -119,3 +149,9 @@ def make_optimizer(
 
         steps["rates"] = optax.stateless(multiply)
     return optax.named_chain(*steps.items())
+
+
+def _decays(trainable: Mapping[str, Any]) -> dict[str, bool]:
+    """As `decay_mask`; what the loss learns does not decay."""
+    model, _ = without_learned(trainable)
+    return dict.fromkeys(trainable, False) | decay_mask(model)

@@ -346,7 +346,11 @@ class Training:
 
 
 def build_training(
-    config: Config, llave_config: LlaveConfig, mesh: jax.sharding.Mesh, total_steps: int
+    config: Config,
+    llave_config: LlaveConfig,
+    mesh: jax.sharding.Mesh,
+    total_steps: int,
+    subsets: Sequence[str] | None = None,
 ) -> Training:
     """The model, schedule and step that a config describes.
 
@@ -355,26 +359,49 @@ def build_training(
       llave_config: what `model_config` returned.
       mesh: of real devices, or of a topology's to compile for.
       total_steps: optimiser steps of the whole run, over which the learning rate decays.
+      subsets: names of the data's subsets, in the source's order; None: the data is not known, MMEB's are
+        assumed.
 
     Returns:
       What the run consists of.
 
     Raises:
       ValueError: a name that the config gives for a loss, a pool, an implementation of attention or
-        what is recomputed is none; or rules for learning rates miss a parameter.
+        what is recomputed is none; `loss.dims` do not suit the model; `loss.in_batch_off` names no subset; or
+        rules for learning rates miss a parameter.
     """
     multipliers = adapters.learning_rates(config, llave_config)
     model = make_model(config, llave_config, mesh, multipliers)
     schedule = optim.learning_rate_schedule(
         config.optim.learning_rate, total_steps, config.optim.warmup_fraction
     )
+    loss = loss_config(config, subsets)
+    multipliers |= dict.fromkeys(optim.with_prefix(loss.initial()), config.loss.temperature_rate)
     optimizer = optim.make_optimizer(
         schedule, multipliers, **_without(config.optim, "learning_rate", "warmup_fraction", "rates")
     )
-    loss = train_step.LossConfig(**_without(config.loss, "hard_negatives", "negatives_per_row"))
     skips = config.nonfinite.action == "skip"
     step = train_step.build_step(model, mesh, optimizer, multipliers, loss, skips)
     return Training(model, schedule, step)
+
+
+def loss_config(config: Config, subsets: Sequence[str] | None = None) -> train_step.LossConfig:
+    """The settings of the run's loss.
+
+    Args:
+      config: of the run.
+      subsets: as for `build_training`.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: they do not go together.
+    """
+    if subsets is None:
+        subsets = tuple(dict.fromkeys((*MMEB_TRAIN_SUBSETS, *config.loss.in_batch_off)))
+    settings = _without(config.loss, "hard_negatives", "negatives_per_row", "temperature_rate")
+    return train_step.LossConfig(**settings, subsets=tuple(subsets))
 
 
 def lower_step(
@@ -582,7 +609,7 @@ def make_evaluation(
     elif held_out is not None:
         validation = Validation(
             held_out,
-            make_formula(loss.kind, loss.alpha, loss.temperature, loss.margin),
+            make_formula(loss.kind, loss.alpha, loss.temperature, loss.margin, loss.hardness_on),
             max_pairs=config.eval.max_pairs,
             skip_unusable=config.data.on_error == "skip",
         )

@@ -21,17 +21,21 @@ class TrainState(NamedTuple):
       step: int32 scalar, optimiser steps done.
       params: the parameter tree, float32; where there are adapters, those and the base's as it is stored.
       opt_state: the optimiser's state of the trainable parameters, as a flat dict by path.
+      loss: what the loss has learned, float32 arrays by name; None where it learns nothing. The optimiser
+        knows it as "loss/NAME".
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    loss: Any = None
 
 
 def init_state(
     params: Any,
     optimizer: optax.GradientTransformation,
     lr_multipliers: Mapping[str, float | None],
+    learned: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
     """The state before the first step; traceable, so that it can be made in its shards.
 
@@ -39,12 +43,14 @@ def init_state(
       params: the parameter tree.
       optimizer: over the flat dict of trainable parameters.
       lr_multipliers: by path, see `optim.lr_multipliers`.
+      learned: what the loss begins with; None: it learns nothing.
 
     Returns:
       Step 0 and an optimiser that has seen no gradient.
     """
     trainable, _ = optim.split_params(sharding.flatten(params), lr_multipliers)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
+    trainable |= optim.with_prefix(learned)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), learned)
 
 
 def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> Any:
@@ -59,10 +65,13 @@ def state_shardings(abstract: TrainState, mesh: jax.sharding.Mesh) -> Any:
       replicated.
     """
     by_path = sharding.flatten(param_shardings(abstract.params, mesh))
+    everywhere = sharding.replicated(mesh)
+    learned = jax.tree.map(lambda _: everywhere, abstract.loss)
+    places = by_path | optim.with_prefix(learned)
 
     def place(path: Any, leaf: Any) -> jax.sharding.NamedSharding:
-        return by_path[path[-1].key] if leaf.ndim else sharding.replicated(mesh)
+        return places[path[-1].key] if leaf.ndim else everywhere
 
     opt_state = jax.tree_util.tree_map_with_path(place, abstract.opt_state)
-    shardings: Any = (sharding.replicated(mesh), sharding.unflatten(by_path), opt_state)
+    shardings: Any = (everywhere, sharding.unflatten(by_path), opt_state, learned)
     return TrainState(*shardings)

@@ -7,9 +7,8 @@ runs. When it is scored is `evaluation.py`.
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import overload
 
 import jax
@@ -24,6 +23,7 @@ from llave_jax.inputs.content import item_key
 from llave_jax.inputs.item import Item, Pair
 from llave_jax.loss.cross_device import MAX_MATRIX_SIZE
 from llave_jax.loss.hardness import Formula, infonce, row_losses, similarity_matrix
+from llave_jax.loss.temperature import temperature_of
 from llave_jax.parallel.processes import from_first_process
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,10 @@ class Validation:
                 f"{len(source)} pairs are held out; validation needs 2 at least: raise config.data.held_out"
             )
         digests = np.array([source.digest(index) for index in range(len(source))], np.uint64)
-        self._items = _Items(source, np.argsort(digests, kind="stable")[:max_pairs])
+        chosen = np.argsort(digests, kind="stable")[:max_pairs]
+        self._items = _Items(source, chosen)
+        numbers = {name: number for number, name in enumerate(source.subsets)}
+        self._subsets = np.array([numbers[source.subset(int(index))] for index in chosen])
         self._formula = formula
         self._skip_unusable = skip_unusable
         self._warned = False
@@ -68,11 +71,15 @@ class Validation:
     def __len__(self) -> int:
         return len(self._items) // 2
 
-    def score(self, embedder: Embedder) -> dict[str, float]:
+    def score(
+        self, embedder: Embedder, learned: Mapping[str, jax.Array] | None = None
+    ) -> dict[str, float]:
         """Scores of the embedder's parameters. All processes call this, and all get the result.
 
         Args:
           embedder: has parameters.
+          learned: what the loss has learned by name, `TrainState.loss`: its temperature takes the place of the
+            formula's; by subset, each pair has that of its subset.
 
         Returns:
           The values of SCORES, as of `pool_scores`.
@@ -97,12 +104,17 @@ class Validation:
         if np.count_nonzero(is_usable) < 2:
             raise ValueError(f"fewer than two of {len(self)} held-out pairs can be used")
         query_ids, target_ids = self._items.content_ids()[:, is_usable]
+        formula = self._formula
+        if learned is not None:
+            temperature = temperature_of(jnp.asarray(jax.device_get(learned["log_scale"])))
+            by_pair = temperature[self._subsets[is_usable]] if temperature.ndim else temperature
+            formula = formula.at(by_pair)
         scores = pool_scores(
             embeddings[0::2][is_usable],
             embeddings[1::2][is_usable],
             query_ids,
             target_ids,
-            self._formula,
+            formula,
         )
         values = from_first_process(np.array([scores[name] for name in SCORES], np.float32))
         return dict(zip(SCORES, values.tolist(), strict=True))
@@ -170,7 +182,7 @@ def pool_scores(
       target: float32 [N, D]; row i is the target of query i.
       query_ids: int32 [N], equal for equal queries.
       target_ids: int32 [N], equal for equal targets.
-      formula: of the loss.
+      formula: of the loss; its temperature may be one for each pair, [N].
       block: rows of the matrix that are computed at once; None: as memory allows.
 
     Returns:
@@ -180,6 +192,7 @@ def pool_scores(
     size = len(query)
     block = min(size, block or max(1, MAX_MATRIX_SIZE // size))
     sums = np.zeros((2, 2 + len(CUTOFFS)))
+    temperature = jnp.asarray(formula.temperature, jnp.float32)
     for direction, (rows, columns) in enumerate([(query, target), (target, query)]):
         for begin in range(0, size, block):
             # The last block is moved back to have the same shape; its first rows are counted already.
@@ -191,7 +204,7 @@ def pool_scores(
                 np.arange(first, first + block, dtype=np.int32),
                 query_ids,
                 target_ids,
-                formula,
+                formula.at(temperature[part] if temperature.ndim else temperature),
             )
             sums[direction] += np.asarray(values, np.float64)[:, begin - first :].sum(axis=1)
     means = sums / size
@@ -200,7 +213,7 @@ def pool_scores(
     return dict(zip(SCORES, map(float, found), strict=True))
 
 
-@functools.partial(jax.jit, static_argnames="formula")
+@jax.jit
 def _block_scores(
     rows: jax.Array,
     columns: jax.Array,

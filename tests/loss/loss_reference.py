@@ -57,21 +57,58 @@ def row_loss(similarity, weight, positive, negatives, alpha, temperature, margin
 def rows_loss(similarity, positive, is_negative, alpha, temperature, weight=None, margin=None):
     """Losses [n], derivatives [n, M] (of each row's own loss) and by number, {name: [n]}.
 
-    is_negative: bool [n, M].
+    is_negative: bool [n, M]; temperature: one, or [n].
     """
     similarity = np.asarray(similarity, np.float64)
     weight = similarity if weight is None else weight
+    temperature = np.broadcast_to(temperature, len(positive))
     losses, gradients, by_number = [], [], []
     for i, p in enumerate(positive):
         negatives = [j for j in np.flatnonzero(is_negative[i]) if j != p]
         loss, gradient, numbers = row_loss(
-            similarity[i], weight[i], p, negatives, alpha, temperature, margin
+            similarity[i], weight[i], p, negatives, alpha, float(temperature[i]), margin
         )
         losses.append(loss)
         gradients.append(gradient)
         by_number.append(numbers)
     by_number = {name: np.array([n[name] for n in by_number]) for name in by_number[0]}
     return np.array(losses), np.array(gradients), by_number
+
+
+def pool_negatives(
+    similarity,
+    valid=None,
+    ids=None,
+    pools=None,
+    mask_margin=None,
+    owners=None,
+    own_only=None,
+):
+    """Which entries are negatives: bool [N, M] of the rows, and [N, N] of the targets' rows.
+
+    valid, ids, pools, owners: [M]; the first N are those of the pairs. own_only: bool [N].
+    """
+    size, width = similarity.shape
+    valid = np.ones(width, bool) if valid is None else valid
+    forth, back = np.zeros((size, width), bool), np.zeros((size, size), bool)
+    for i in range(size):
+        for j in range(width):
+            possible = i != j and valid[i] and valid[j]
+            possible &= ids is None or ids[i] != ids[j]
+            possible &= pools is None or pools[i] == pools[j]
+            # The row of query i, and that of target j.
+            in_row = in_column = possible
+            if mask_margin is not None:
+                in_row &= not similarity[i, j] > similarity[i, i] + mask_margin
+                if j < size:
+                    in_column &= not similarity[i, j] > similarity[j, j] + mask_margin
+            if own_only is not None:
+                in_row &= not own_only[i] or (j >= size and owners[j] == i)
+                in_column &= j < size and not own_only[j]
+            forth[i, j] = in_row
+            if j < size:
+                back[j, i] = in_column
+    return forth, back
 
 
 def symmetric_loss(
@@ -84,56 +121,64 @@ def symmetric_loss(
     extra=0,
     weight=None,
     margin=None,
+    mask_margin=None,
+    owners=None,
+    own_only=None,
+    hardness_on="all",
 ):
     """The loss of an [N, N + extra] matrix, its derivative, and those by number, {name: scalar}.
 
     The last `extra` are no targets. valid: bool [N + extra]; ids [N + extra]: equal ids are not
-    negatives of each other; pools [N + extra]: negatives are of the same pool.
+    negatives of each other; pools [N + extra]: negatives are of the same pool. temperature: one, or [N], and
+    so is the derivative by it. owners [N + extra]: the pair to which an extra target belongs; own_only bool [N]:
+    pairs without negatives of other pairs; hardness_on: which negatives alpha weighs.
     """
     size, width = similarity.shape
     assert width == size + extra
     valid = np.ones(width, bool) if valid is None else valid
-    is_negative = valid[:size, None] & valid[None, :]
-    if ids is not None:
-        is_negative &= ids[:size, None] != ids[None, :]
-    if pools is not None:
-        is_negative &= pools[:size, None] == pools[None, :]
     clean = np.where(valid[:size, None] & valid[None, :], similarity, 0).astype(np.float64)
+    forth, back = pool_negatives(clean, valid, ids, pools, mask_margin, owners, own_only)
     weight = clean if weight is None else weight
+    is_explicit = np.zeros((size, width), bool)
+    if owners is not None:
+        is_explicit[:, size:] = owners[size:] == np.arange(size)[:, None]
+    weighs = {"all": is_explicit | True, "in_batch": ~is_explicit, "explicit": is_explicit}
+    weight = np.where(weighs[hardness_on], weight, 0)
     options = {"alpha": alpha, "temperature": temperature, "margin": margin}
     index = np.arange(size)
-    forth, d_forth, n_forth = rows_loss(clean, index, is_negative, weight=weight, **options)
+    forth, d_forth, n_forth = rows_loss(clean, index, forth, weight=weight, **options)
     square = slice(0, size)
     back, d_back, n_back = rows_loss(
-        clean[:, square].T, index, is_negative[:, square].T, weight=weight[:, square].T, **options
+        clean[:, square].T, index, back, weight=weight[:, square].T, **options
     )
     count = max(valid[:size].sum(), 1)
     gradient = d_forth.copy()
     gradient[:, square] += d_back.T
-    by_number = {name: (n_forth[name] + n_back[name]).sum() / (2 * count) for name in n_forth}
+    by_number = {name: (n_forth[name] + n_back[name]) / (2 * count) for name in n_forth}
+    for name in by_number.keys() - ({"temperature"} if np.ndim(temperature) else set()):
+        by_number[name] = by_number[name].sum()
     return (forth.sum() + back.sum()) / (2 * count), gradient / (2 * count), by_number
 
 
-def similarity_metrics(similarity, valid=None, ids=None, pools=None, extra=0):
+def similarity_metrics(similarity, valid=None, extra=0, **rules):
     """What `llave_jax.loss.similarity_metrics` promises; arguments as in `symmetric_loss`."""
     size, width = similarity.shape
     valid = np.ones(width, bool) if valid is None else valid
-    ids = np.arange(width) if ids is None else ids
-    pools = np.zeros(width) if pools is None else pools
+    clean = np.where(valid[:size, None] & valid[None, :], similarity, 0).astype(np.float64)
+    of_rows, of_columns = pool_negatives(clean, valid, **rules)
     positives, hard, easy, forth, back = [], [], [], [], []
     for i in np.flatnonzero(valid[:size]):
-        in_pool = np.flatnonzero(valid & (pools == pools[i]))
-        others = [j for j in in_pool if j != i and ids[i] != ids[j]]
+        others = np.flatnonzero(of_rows[i])
         positives.append(similarity[i, i])
-        if others:
+        if len(others):
             hard.append(similarity[i, others].max())
             easy.append(similarity[i, others].min())
         forth.append(_is_first_maximum(similarity[i], i, others))
-        back.append(_is_first_maximum(similarity[:, i], i, [j for j in others if j < size]))
+        back.append(_is_first_maximum(similarity[:, i], i, np.flatnonzero(of_columns[i])))
     return {
         "positive_similarity": np.mean(positives),
-        "hard_negative_similarity": np.mean(hard),
-        "easy_negative_similarity": np.mean(easy),
+        "hard_negative_similarity": np.mean(hard) if hard else 0,
+        "easy_negative_similarity": np.mean(easy) if easy else 0,
         "query_to_target_accuracy": np.mean(forth),
         "target_to_query_accuracy": np.mean(back),
     }

@@ -21,6 +21,8 @@ APPENDED = {
     ("-m llave_jax.train", ""): "--config.steps=2 --config.log_every=1 --config.data.num_workers=0",
     ("-m llave_jax.train", "configs/quickstart.py"): "--config.eval.benchmark=None",
     ("-m llave_jax.train", "configs/finetune.py"): "--config.batch.pairs=8",
+    ("-m llave_jax.train", "configs/matryoshka.py"): "--config.batch.pairs=8 "
+    "--config.loss.dims=(16,64)",
     ("-m llave_jax.train", "configs/llave_"): "--config.steps=1 --config.batch.pairs=8 "
     "--config.batch.micro_batches=2 --config.model.inputs.max_length=512",
     ("tools/prepare_data.py", ""): "--num-workers=1",

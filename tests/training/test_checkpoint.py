@@ -121,6 +121,20 @@ def test_state_is_stored_under_the_names_of_its_fields(tmp_path):
     }
 
 
+def test_what_the_loss_has_learned_is_kept_where_there_is_any(tmp_path):
+    state = trained(adamw())
+    learned = {"log_scale": jnp.array([2.0, 2.5, 3.0], jnp.float32)}
+    save(tmp_path / "with", state._replace(loss=learned))
+    save(tmp_path / "without", state)
+    found = restore(tmp_path / "with", target_of(state._replace(loss=learned)))
+    np.testing.assert_array_equal(found.loss["log_scale"], learned["log_scale"])
+    assert restore(tmp_path / "without", target_of(state)).loss is None
+    with pytest.raises(CheckpointError, match=r"loss/log_scale is float32.*not there"):
+        restore(tmp_path / "with", target_of(state))
+    with pytest.raises(CheckpointError, match="loss/log_scale is not there"):
+        restore(tmp_path / "without", target_of(state._replace(loss=learned)))
+
+
 def test_state_by_position_is_refused_with_what_to_do(tmp_path):
     """As runs begun with earlier versions have it, whose checkpoints do not list their files."""
     state = trained(adamw())

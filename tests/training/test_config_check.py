@@ -20,6 +20,7 @@ FREE = {
     *("model.path", "model.tokenizer", "model.inputs.pinpoints"),
     *("data.path", "data.image_root", "data.subsets", "data.split"),
     *("loss.mask_false_negatives", "loss.hard_negatives", "lora.rslora"),
+    *("loss.learn_temperature", "loss.temperature_per_subset"),
     *("checkpoint.best_metric", "log.wandb", "eval.benchmark", "eval.datasets"),
 }
 HUGE = 10**9
@@ -92,6 +93,22 @@ FIELDS = {
     "loss.temperature": POSITIVE,
     "loss.pool": names("global", "micro", "device"),
     "loss.negatives_per_row": integers(1),
+    "loss.hardness_on": names("all", "in_batch"),
+    "loss.temperature_range": (
+        st.just((0.05, 0.5)),
+        st.sampled_from([(), (0.1,), (0.0, 1.0), (0.2, 0.1), (0.1, math.inf), ("a", "b")]),
+    ),
+    "loss.temperature_rate": NOT_NEGATIVE,
+    "loss.mask_margin": floats(),
+    "loss.in_batch_off": (st.just(()), st.sampled_from([(1,), ("A", None)])),
+    "loss.dims": (
+        st.sampled_from([(8,), (64, 256, 896)]),
+        st.sampled_from([(0, 8), (8, 8), (16, 8), (8.5,), ("8",)]),
+    ),
+    "loss.dim_weights": (st.just(()), st.sampled_from([(0.0,), (-1.0,), (math.nan,), ("a",)])),
+    # More than 0 needs hard negatives.
+    "loss.distill_weight": (st.just(0.0), SHARE[1]),
+    "loss.teacher_temperature": POSITIVE,
     "optim.learning_rate": NOT_NEGATIVE,
     "optim.warmup_fraction": SHARE,
     "optim.beta1": BETA,
@@ -154,6 +171,28 @@ def test_all_that_is_wrong_is_said_at_once():
     config = default_config()
     config.optim.learning_rate, config.data.num_workers = -1.0, -1
     with pytest.raises(ValueError, match=r"data\.num_workers is -1; .* 0\. --config\.optim\.learn"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "focal", "hardness_on": "in_batch"}, r"hardness_on is 'in_batch'; .*focal"),
+        ({"hardness_on": "explicit"}, r"hardness_on is 'explicit'; without .*hard_negatives=True"),
+        ({"in_batch_off": ("A",)}, r"in_batch_off leaves .*hard_negatives=True"),
+        ({"temperature_per_subset": True}, r"expected --config\.loss\.learn_temperature=True"),
+        ({"learn_temperature": True, "temperature": 2.0}, r"is 2\.0, .*expected 0\.01 to 1\.0"),
+        ({"dims": (8, 16), "dim_weights": (1.0,)}, r"dim_weights is \(1\.0,\); .*\(8, 16\)"),
+        ({"distill_weight": 0.5}, r"distill_weight is 0\.5; .*hard_negatives=True"),
+    ],
+)
+def test_settings_of_the_loss_go_together(settings, message):
+    config = default_config()
+    config.loss.update(settings)
+    with pytest.raises(ValueError, match=message):
+        check_config(config)
+    if "hard_negatives" in message:
+        config.loss.hard_negatives = True
         check_config(config)
 
 

@@ -64,6 +64,10 @@ VALUES = {
     "data.weights": (("A", 1.0),),
     "optim.rates": ((".*", 1.0),),
     "eval.datasets": ("A",),
+    "loss.temperature_range": (0.02, 0.5),
+    "loss.in_batch_off": ("A",),
+    "loss.dims": (8, 16),
+    "loss.dim_weights": (1.0, 2.0),
 }
 STRINGS = ("path", "preset", "tokenizer", "newline_position", "pool_mode", "image_root")
 STRINGS += ("best_metric", "benchmark", "wandb", "base_dtype")

@@ -18,6 +18,7 @@ from llave_jax.inputs.batch import Budget, PairLabels, empty_batch, stack_batche
 from llave_jax.inputs.item import Item, missing_image
 from llave_jax.inputs.packing import Packer
 from llave_jax.inputs.sequence import SequenceBuilder
+from llave_jax.models.config import PRESETS
 from llave_jax.models.llave import Llave
 from llave_jax.parallel import sharding
 from llave_jax.training import optim, train_step
@@ -278,51 +279,206 @@ class LookUp:
         return variables["params"]["embeddings"][jnp.maximum(micro_batch.pooled, 0)]
 
 
-@pytest.mark.parametrize("kind", ["hardness", "focal"])
-@pytest.mark.parametrize("pool", train_step.POOLS)
-def test_pools_in_value_and_gradient(pool, kind, golden_model):
-    """Pools of unequal size, hard negatives that some pairs lack, and equal targets."""
-    micro_batches, shards, sides, groups = 3, 4, 3, 3
-    random = np.random.default_rng(0)
+def draw_step(seed, micro_batches=3, shards=8, sides=4, groups=2, dim=6):
+    """(embeddings in float64, batch, labels) of pools of unequal size: hard negatives and scores that some pairs
+    lack, and equal targets.
+    """
+    random = np.random.default_rng(seed)
     shape = (micro_batches, shards, sides, groups)
-    embeddings = random.normal(size=(np.prod(shape), 6))
+    embeddings = random.normal(size=(np.prod(shape), dim))
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     pooled = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    pooled[:, :, 2][random.random((micro_batches, shards, groups)) < 0.4] = -1
+    pooled[:, :, 2:][random.random((micro_batches, shards, sides - 2, groups)) < 0.4] = -1
     valid = random.random((micro_batches, shards, groups)) < 0.7
-    ids = random.integers(0, 12, (micro_batches, shards, sides - 1, groups)).astype(np.int32)
-    vision = golden_model.config.vision
-    labels = PairLabels(ids, np.zeros(valid.shape, np.int32), np.zeros(ids.shape, np.float32))
-    one = empty_batch(Budget(1, 8, 0, groups, sides), shards, vision.crop)
+    by_target = (micro_batches, shards, sides - 1, groups)
+    scores = random.normal(size=by_target).astype(np.float32)
+    scores[random.random(by_target) < 0.3] = np.nan
+    labels = PairLabels(
+        random.integers(0, 24, by_target).astype(np.int32),
+        random.integers(0, 3, valid.shape).astype(np.int32),
+        scores,
+    )
+    one = empty_batch(Budget(1, 8, 0, groups, sides), shards, PRESETS["tiny"].vision.crop)
     batch = stack_batches([one] * micro_batches)._replace(pooled=pooled, valid=valid)
+    return embeddings, batch, labels
 
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1}, jax.devices()[:4])
-    numbers = {"alpha": 5.0, "temperature": 0.1, "margin": 0.4}
-    config = train_step.LossConfig(kind, pool=pool, mask_false_negatives=True, **numbers)
+
+def expected_step(embeddings, batch, labels, config, temperatures):
+    """(loss, gradient by embeddings, gradient by temperatures) in float64 NumPy; temperatures: by subset."""
+    pooled, valid = batch.pooled, batch.valid
+    pairs = pooled[:, :, 0].reshape(-1)
+    targets, extra = pooled[:, :, 1].reshape(-1), pooled[:, :, 2:].reshape(-1)
+    candidates = np.concatenate([targets, extra])
+    size, repeats = len(pairs), pooled.shape[2] - 2
+
+    def of_extra(values):
+        """[M, S, G] of pairs -> of their extra targets, in the order of `extra`."""
+        return np.broadcast_to(values[:, :, None], pooled[:, :, 2:].shape).reshape(-1)
+
+    places = np.arange(np.prod(valid.shape[:2])).reshape(*valid.shape[:2], 1) + 0 * valid
+    place_of = np.concatenate([places.reshape(-1), of_extra(places)])
+    pool_of = {"global": 0, "micro": place_of // valid.shape[1], "device": place_of}[config.pool]
+    numbers = np.arange(size).reshape(valid.shape)
+    subset = labels.subsets.reshape(-1)
+    off = np.isin(np.array(config.subsets), config.in_batch_off)
+    t = np.asarray(temperatures, np.float64)[subset]
+    assert repeats * size == len(extra)
+    loss, by_embedding = 0.0, np.zeros_like(embeddings)
+    by_temperature = np.zeros(len(temperatures))
+    dims = config.dims or (embeddings.shape[1],)
+    weights = np.array(config.dim_weights or [1.0] * len(dims))
+    for dim, share in zip(dims, weights / weights.sum(), strict=True):
+        first = embeddings[:, :dim]
+        norm = np.linalg.norm(first, axis=1, keepdims=True)
+        unit = first / norm
+        found, by_similarity, by_number = reference_loss.symmetric_loss(
+            unit[pairs] @ unit[candidates].T,
+            config.alpha,
+            t,
+            valid=np.concatenate([valid.reshape(-1), of_extra(valid) & (extra >= 0)]),
+            ids=np.concatenate(
+                [labels.target_ids[:, :, 0].reshape(-1), labels.target_ids[:, :, 1:].reshape(-1)]
+            )
+            if config.mask_false_negatives
+            else None,
+            pools=pool_of + np.zeros(len(candidates)),
+            extra=len(extra),
+            margin=config.margin if config.kind == "focal" else None,
+            mask_margin=config.mask_margin,
+            owners=np.concatenate([np.arange(size), of_extra(numbers)]),
+            own_only=off[subset] if len(off) else None,
+            hardness_on=config.hardness_on,
+        )
+        d_unit = np.zeros_like(unit)
+        kept = (1 - config.distill_weight) * share
+        np.add.at(d_unit, pairs, kept * by_similarity @ unit[candidates])
+        np.add.at(d_unit, candidates, kept * by_similarity.T @ unit[pairs])
+        np.add.at(by_temperature, subset, kept * by_number["temperature"])
+        loss += kept * found
+        if config.distill_weight:
+            given = share * config.distill_weight
+            loss += given * add_distillation(
+                unit, batch, labels, t, config.teacher_temperature, given, d_unit, by_temperature
+            )
+        # The derivative of x / |x|.
+        projected = d_unit - unit * np.sum(d_unit * unit, axis=1, keepdims=True)
+        whole = dim == embeddings.shape[1]
+        by_embedding[:, :dim] += d_unit if whole else projected / norm
+    return loss, by_embedding, by_temperature
+
+
+def add_distillation(unit, batch, labels, t, teacher_temperature, share, d_unit, d_temperature):
+    """The mean divergence of the rows that have scores. Adds `share` times its derivatives."""
+    rows = []
+    for place, number in zip(np.ndindex(batch.valid.shape), range(batch.valid.size), strict=True):
+        micro, shard, group = place
+        slots = batch.pooled[micro, shard, :, group]
+        scores = labels.scores[micro, shard, :, group].astype(np.float64)
+        known = [k for k in range(len(scores)) if slots[k + 1] >= 0 and not np.isnan(scores[k])]
+        if batch.valid[place] and len(known) >= 2:
+            rows.append((slots[0], slots[1:][known], scores[known], number))
+    total = 0.0
+    for query, candidates, scores, number in rows:
+        teacher = np.exp(scores / teacher_temperature)
+        teacher /= teacher.sum()
+        logits = unit[candidates] @ unit[query] / t[number]
+        model = np.exp(logits) / np.exp(logits).sum()
+        total += np.sum(teacher * np.log(teacher / model)) / len(rows)
+        slope = share * (model - teacher) / len(rows)
+        d_unit[query] += slope @ unit[candidates] / t[number]
+        np.add.at(d_unit, candidates, slope[:, None] * unit[query] / t[number])
+        d_temperature[labels.subsets.reshape(-1)[number]] += np.sum(slope * -logits / t[number])
+    return total
+
+
+NUMBERS = {"alpha": 5.0, "temperature": 0.1, "margin": 0.4}
+SUBSETS = {"subsets": ("a", "b", "c")}
+LEARNED = {"learn_temperature": True, "temperature_per_subset": True, **SUBSETS}
+KINDS_OF_LOSS = {
+    "hardness": {"mask_false_negatives": True},
+    "focal": {"kind": "focal", "mask_false_negatives": True},
+    "learned": {"learn_temperature": True, **SUBSETS},
+    "explicit": {"hardness_on": "explicit", "mask_margin": 0.1},
+    "in_batch": {"hardness_on": "in_batch", "in_batch_off": ("b",), **SUBSETS},
+    "dims": {"dims": (2, 4, 6), "dim_weights": (1.0, 2.0, 3.0)},
+    "teacher": {"distill_weight": 0.3, "teacher_temperature": 0.7},
+    "all": {
+        "hardness_on": "explicit",
+        "mask_margin": 0.1,
+        "mask_false_negatives": True,
+        "in_batch_off": ("b",),
+        "dims": (3, 6),
+        "distill_weight": 0.3,
+        "teacher_temperature": 0.7,
+        **LEARNED,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [
+        *((kind, "global") for kind in KINDS_OF_LOSS),
+        *(("hardness", "micro"), ("hardness", "device"), ("all", "micro")),
+        *(slow("focal", "micro"), slow("focal", "device"), slow("all", "device")),
+    ],
+)
+def test_kinds_of_loss_in_value_and_gradient(kind, pool):
+    """Over eight devices and in three micro-batches, against the formulas in float64."""
+    embeddings, batch, labels = draw_step(0)
+    config = train_step.LossConfig(pool=pool, **NUMBERS, **KINDS_OF_LOSS[kind])
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
     loss = train_step.make_loss(LookUp(), mesh, config)
     params = {"embeddings": jnp.asarray(embeddings, jnp.float32)}
-    (found, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, labels)
+    learned, temperatures = config.initial(), np.full(3, 0.1)
+    if config.temperature_per_subset:
+        temperatures = np.array([0.05, 0.1, 0.3])
+        learned = {"log_scale": jnp.asarray(-np.log(temperatures), jnp.float32)}
 
-    pairs = pooled[:, :, 0].reshape(-1)
-    targets, extra = pooled[:, :, 1].reshape(-1), pooled[:, :, 2].reshape(-1)
-    candidates = np.concatenate([targets, extra])
-    every = np.arange(micro_batches * shards).repeat(groups)
-    pool_of = {"global": 0 * every, "micro": every // shards, "device": every}[pool]
-    expected, by_similarity, _ = reference_loss.symmetric_loss(
-        embeddings[pairs] @ embeddings[candidates].T,
-        numbers["alpha"],
-        numbers["temperature"],
-        valid=np.concatenate([valid.reshape(-1), valid.reshape(-1) & (extra >= 0)]),
-        ids=np.concatenate([ids[:, :, 0].reshape(-1), ids[:, :, 1].reshape(-1)]),
-        pools=np.concatenate([pool_of, pool_of]),
-        extra=len(extra),
-        margin=numbers["margin"] if kind == "focal" else None,
+    def value_and_grad(params, learned):
+        def function(trained):
+            return loss(trained[0], batch, labels, learned=trained[1])
+
+        return jax.value_and_grad(function, has_aux=True)((params, learned))
+
+    (found, metrics), (gradient, by_learned) = jax.jit(value_and_grad)(params, learned)
+    value, by_embedding, by_temperature = expected_step(
+        embeddings, batch, labels, config, temperatures
     )
-    expected_gradient = np.zeros_like(embeddings)
-    np.add.at(expected_gradient, pairs, by_similarity @ embeddings[candidates])
-    np.add.at(expected_gradient, candidates, by_similarity.T @ embeddings[pairs])
-    assert float(found) == pytest.approx(expected, rel=1e-5)
-    np.testing.assert_allclose(gradient["embeddings"], expected_gradient, atol=1e-5)
+    assert float(found) == pytest.approx(value, rel=1e-5)
+    np.testing.assert_allclose(gradient["embeddings"], by_embedding, atol=1e-5)
+    if learned is not None:
+        # Temperatures are exp(-log_scale).
+        expected = -by_temperature * temperatures
+        if not config.temperature_per_subset:
+            expected = expected.sum()
+        np.testing.assert_allclose(by_learned["log_scale"], expected, atol=1e-5)
+    assert ({"contrastive_loss", "distill_loss"} <= set(metrics)) == bool(config.distill_weight)
+    by_dim = [metrics[f"loss@{dim}"] for dim in config.dims]
+    if by_dim:
+        weights = config.dim_weights or [1] * len(by_dim)
+        assert np.average(by_dim, weights=weights) == pytest.approx(value, rel=1e-5)
+
+
+def test_eight_devices_are_one():
+    """All settings together, in value and gradient."""
+    embeddings, batch, labels = draw_step(1)
+    config = train_step.LossConfig(**NUMBERS, **KINDS_OF_LOSS["all"])
+    params = {"embeddings": jnp.asarray(embeddings, jnp.float32)}
+    results = []
+    for devices in (1, 8):
+        mesh = sharding.make_mesh(
+            {"data": devices, "fsdp": 1, "tensor": 1}, jax.devices()[:devices]
+        )
+        loss = train_step.make_loss(LookUp(), mesh, config)
+
+        def function(trained, loss=loss):
+            return loss(trained[0], batch, labels, learned=trained[1])
+
+        results.append(
+            jax.jit(jax.value_and_grad(function, has_aux=True))((params, config.initial()))
+        )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *results)
 
 
 def test_unknown_settings_are_refused(golden_model):
@@ -334,3 +490,34 @@ def test_unknown_settings_are_refused(golden_model):
         train_step.LossConfig(pool="local")
     with pytest.raises(ValueError, match=r"loss\.kind.*expected one of"):
         train_step.LossConfig(kind="triplet")
+    with pytest.raises(ValueError, match=r"loss\.hardness_on.*expected one of"):
+        train_step.LossConfig(hardness_on="hard")
+    with pytest.raises(ValueError, match=r"in_batch_off names c; the data's subsets are a, b"):
+        train_step.LossConfig(in_batch_off=("a", "c"), subsets=("a", "b"))
+    with pytest.raises(ValueError, match=r"needs loss\.learn_temperature=True"):
+        train_step.LossConfig(temperature_per_subset=True)
+    with pytest.raises(ValueError, match="dim_weights"):
+        train_step.LossConfig(dims=(2, 4), dim_weights=(1.0,))
+
+
+def test_dims_suit_the_model(golden_model):
+    width = golden_model.config.text.hidden_size
+    multipliers = dict.fromkeys(sharding.flatten(golden_model.params), 1.0)
+    optimizer = optim.make_optimizer(LEARNING_RATE, multipliers)
+    for dims in ((8,), (8, width, 2 * width), (width, 8), (0, width)):
+        with pytest.raises(ValueError, match=f"ascending.*model's width: {width}"):
+            train_step.build_step(
+                Llave(golden_model.config),
+                mesh_of("single"),
+                optimizer,
+                multipliers,
+                train_step.LossConfig(dims=dims),
+            )
+
+
+def test_labels_that_are_needed_are_asked_for():
+    _, batch, _ = draw_step(0)
+    config = train_step.LossConfig(mask_false_negatives=True, distill_weight=0.5)
+    loss = train_step.make_loss(LookUp(), mesh_of("single"), config)
+    with pytest.raises(ValueError, match="labels: target_ids, scores"):
+        loss({}, batch)

@@ -8,6 +8,7 @@ import re
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,7 +81,7 @@ def test_scores_are_those_of_numpy_in_blocks_of_any_size(seed, block, formula):
     ids = random.integers(0, 9, (2, 14)).astype(np.int32)
     found = pool_scores(query, target, *ids, formula, block=block)
     numbers = {"alpha": 0.0, "temperature": formula.temperature, "margin": None}
-    numbers |= formula._asdict()
+    numbers |= {name: value for name, value in formula._asdict().items() if name in numbers}
     expected = expected_scores(query, target, *ids, **numbers)
     error = reference.logit_error(
         numbers["alpha"], formula.temperature, 14, margin=numbers["margin"]
@@ -97,6 +98,15 @@ def test_a_model_that_maps_everything_to_one_point_finds_nothing():
     scores = pool_scores(point, point, ids, 0 * ids, Hardness())
     assert scores["recall@1"] == 1
     assert scores["loss"] == 0
+
+
+def test_each_pair_has_the_temperature_of_its_subset():
+    random = np.random.default_rng(0)
+    query, target = (random.normal(size=(9, 4)).astype(np.float32) / 3 for _ in "qt")
+    ids, by_pair = np.arange(9), random.choice([0.1, 0.5], 9).astype(np.float32)
+    found = pool_scores(query, target, ids, ids, Hardness(2.0, jnp.asarray(by_pair)), block=4)
+    expected = expected_scores(query, target, ids, ids, alpha=2.0, temperature=by_pair)
+    assert_same_scores(found, expected, 1e-5)
 
 
 def validation_lines(workdir):
