@@ -70,10 +70,13 @@ def default_config() -> Config:
     # Seconds without a row until a warning names it and the process that loads it; 0: never.
     config.data.stall_warning = 60.0
     # "uniform": all rows shuffled. "modality": each step takes rows with an image in the query, or rows
-    # without, as the authors trained (`llave_jax.data.order.ModalityOrder`).
+    # without, as the authors trained (`llave_jax.data.modality_order.ModalityOrder`). "mined:FILE": rows that are
+    # each other's hard negatives share a step (`llave_jax.data.mined_order.MinedOrder`); FILE is the
+    # neighbours.parquet of `llave_jax.mine`.
     config.data.order = "uniform"
     # Of the uniform order: rows of one subset that follow one another (1: a shuffle of all), and the
-    # share of each subset in the stream, as (subset, weight) pairs (empty: every row once an epoch).
+    # share of each subset in the stream, as (subset, weight) pairs (empty: every row once an epoch). Of the
+    # order of mined neighbours, sub_batch: rows of a cluster.
     config.data.sub_batch = 1
     config.data.weights = ()
     # Rows that cannot be used: "raise", or "skip" and list them in WORKDIR/skipped_PROCESS.jsonl, until

@@ -1,6 +1,6 @@
 """The order in which training reads rows: a uniform shuffle, sub-batches of one subset, or by weights.
 
-Owns row numbers alone; the order by modality is `modality_order.py`. Every order is random access, so that
+Owns row numbers alone; the order by modality is `modality_order.py`, that of mined neighbours `mined_order.py`. Every order is random access, so that
 a position in it is all there is to resume from. Loading the rows is `loading.py`.
 """
 
@@ -13,15 +13,17 @@ import heapq
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from llave_jax.common.content import short_hash
+from llave_jax.common.content import file_digest, short_hash
 from llave_jax.data.sources import PairSource
 
+# And `MINED` with the path of a file.
 ORDERS = ("uniform", "modality")
+MINED = "mined:"
 
 # The index of no row. It fills the last sub-batch of a subset, and the batch of data that is smaller than a
 # batch.
@@ -32,16 +34,30 @@ HOLE = -1
 _MIXTURE_WINDOW = 4096
 
 
+def is_order(name: str) -> bool:
+    """Whether a name is that of an order.
+
+    Args:
+      name: such as "uniform", or "mined:neighbours.parquet".
+
+    Returns:
+      False for others.
+    """
+    return name in ORDERS or (name.startswith(MINED) and len(name) > len(MINED))
+
+
 @dataclasses.dataclass(frozen=True)
 class Composition:
     """Which rows share a batch.
 
     Attributes:
-      sub_batch: in the uniform order, how many rows of one subset follow one another; 1: any rows do.
+      sub_batch: in the uniform order, how many rows of one subset follow one another; 1: any rows do. In the
+        order of mined neighbours, how many rows a cluster has.
       weights: subset -> share of the uniform order. Every row of a subset comes once before any comes
         again, and subsets that are not named are left out. None: every row comes once an epoch.
       order: "uniform", a shuffle of all rows (`UniformOrder`); or "modality", batches of rows with an image
-        in the query and batches of rows without (`ModalityOrder`), as the authors trained.
+        in the query and batches of rows without (`ModalityOrder`), as the authors trained; or "mined:FILE",
+        clusters of rows that are each other's hard negatives (`MinedOrder`).
     """
 
     sub_batch: int = 1
@@ -49,8 +65,10 @@ class Composition:
     order: str = "uniform"
 
     def __post_init__(self):
-        if self.order not in ORDERS:
-            raise ValueError(f"data.order is {self.order!r}; expected one of {ORDERS}")
+        if not is_order(self.order):
+            raise ValueError(
+                f"data.order is {self.order!r}; expected one of {ORDERS} or mined:FILE"
+            )
         if self.sub_batch < 1:
             raise ValueError(f"sub_batch is {self.sub_batch}; expected at least 1")
         for subset, weight in (self.weights or {}).items():
@@ -63,11 +81,21 @@ class Composition:
                 'data.order "modality" decides by itself which rows share a batch: use it without '
                 'data.sub_batch and data.weights, or use them with data.order "uniform"'
             )
+        if self.mined and (self.sub_batch == 1 or self.weights):
+            raise ValueError(
+                f"data.order is {self.order!r}: it takes the rows of a cluster from data.sub_batch, which must be "
+                "more than 1 (32, say), and has no data.weights"
+            )
 
     @property
     def is_shuffle(self) -> bool:
         """Whether this is the uniform order of all rows, which `UniformOrder` gives."""
         return self.order == "uniform" and self.sub_batch == 1 and not self.weights
+
+    @property
+    def mined(self) -> str | None:
+        """The file of mined neighbours, if they decide the order."""
+        return self.order.removeprefix(MINED) if self.order.startswith(MINED) else None
 
     def name(self, source: PairSource, batch_size: int | None) -> str:
         """A name that differs for orders whose positions mean different rows.
@@ -81,11 +109,29 @@ class Composition:
         """
         sizes = {subset: len(rows) for subset, rows in source.subsets.items()}
         weights = self.weights and dict(self.weights)
-        parts = json.dumps([sizes, self.order, self.sub_batch, weights, batch_size])
+        # The file counts by what it holds, wherever it lies.
+        order = MINED + file_digest(self.mined).hex() if self.mined else self.order
+        parts = json.dumps([sizes, order, self.sub_batch, weights, batch_size])
         return f"{len(source)} rows, {short_hash(parts.encode(), 4).hex()}"
 
 
 UNIFORM = Composition()
+
+
+class Batches(Protocol):
+    """An order in batches, the same on any number of processes.
+
+    Attributes:
+      batch_size: slots of a batch.
+      batches_per_epoch: after so many, every row has come.
+    """
+
+    batch_size: int
+    batches_per_epoch: int
+
+    def rows(self, number: int) -> np.ndarray:
+        """int64 [batch_size], the rows of a batch, counted over all epochs; HOLE where a slot has none."""
+        ...
 
 
 class UniformOrder:
@@ -185,7 +231,7 @@ def _slots_of_rows(
 
 
 class UniformPart:
-    """Position -> row, over one process's slots of every batch of a `UniformOrder`.
+    """Position -> row, over one process's slots of every batch of an order.
 
     Attributes:
       size: positions of the process in a batch.
@@ -198,7 +244,7 @@ class UniformPart:
     """
 
     def __init__(
-        self, order: UniformOrder, *, process_index: int, process_count: int, epochs: int | None
+        self, order: Batches, *, process_index: int, process_count: int, epochs: int | None
     ):
         self.order = order
         self.size = order.batch_size // process_count

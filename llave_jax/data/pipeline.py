@@ -1,7 +1,7 @@
 """The stream of training batches: put together from a source, an order, loading and packing, on grain.
 
-Which rows there are is `sources.py`. The order in which they are read is `order.py` and
-`modality_order.py`. Loading is `loading.py`, packing them into steps `step_iterators.py`.
+Which rows there are is `sources.py`. The order in which they are read is `order.py`, `modality_order.py` and
+`mined_order.py`. Loading is `loading.py`, packing them into steps `step_iterators.py`.
 
 Processes do not talk to each other. At every step each process takes its part of one batch of the order,
 or as much of it as fits. So the number of steps that an epoch takes is not known beforehand, and differs a
@@ -22,6 +22,7 @@ import numpy as np
 
 from llave_jax.common.content import short_hash
 from llave_jax.data.loading import RowLoader
+from llave_jax.data.mined_order import MinedOrder
 from llave_jax.data.modality_order import ModalityOrder, ModalityPart
 from llave_jax.data.order import (
     UNIFORM,
@@ -88,10 +89,10 @@ def train_iterator(
       num_workers: worker processes that load rows; 0 loads in threads of this process.
       epochs: stop after so many passes, the last batch padded with empty slots; for a single
         process. None: an endless stream.
-      composition: uniform shuffle, sub-batches of one subset, weights, or by modality.
+      composition: uniform shuffle, sub-batches of one subset, weights, by modality, or mined neighbours.
       group_size: pairs that the modality order deals to one shard of one micro-batch; the budget
         should have room for more, since not every group fits. None: as many as the budget has slots.
-      order_slots: slots of a batch of the uniform shuffle, a multiple of the processes. They decide which
+      order_slots: slots of a batch of the uniform shuffle or of mined neighbours, a multiple of the processes. They decide which
         row comes when, so a run that goes on with another budget keeps them. None: those of the budget.
       on_error: "raise" or "skip" rows that cannot be used.
       skip_file: lists rows that are skipped, and on the first process those that the source leaves
@@ -147,13 +148,22 @@ def train_iterator(
         order, batch_size = grain.MapDataset.source(part), part.order.batch_size
         positions = [part.order.batches_per_epoch * part.size] * num_subsets
         batches = functools.partial(ModalityIterator, part=part)
-    elif composition.is_shuffle:
-        starts = np.array([rows.start for rows in source.subsets.values()])
+    elif composition.is_shuffle or composition.mined:
         batch_size = order_slots or parts * budget.groups
-        uniform = UniformOrder(contents, starts, num_slots=batch_size, seed=seed)
-        part = UniformPart(uniform, epochs=epochs, **process)
+        if composition.mined:
+            shuffle = MinedOrder(
+                contents,
+                composition.mined,
+                num_slots=batch_size,
+                cluster=composition.sub_batch,
+                seed=seed,
+            )
+        else:
+            starts = np.array([rows.start for rows in source.subsets.values()])
+            shuffle = UniformOrder(contents, starts, num_slots=batch_size, seed=seed)
+        part = UniformPart(shuffle, epochs=epochs, **process)
         order = grain.MapDataset.source(part)
-        epoch = uniform.batches_per_epoch * part.size
+        epoch = shuffle.batches_per_epoch * part.size
         positions = [epoch] * num_subsets
         batches = functools.partial(UniformIterator, batch=part.size, epoch=epoch)
     else:

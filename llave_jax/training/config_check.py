@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from llave_jax.config import Config
-from llave_jax.data.order import ORDERS
+from llave_jax.data.order import MINED, ORDERS, is_order
 from llave_jax.data.pipeline import POLICIES
 from llave_jax.inputs.config import NEWLINE_POSITIONS, POOL_MODES
 from llave_jax.loss.cross_device import HARDNESS_ON, KINDS
@@ -129,7 +129,7 @@ TABLE: dict[str, Values] = {
     "data.max_rows": _at_least(1).or_none(),
     "data.epochs": _at_least(1),
     "data.num_workers": _at_least(0),
-    "data.order": _one_of(ORDERS),
+    "data.order": Values(is_order, f"one of {', '.join(ORDERS)}, {MINED}FILE"),
     "data.sub_batch": _at_least(1),
     "data.weights": Values(_are_weights, "(subset, weight) pairs with weights of more than 0"),
     "data.on_error": _one_of(POLICIES),

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llave_jax.config import Config, default_config
+from llave_jax.data.order import MINED
 
 # What the keys decide -> the keys. These may change.
 MAY_CHANGE: dict[str, tuple[str, ...]] = {
@@ -169,6 +170,9 @@ def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     defaults = dict(leaves(json.loads(default_config().to_json())))
     before = {key: value for key, value in defaults.items() if key in now} | before
     may_change = {key for keys in MAY_CHANGE.values() for key in keys}
+    if all(str(config.get("data.order")).startswith(MINED) for config in (before, now)):
+        # The file may lie elsewhere. The data position knows what it held.
+        may_change.add("data.order")
     if now.get("loss.pool") == "device":
         may_change -= set(FIXED_WITH_DEVICE_POOLS)
     return [

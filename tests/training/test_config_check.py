@@ -69,7 +69,7 @@ FIELDS = {
     "data.epochs": integers(1),
     "data.num_workers": integers(0),
     "data.stall_warning": NOT_NEGATIVE,
-    "data.order": names("uniform", "modality"),
+    "data.order": names("uniform", "modality", "mined:a.parquet"),
     "data.sub_batch": integers(1),
     "data.weights": (
         st.just((("A", 1.0), ("B", 2))),
