@@ -12,10 +12,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from llave_jax.common.ranges import ConfigError, check_real, check_whole
 from llave_jax.models.lora import Lora
 from llave_jax.models.parameters import linear_maps
-from llave_jax.weights import model_dir, run_params
+from llave_jax.weights import model_dir, peft_format, run_params
 from llave_jax.weights.adapter import Adapter, adapter_of
 from llave_jax.weights.fingerprint import weights_fingerprint
 from llave_jax.weights.json_files import read_json, section
@@ -109,7 +111,7 @@ def parts_of(path: str | os.PathLike, adapter: str | os.PathLike | None = None) 
 
     Args:
       path: a model directory or a run.
-      adapter: one more adapter for it: a run that trained adapters on it.
+      adapter: one more adapter for it: a directory in PEFT's format, or a run that trained adapters on it.
 
     Returns:
       The parts; for most models, `path` alone.
@@ -120,7 +122,7 @@ def parts_of(path: str | os.PathLike, adapter: str | os.PathLike | None = None) 
     """
     path, found = Path(path), []
     if adapter is not None:
-        found.append(_of_run(Path(adapter), path))
+        found.append(open_adapter(adapter, path))
     for _ in range(_MAX_DEPTH):
         record = read_record(path)
         if record is None:
@@ -148,12 +150,56 @@ def check_base(record: Record, base: Path, run: Path) -> None:
         )
 
 
-def _of_run(run: Path, base: Path) -> Adapter:
-    record = read_record(run)
+def open_adapter(path: str | os.PathLike, base: str | os.PathLike) -> Adapter:
+    """Reads an adapter for a model.
+
+    Args:
+      path: a directory in PEFT's format, or a run that trained adapters.
+      base: the model that it is for. A run's must be the one that it was trained on; PEFT's format does not say
+        which that is.
+
+    Returns:
+      The adapter.
+
+    Raises:
+      CheckpointError: it is neither, is broken, or is of another model.
+    """
+    path, base = Path(path), Path(base)
+    if peft_format.is_peft(path):
+        return peft_format.read_peft(path, model_dir.load_config(base))
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory; expected an adapter")
+    try:
+        record = read_record(path)
+    except CheckpointError:
+        record = None
     if record is None:
-        raise CheckpointError(f"{run}: this model has no adapters, but parameters of its own")
-    check_base(record, base, run)
-    return _adapters(run, record)
+        raise CheckpointError(
+            f"{path}: neither an adapter ({peft_format.CONFIG}) nor a run that trained adapters"
+        )
+    check_base(record, base, path)
+    return _adapters(path, record)
+
+
+def trained_adapter(run: str | os.PathLike) -> tuple[Lora, dict[str, np.ndarray]]:
+    """What a run has trained, without its base: for writing it in another format.
+
+    Args:
+      run: a run that trained adapters.
+
+    Returns:
+      The adapters, and path -> array as of `parameters.adapter_shapes`.
+
+    Raises:
+      CheckpointError: it is no such run, or has no checkpoint that can be used.
+    """
+    run, record = Path(run), read_record(run)
+    if record is None:
+        raise CheckpointError(f"{run}: has no adapters, but parameters of its own; export it whole")
+    folder = run_params.latest_params(run)
+    arrays = {path: np.asarray(array) for path, array in run_params.open_params(folder).items()}
+    adapter_of(arrays, record.lora, model_dir.load_config(run), folder)
+    return record.lora, arrays
 
 
 def _adapters(run: Path, record: Record) -> Adapter:

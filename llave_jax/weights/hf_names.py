@@ -24,7 +24,8 @@ from llave_jax.models.parameters import (
     weight_at,
 )
 
-# The prefixes of each layout. Checkpoints use any of them; we write the first.
+# The prefixes of each layout. Checkpoints use any of them; we write the first. The last is what modules are
+# called while a model runs (adapters name modules).
 #   llave: the authors' code (LlavaQwenForCausalLM).
 #   onevision: transformers' LlavaOnevisionForConditionalGeneration. Checkpoints on the hub and
 #     those saved by transformers 4 have the first form; transformers 5 drops the inner
