@@ -2,12 +2,14 @@
 
     python tools/convert_hf.py --input HF --output DIR
     python tools/convert_hf.py --to-hf {llave,onevision} --input DIR --output HF_DIR
+    python tools/convert_hf.py --to-hf {llave,onevision} --adapter-only --input RUN --output ADAPTER_DIR
 
 HF is a checkpoint's directory, or its name on the Hugging Face hub (org/name or org/name@revision). The
 checkpoint has the layout of the authors' code (LlavaQwenForCausalLM: the released LLaVE models,
 LLaVA-OneVision, Aquila-VL, and what was fine-tuned from them) or of transformers' LlavaOnevision. With
 --to-hf, DIR is a model directory or a training run; for onevision, a few items are then embedded in float32 and kept
-in HF_DIR/check_vectors.json, with which tools/check_export.py compares other software.
+in HF_DIR/check_vectors.json, with which tools/check_export.py compares other software. A run that trained adapters is
+written with its base, merged; with --adapter-only, its adapters alone, in the format of the peft library.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from llave_jax.common import command_line
 from llave_jax.common.host_memory import available_host_memory
 from llave_jax.common.locks import only_writer
 from llave_jax.models.parameters import parameter_shapes
+from llave_jax.weights.adapted import trained_adapter
 from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.hf_names import LAYOUTS
 from llave_jax.weights.model_dir import load_config
+from llave_jax.weights.peft_format import write_peft
 from llave_jax.weights.resolve import find_checkpoint, resolve_model
 from llave_jax.weights.to_hf import CHECK_VECTORS, convert_to_hf
 
@@ -66,12 +70,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="with --to-hf onevision: embed nothing, for machines that cannot hold the model in float32",
     )
+    parser.add_argument(
+        "--adapter-only",
+        action="store_true",
+        help="with --to-hf, of a run that trained adapters: write those alone, for the peft library",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in --output")
     args = parser.parse_args(argv)
     if args.to_hf and args.vision_config:
         parser.error("--vision-config is of use only without --to-hf")
     if args.base_model and not args.to_hf:
         parser.error("--base-model is of use only with --to-hf")
+    if args.adapter_only and (not args.to_hf or args.overwrite or args.no_check_vectors):
+        parser.error(
+            "--adapter-only goes with --to-hf, and without --overwrite and --no-check-vectors"
+        )
     if args.no_check_vectors and args.to_hf != "onevision":
         parser.error("--no-check-vectors is of use only with --to-hf onevision")
     return args
@@ -80,7 +93,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _convert(args: argparse.Namespace) -> None:
     command_line.set_up_logging(args)
     with only_writer(args.output, inside=False):
-        if args.to_hf:
+        if args.adapter_only:
+            lora, arrays = trained_adapter(resolve_model(args.input))
+            write_peft(args.output, arrays, lora, args.to_hf, base_model=args.base_model)
+        elif args.to_hf:
             source = resolve_model(args.input)
             same = convert_to_hf(
                 source,

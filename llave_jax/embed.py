@@ -52,6 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = command_line.Parser("llave_jax.embed", __doc__)
     command_line.add_model_argument(parser)
+    command_line.add_adapter_argument(parser)
     parser.add_argument("--output", required=True, help="directory to write")
     parser.add_argument(
         "--format",
@@ -110,12 +111,14 @@ def _command(args: argparse.Namespace) -> None:
     first = jax.process_index() == 0
     command_line.set_up_logging(args, first=first)
     model = resolve_model(args.model)
-    embedder = Embedder.from_pretrained(model, dtype=args.dtype, max_length=args.max_length)
-    fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config)
+    embedder = Embedder.from_pretrained(
+        model, adapter=args.adapter, dtype=args.dtype, max_length=args.max_length
+    )
+    fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config, args.adapter)
     job = _job(args, fingerprint, embedder.prompts)
     result = embed_items(embedder, job)
     if first:
-        _report(job, result, settings_of(args.model, embedder, fingerprint))
+        _report(job, result, settings_of(args.model, embedder, fingerprint, args.adapter))
 
 
 def _on_ray(args: argparse.Namespace) -> None:
@@ -125,10 +128,11 @@ def _on_ray(args: argparse.Namespace) -> None:
 
     path = resolve_model(args.model)
     actors, resources = ray_engine.workers(args)
-    model = ray_bulk.find_model(path, args.dtype, args.max_length, resources)
+    model = ray_bulk.find_model(path, args.dtype, args.max_length, resources, args.adapter)
     job = _job(args, model.fingerprint, model_dir.load_prompts(path))
     result = ray_bulk.embed_on_ray(model, job, actors=actors, resources=resources)
     settings = {"model": args.model, "fingerprint": model.fingerprint, "dtype": model.dtype}
+    settings |= {} if args.adapter is None else {"adapter": args.adapter}
     _report(job, result, settings | {"max_length": model.max_length})
 
 

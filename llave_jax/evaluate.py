@@ -50,6 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = command_line.Parser("llave_jax.evaluate", __doc__)
     command_line.add_model_argument(parser)
+    command_line.add_adapter_argument(parser)
     parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
     parser.add_argument("--output", required=True, help="where scores and tables are written")
     parser.add_argument("--data", help="the benchmark's directory (digits: built there if absent)")
@@ -126,14 +127,16 @@ def evaluate(args: argparse.Namespace) -> str:
         video_decode.check_installed()
     first = jax.process_index() == 0
     model = resolve_model(args.model)
-    embedder = Embedder.from_pretrained(model, dtype=args.dtype, max_length=args.max_length)
+    embedder = Embedder.from_pretrained(
+        model, adapter=args.adapter, dtype=args.dtype, max_length=args.max_length
+    )
     cache, run = EmbeddingCache(), None
     if first:
-        fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config)
+        fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config, args.adapter)
         cache = EmbeddingCache(
             args.cache or Path(args.output) / "embeddings", fingerprint, model=args.model
         )
-        run = settings_of(args.model, embedder, fingerprint)
+        run = settings_of(args.model, embedder, fingerprint, args.adapter)
 
     def encode(items):
         return embedder.encode(items, batch_size=args.batch_size, show_progress=first)
@@ -148,7 +151,8 @@ def evaluate(args: argparse.Namespace) -> str:
 
 
 def _computed_by(run: dict[str, Any]) -> str:
-    return f"{run['model']} in {run['dtype']}"
+    adapter = f" with {run['adapter']}" if "adapter" in run else ""
+    return f"{run['model']}{adapter} in {run['dtype']}"
 
 
 def _evaluate_rows(

@@ -59,6 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     build = commands.add_parser("build", help="make an index, or bring it up to date")
     command_line.add_model_argument(build)
+    command_line.add_adapter_argument(build)
     build.add_argument("--output", required=True, help="directory of the index")
     item_sources.add_arguments(build)
     command_line.add_dtype_argument(build)
@@ -138,6 +139,9 @@ def _add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="the model that made the index; default: where it was at that time"
     )
+    parser.add_argument(
+        "--adapter", help="the adapter that was added to it, if any; default: where it was then"
+    )
 
 
 def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,16 +174,27 @@ def _build(args: argparse.Namespace) -> None:
         with contextlib.ExitStack() as closing:
             closing.enter_context(opened)
             _check_unchanged(args, opened)
-            embedder = load_model(opened, args.model, dtype=opened.settings.model.get("dtype"))
+            embedder = load_model(
+                opened,
+                args.model,
+                adapter=args.adapter,
+                dtype=opened.settings.model.get("dtype"),
+            )
             closing.pop_all()
     else:
-        embedder = Embedder.from_pretrained(model, dtype=args.dtype, max_length=args.max_length)
-        fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config)
+        embedder = Embedder.from_pretrained(
+            model, adapter=args.adapter, dtype=args.dtype, max_length=args.max_length
+        )
+        adapter = None if args.adapter is None else str(Path(args.adapter).absolute())
+        fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config, adapter)
         name = str(Path(args.model).absolute()) if Path(args.model).exists() else args.model
         opened = Index.create(
             args.output,
             embedder.config.text.hidden_size,
-            model={**settings_of(name, embedder, fingerprint), "prompt": _prompt(args, embedder)},
+            model={
+                **settings_of(name, embedder, fingerprint, adapter),
+                "prompt": _prompt(args, embedder),
+            },
             truncate_dim=args.truncate_dim,
             search_dim=args.search_dim,
             precision=args.precision or "float32",
@@ -213,7 +228,9 @@ def _check_unchanged(args: argparse.Namespace, index: Index) -> None:
 def _add(args: argparse.Namespace) -> None:
     source = item_sources.from_arguments(args)
     with Index.open(args.index, write=True) as index:
-        embedder = load_model(index, args.model, dtype=index.settings.model.get("dtype"))
+        embedder = load_model(
+            index, args.model, adapter=args.adapter, dtype=index.settings.model.get("dtype")
+        )
         _fill(args, index, embedder, source)
 
 
@@ -273,7 +290,7 @@ def _search(args: argparse.Namespace) -> None:
                 raise ValueError(f"{index.path}: has no item {args.like!r:.200}") from error
         else:
             query = query_item(args.text, args.image, args.video)
-            model = load_model(index, args.model, dtype=args.dtype)
+            model = load_model(index, args.model, adapter=args.adapter, dtype=args.dtype)
             prompt = model.prompts.get("query", "") if args.prompt is None else args.prompt
             vector = model.encode(with_prompt(query, prompt))
         hits = index.search(vector, args.k, where=args.where, exact=args.exact)

@@ -42,6 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = command_line.Parser("llave_jax.serve", __doc__)
     command_line.add_model_argument(parser)
+    command_line.add_adapter_argument(parser)
     parser.add_argument(
         "--index",
         help="directory of an index (llave_jax.index), which /search and the page search; --model is the one that made "
@@ -164,10 +165,12 @@ def _load(args: argparse.Namespace, index: Index | None) -> Embedder:
     if index is not None:
         from llave_jax.search.query import load_model
 
-        return load_model(index, args.model, dtype=args.dtype)
+        return load_model(index, args.model, adapter=args.adapter, dtype=args.dtype)
     from llave_jax.embedding.embedder import Embedder
 
-    return Embedder.from_pretrained(args.model, dtype=args.dtype, max_length=args.max_length)
+    return Embedder.from_pretrained(
+        args.model, adapter=args.adapter, dtype=args.dtype, max_length=args.max_length
+    )
 
 
 def _name_of(model: str) -> str:

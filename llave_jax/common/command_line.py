@@ -268,6 +268,20 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--adapter` to a command line.
+
+    Args:
+      parser: of the command.
+    """
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="an adapter (LoRA) that is added to --model: a directory in the format of the peft library, or a run "
+        "that trained adapters on it; a run as --model has its own already",
+    )
+
+
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--dtype` to a command line.
 

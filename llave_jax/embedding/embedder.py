@@ -88,6 +88,7 @@ class Embedder:
         cls,
         model: str | os.PathLike,
         *,
+        adapter: str | os.PathLike | None = None,
         dtype: str | None = None,
         attention: str = "auto",
         mesh: jax.sharding.Mesh | None = None,
@@ -100,6 +101,8 @@ class Embedder:
           model: a model directory; the `--workdir` of a training run, whose latest checkpoint is taken; a
             Hugging Face checkpoint, as a directory or as its name on the hub, `org/name` or
             `org/name@revision`. The last two are converted once and kept (`weights.resolve`).
+          adapter: a LoRA that is added to the model's weights: a directory in the format of the peft library, or
+            a run that trained adapters on this model. A run as `model` has its own already.
           dtype: of parameters and activations; None: bfloat16 on accelerators, float32 on CPUs.
           attention: implementation (`llave_jax.ops.attention`); "auto": the one for the devices, checked
             against the reference first on a kind of device that is new (`ops.attention_choice`).
@@ -112,7 +115,8 @@ class Embedder:
           The embedder, with the parameters on the mesh.
 
         Raises:
-          CheckpointError: there is no such model, or it is incomplete or of a form that is not known.
+          CheckpointError: there is no such model, or it is incomplete or of a form that is not known; or the
+            adapter is, or does not belong to it.
         """
         use_compilation_cache()
         directory = resolve_model(model)
@@ -132,7 +136,9 @@ class Embedder:
             vision_attention=choose(attention, mesh, crops),
             freeze_vision=True,
         )
-        params = model_dir.load_params(directory, mesh=mesh, dtype=jnp.dtype(dtype))
+        params = model_dir.load_params(
+            directory, mesh=mesh, dtype=jnp.dtype(dtype), adapter=adapter
+        )
         options.setdefault("prompts", model_dir.load_prompts(directory))
         return cls(module, params, model_dir.load_tokenizer(directory), mesh, **options)
 

@@ -42,6 +42,7 @@ class Model:
       max_length: tokens of the longest sequence; None: as the model was trained.
       fingerprint: as of `model_fingerprint`.
       dimension: D.
+      adapter: as for `Embedder.from_pretrained`, that all nodes see.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Model:
     max_length: int | None
     fingerprint: str
     dimension: int
+    adapter: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,11 @@ class _Chunk:
 
 
 def find_model(
-    path: str | os.PathLike, dtype: str | None, max_length: int | None, resources: dict[str, float]
+    path: str | os.PathLike,
+    dtype: str | None,
+    max_length: int | None,
+    resources: dict[str, float],
+    adapter: str | os.PathLike | None = None,
 ) -> Model:
     """Looks at a model where it will run: the devices there decide its dtype.
 
@@ -89,6 +95,7 @@ def find_model(
       path: a model directory or a training run that all nodes see.
       dtype, max_length: as for `Embedder.from_pretrained`.
       resources: that an actor with the model holds.
+      adapter: as for `Embedder.from_pretrained`, that all nodes see.
 
     Returns:
       The model.
@@ -97,14 +104,16 @@ def find_model(
       ValueError: it cannot be read there.
     """
     stage = ray_engine.Stage(lambda: _describe, resources)
-    (found,) = ray_engine.results([(os.path.realpath(path), dtype, max_length)], [stage])
+    adapter = None if adapter is None else os.path.realpath(adapter)
+    asked = (os.path.realpath(path), dtype, max_length, adapter)
+    (found,) = ray_engine.results([asked], [stage])
     if isinstance(found, str):
         raise ValueError(found)
     return found
 
 
-def _describe(model: tuple[str, str | None, int | None]) -> Model | str:
-    path, dtype, max_length = model
+def _describe(model: tuple[str, str | None, int | None, str | None]) -> Model | str:
+    path, dtype, max_length, adapter = model
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     try:
@@ -112,10 +121,10 @@ def _describe(model: tuple[str, str | None, int | None]) -> Model | str:
         if max_length is not None:
             inputs = dataclasses.replace(config.inputs, max_length=max_length)
             config = dataclasses.replace(config, inputs=inputs)
-        fingerprint = model_fingerprint(path, jnp.dtype(dtype), config)
+        fingerprint = model_fingerprint(path, jnp.dtype(dtype), config, adapter)
     except (ValueError, OSError) as error:
         return str(error)
-    return Model(path, dtype, max_length, fingerprint, config.text.hidden_size)
+    return Model(path, dtype, max_length, fingerprint, config.text.hidden_size, adapter)
 
 
 def embed_on_ray(
@@ -278,7 +287,9 @@ def _with_bytes(entry: Entry) -> Entry:
 
 def _embedder(model: Model, job: Job, writer: PartWriter) -> Callable[[_Chunk], _Chunk]:
     """Loads the model, once in each actor."""
-    embedder = Embedder.from_pretrained(model.path, dtype=model.dtype, max_length=model.max_length)
+    embedder = Embedder.from_pretrained(
+        model.path, adapter=model.adapter, dtype=model.dtype, max_length=model.max_length
+    )
     return functools.partial(_embed, embedder, job, writer)
 
 

@@ -18,19 +18,26 @@ from llave_jax.embedding.embedder import Embedder
 FILE = "run.json"
 
 
-def settings_of(model: str | os.PathLike, embedder: Embedder, fingerprint: str) -> dict[str, Any]:
+def settings_of(
+    model: str | os.PathLike,
+    embedder: Embedder,
+    fingerprint: str,
+    adapter: str | os.PathLike | None = None,
+) -> dict[str, Any]:
     """What a result depends on besides its data.
 
     Args:
       model: the directory that `embedder` was loaded from.
       embedder: the model as it was loaded.
       fingerprint: of the model, from `weights.fingerprint`.
+      adapter: that was added to it; None: none.
 
     Returns:
       Plain values, for JSON.
     """
     return {
         "model": str(model),
+        **({} if adapter is None else {"adapter": str(adapter)}),
         "fingerprint": fingerprint,
         "dtype": str(embedder.model.dtype),
         "max_length": embedder.config.inputs.max_length,

@@ -112,7 +112,7 @@ def lower_train_step(
 
 
 def compile_embedding_step(config: Config, topology: str) -> Compiled:
-    """Compiles the forward pass alone, with bfloat16 parameters, on one micro-batch.
+    """Compiles the forward pass alone, with bfloat16 parameters and adapters merged, on one micro-batch.
 
     Args:
       config: of the run.
@@ -129,6 +129,8 @@ def compile_embedding_step(config: Config, topology: str) -> Compiled:
     devices, kind = topology_devices(topology)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     config = _with_known_batch(config, mesh, kind)
+    config = config.copy_and_resolve_references()
+    config.lora.rank = None
     model = setup.build_training(config, setup.model_config(config), mesh, 1000).model
     model = model.clone(param_dtype=model.dtype)
     params = abstract_params(model)

@@ -6,9 +6,13 @@ Norms, rotary embeddings, activations and the loss are small and left out.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from llave_jax.models.config import LlaveConfig
+from llave_jax.models.lora import Lora
+from llave_jax.models.parameters import input_axes, layer_shape, num_layers, weight_at
 
 
 def text_layer_weights(config: LlaveConfig) -> int:
@@ -37,15 +41,20 @@ def text_forward(config: LlaveConfig, lengths: np.ndarray) -> float:
     Returns:
       FLOPs of all sequences.
     """
+    return sum(_text_products(config, lengths))
+
+
+def _text_products(config: LlaveConfig, lengths: np.ndarray) -> tuple[float, float]:
+    """`text_forward` in two parts: products with weights, and those of attention."""
     text = config.text
     lengths = np.asarray(lengths, np.float64)
-    tokens, weights = np.sum(lengths), text_layer_weights(config)
-    scores = np.sum(lengths * (lengths + 1) / 2)
+    tokens, weights = float(np.sum(lengths)), text_layer_weights(config)
+    scores = float(np.sum(lengths * (lengths + 1) / 2))
     per_score = 4 * text.num_heads * text.head_dim
-    layer = 2 * tokens * weights + scores * per_score
     keys = 2 * text.hidden_size * text.num_kv_heads * text.head_dim
-    last = 2 * (tokens * keys + len(lengths) * (weights - keys)) + tokens * per_score
-    return (text.num_layers - 1) * layer + last
+    layers = text.num_layers - 1
+    last = 2 * (tokens * keys + len(lengths) * (weights - keys))
+    return layers * 2 * tokens * weights + last, (layers * scores + tokens) * per_score
 
 
 def vision_forward(config: LlaveConfig, crops: float) -> float:
@@ -123,3 +132,60 @@ def training(
         + 3 * projector_forward(config, crops)
         - unneeded
     )
+
+
+def training_adapters(config: LlaveConfig, lengths: np.ndarray, crops: float, lora: Lora) -> float:
+    """FLOPs of forward and backward pass where adapters are trained, and nothing else.
+
+    A product with a weight of the base has one gradient, that of its input, if an adapter has a part in this input.
+    Products of attention have both, under the same condition. The two products of an adapter have both.
+
+    Args:
+      config, lengths, crops: as for `embedding`.
+      lora: the adapters.
+
+    Returns:
+      FLOPs of all sequences and crops.
+    """
+    tower = any(module.startswith("vision_tower/") for module in lora.modules)
+    projector = any(module.startswith("projector/") for module in lora.modules)
+    text, vision = config.text, config.vision
+    lengths = np.asarray(lengths, np.float64)
+    tokens, patches = float(np.sum(lengths)), crops * vision.num_patches
+
+    linear, scores = _text_products(config, lengths)
+    # Nothing needs the gradient of the first layer's input where all that is trained comes later.
+    first = 2 * tokens * text.hidden_size * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
+    total = 2 * linear + 3 * scores - (0 if tower or projector else first)
+
+    total += projector_forward(config, crops)
+    if tower:
+        total += 2 * patches * vision.hidden_size * text.hidden_size
+    if tower or "projector/linear_1" in lora.modules:
+        total += 2 * patches * text.hidden_size**2
+
+    total += vision_forward(config, crops)
+    if tower:
+        width = vision.hidden_size
+        layer = 2 * patches * (4 * width**2 + 2 * width * vision.intermediate_size)
+        attention = 4 * patches * vision.num_patches * width
+        total += vision.num_layers * (layer + 2 * attention) - 2 * patches * 3 * width**2
+    return total + 3 * _adapters_forward(config, lengths, patches, lora)
+
+
+def _adapters_forward(
+    config: LlaveConfig, lengths: np.ndarray, patches: float, lora: Lora
+) -> float:
+    """FLOPs of the adapters' own products."""
+    total, tokens = 0.0, float(np.sum(lengths))
+    for module in lora.modules:
+        kernel = weight_at(f"{module}/kernel")
+        shape, count = layer_shape(kernel, config), input_axes(kernel)
+        each = 2 * lora.rank * (math.prod(shape[:count]) + math.prod(shape[count:]))
+        rows = patches * (num_layers(kernel, config) or 1)
+        if module.startswith("language_model/"):
+            # The last layer computes keys and values of all tokens, and the rest of the last ones.
+            of_last = tokens if module.endswith(("k_proj", "v_proj")) else len(lengths)
+            rows = (config.text.num_layers - 1) * tokens + of_last
+        total += each * rows
+    return total

@@ -16,7 +16,9 @@ from llave_jax.weights.fingerprint import model_fingerprint
 from llave_jax.weights.resolve import resolve_model
 
 
-def load_model(index: Index, model: str | None, *, dtype: str | None = None) -> Embedder:
+def load_model(
+    index: Index, model: str | None, *, adapter: str | None = None, dtype: str | None = None
+) -> Embedder:
     """The model that made an index.
 
     The same weights in another precision are the same model: an index that was built on an accelerator can be
@@ -25,6 +27,7 @@ def load_model(index: Index, model: str | None, *, dtype: str | None = None) -> 
     Args:
       index: it knows its model.
       model: where the model is; None: where it was when the index was made.
+      adapter: where the adapter is that was added to it; None: where it was then, if there was one.
       dtype: of the computation; None: as for `Embedder.from_pretrained`.
 
     Returns:
@@ -43,13 +46,16 @@ def load_model(index: Index, model: str | None, *, dtype: str | None = None) -> 
     config = model_dir.load_config(directory)
     inputs = dataclasses.replace(config.inputs, max_length=made["max_length"])
     config = dataclasses.replace(config, inputs=inputs)
-    found = model_fingerprint(directory, jnp.dtype(made["dtype"]), config)
+    adapter = made.get("adapter") if adapter is None else adapter
+    found = model_fingerprint(directory, jnp.dtype(made["dtype"]), config, adapter)
     if found != made["fingerprint"]:
         raise ValueError(
             f"{index.path}: was made with {made['model']} (fingerprint {made['fingerprint'][:12]}), not with "
             f"{name} ({found[:12]}); give that --model, or build another index"
         )
-    return Embedder.from_pretrained(directory, dtype=dtype, max_length=made["max_length"])
+    return Embedder.from_pretrained(
+        directory, adapter=adapter, dtype=dtype, max_length=made["max_length"]
+    )
 
 
 def _resolve(index: Index, name: str, *, given: bool) -> Path:

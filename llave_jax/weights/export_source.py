@@ -53,6 +53,8 @@ class ExportSource:
       origin: the Hugging Face directory it was converted from.
       as_converted: whether the weights are still those of that directory.
       carried: tensor -> name, of the tensors that were carried along.
+      adapters: that are added to the weights.
+      stored: path -> dtype of the parameter.
       dtypes: path -> dtype in the directory it was converted from; without one, of the parameter.
 
     Args:
@@ -65,7 +67,7 @@ class ExportSource:
     """
 
     def __init__(self, path: str | os.PathLike, adapter: str | os.PathLike | None = None):
-        base, self._adapters = parts_of(path, adapter)
+        base, self.adapters = parts_of(path, adapter)
         self._params = model_dir.open_base(base)
         self.directory = model_dir.locate(path)
         try:
@@ -78,7 +80,7 @@ class ExportSource:
         in_file = model_dir.locate(base) == base
         self._file = SafetensorsFile(base / model_dir.WEIGHTS) if in_file else None
         self.as_converted = (
-            self._file is not None and not self._adapters and model_dir.is_as_converted(self._file)
+            self._file is not None and not self.adapters and model_dir.is_as_converted(self._file)
         )
         self._last: tuple[str, np.ndarray] | None = None
 
@@ -86,7 +88,8 @@ class ExportSource:
         self._carried = SafetensorsFile(carried) if carried.is_file() else None
         self.carried = self._known(self._carried.tensors) if self._carried else {}
 
-        self.dtypes = {path: np.dtype(array.dtype) for path, array in self._params.items()}
+        self.stored = {path: np.dtype(array.dtype) for path, array in self._params.items()}
+        self.dtypes = dict(self.stored)
         for name, info in self._original_tensors().items():
             tensor = hf_names.find_tensor(name, str(self.origin.layout))
             if tensor is not None and tensor.weight.path:
@@ -111,7 +114,7 @@ class ExportSource:
             check_finite(array, name, self._carried.path)
             return array
         weight = EMBEDDING if tensor.weight == LM_HEAD else tensor.weight
-        parameter = self._parameter(weight.path, tensor.layer)
+        parameter = self.parameter(weight.path, tensor.layer)
         check_finite(parameter, weight.path, self.directory)
         return hf_names.to_hf(weight, parameter, self.config)
 
@@ -154,9 +157,18 @@ class ExportSource:
         found = {name: hf_names.find_tensor(name, self.origin.layout) for name in names}
         return {tensor: name for name, tensor in found.items() if tensor is not None}
 
-    def _parameter(self, path: str, layer: int | None) -> np.ndarray:
+    def parameter(self, path: str, layer: int | None) -> np.ndarray:
+        """A parameter, or one layer of it, in our shape; read in the order of `read`.
+
+        Args:
+          path: of the parameter.
+          layer: of a stacked parameter; None otherwise.
+
+        Returns:
+          An array in the dtype in which it is kept here.
+        """
         weight = self._base_parameter(path, layer)
-        for adapter in self._adapters:
+        for adapter in self.adapters:
             weight = adapter.add(path, layer, weight)
         return weight
 

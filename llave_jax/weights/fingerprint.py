@@ -11,11 +11,17 @@ from llave_jax.common.content import digest, sampled_digest
 from llave_jax.models.config import LlaveConfig
 from llave_jax.weights import model_dir
 from llave_jax.weights.json_files import read_json, section
+from llave_jax.weights.peft_format import CONFIG, WEIGHTS, is_peft
 from llave_jax.weights.run_params import latest_params
 from llave_jax.weights.safetensors_io import CheckpointError
 
 
-def model_fingerprint(path: str | os.PathLike, dtype: object, config: LlaveConfig) -> str:
+def model_fingerprint(
+    path: str | os.PathLike,
+    dtype: object,
+    config: LlaveConfig,
+    adapter: str | os.PathLike | None = None,
+) -> str:
     """Digest of what a model's embeddings depend on.
 
     Files enter by their size and `sampled_digest`: any training step changes every block, and a 7B
@@ -25,6 +31,7 @@ def model_fingerprint(path: str | os.PathLike, dtype: object, config: LlaveConfi
       path: the model directory or training run that was loaded.
       dtype: of the computation.
       config: of the model as it is used: how inputs are laid out may differ from what is stored.
+      adapter: what was added to it, as of `adapted.open_adapter`; None: nothing.
 
     Returns:
       32 hexadecimal digits.
@@ -32,7 +39,10 @@ def model_fingerprint(path: str | os.PathLike, dtype: object, config: LlaveConfi
     Raises:
       CheckpointError: `path` is neither a model directory nor a training run with a checkpoint.
     """
-    return _digest(repr((dtype, config)), _model_files(Path(path)))
+    files = _model_files(Path(path))
+    if adapter is not None:
+        files += _adapter_files(Path(adapter))
+    return _digest(repr((dtype, config)), files)
 
 
 def weights_fingerprint(path: str | os.PathLike) -> str:
@@ -88,3 +98,9 @@ def _model_files(path: Path) -> list[Path]:
     if directory != path:
         return [directory, latest_params(path).parent]
     return [directory / name for name in (model_dir.CONFIG, model_dir.WEIGHTS, model_dir.TOKENIZER)]
+
+
+def _adapter_files(path: Path) -> list[Path]:
+    if is_peft(path):
+        return [path / CONFIG, path / WEIGHTS]
+    return [model_dir.locate(path) / model_dir.ADAPTER, latest_params(path)]

@@ -67,8 +67,8 @@ def convert_to_hf(
     """Write a model as a Hugging Face directory.
 
     Args:
-      source: a model directory or a training run. A run's latest weights are cast to the dtypes of
-        the checkpoint that it began from.
+      source: a model directory or a training run. A run's latest weights, merged with its base where it trained
+        adapters, are cast to the dtypes of the checkpoint that it began from.
       output: the directory to make; appears when it is complete.
       layout: "llave" (the authors' code) or "onevision" (transformers).
       base_model: for the model card, the hub's id of the model that this one was trained from. None:

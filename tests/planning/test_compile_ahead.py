@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 
 from llave_jax.models.config import PRESETS
 from llave_jax.models.llave import Llave, abstract_params
+from llave_jax.models.lora import Lora, find_modules
+from llave_jax.models.parameters import adapter_shapes
 from llave_jax.parallel import sharding
 from llave_jax.planning import chips, collectives, flops, hlo
 
@@ -262,6 +265,42 @@ def test_frozen_tower_has_no_backward_pass():
     frozen = flops.training(config, lengths, 2, freeze_vision=True)
     assert trained == pytest.approx(3 * flops.embedding(config, lengths, 2))
     assert trained - frozen > 2 * flops.vision_forward(config, 2)
+
+
+@pytest.mark.parametrize("pattern", [".*", "(language_model|projector)/.*", "language_model/.*"])
+def test_adapters_need_no_gradients_of_weights(pattern):
+    """Their own products three times, and those of the base twice, as far down as there are adapters."""
+    config, tokens, crops = PRESETS["llave-2b"], 10, 3
+    modules = find_modules(pattern)
+
+    def operations(rank):
+        return flops.training_adapters(
+            config, np.ones(tokens), crops, Lora(modules, rank=rank, alpha=1.0)
+        )
+
+    patches, text, vision = crops * config.vision.num_patches, config.text, config.vision
+    own = {p: math.prod(s) for p, s in adapter_shapes(modules, 1, config).items()}
+    in_text = sum(size for path, size in own.items() if path.startswith("language_model/"))
+    elsewhere = sum(own.values()) - in_text
+    each = 3 * 2 * (tokens * in_text + patches * elsewhere)
+    assert operations(7) - operations(3) == pytest.approx(4 * each, rel=1e-12)
+
+    # Products of attention have two gradients each.
+    scores = 4 * tokens * text.num_layers * text.hidden_size
+    base = 2 * flops.text_forward(config, np.ones(tokens)) + scores
+    width = vision.hidden_size
+    towers = (flops.projector_forward(config, crops), flops.vision_forward(config, crops))
+    if pattern == ".*":
+        # Nothing needs the gradient of pixels, nor of what the first layer's projections read.
+        read = vision.crop.patch_dim * width + 3 * width**2
+        attention = 4 * vision.num_layers * patches * vision.num_patches * width
+        base += 2 * sum(towers) + attention - 2 * patches * read
+    elif "projector" in pattern:
+        base += sum(towers) + 2 * patches * text.hidden_size**2
+    else:
+        heads = text.num_heads + 2 * text.num_kv_heads
+        base += sum(towers) - 2 * tokens * text.hidden_size * heads * text.head_dim
+    assert operations(1) - each == pytest.approx(base, rel=1e-12)
 
 
 def test_unknown_topologies_are_refused():

@@ -32,6 +32,8 @@ from tests.training.test_train_step import (  # noqa: F401, a fixture
 from tests.training.text_runs import MODEL, make_config, train_until
 
 LORA = {"lora.rank": 2, "lora.alpha": 4.0, "lora.dropout": 0.25}
+# Adapters beside what else a run may learn.
+LORA |= {"loss.learn_temperature": True, "loss.dims": (4, 16)}
 
 
 # The step.
@@ -71,6 +73,7 @@ def single(golden_model, pairs):  # noqa: F811
     return step_once(golden_model, pairs, "single")
 
 
+@pytest.mark.slow
 def test_a_step_trains_adapters_alone(single):
     for path, array in single.before.items():
         assert np.array_equal(array, single.after[path]) == (path not in single.gradient), path
@@ -79,11 +82,12 @@ def test_a_step_trains_adapters_alone(single):
 @pytest.mark.parametrize(
     ("mesh", "remat"),
     [
-        pytest.param("data", "none", marks=pytest.mark.slow),
-        pytest.param("fsdp", "block", marks=pytest.mark.slow),
+        ("data", "none"),
+        ("fsdp", "block"),
         ("tensor", "both"),
     ],
 )
+@pytest.mark.slow
 def test_meshes_and_recomputation_change_nothing(golden_model, pairs, single, mesh, remat):  # noqa: F811
     found = step_once(golden_model, pairs, mesh, remat)
     assert found.loss == pytest.approx(single.loss, rel=SUMMATION_TOLERANCE)
