@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from llave_jax.common import files
+from llave_jax.data.mined_order import read_graph
 from llave_jax.data.sources import open_source
 from llave_jax.embedding import entries, store
 from llave_jax.mining import contents, job, parts
@@ -317,6 +318,21 @@ def test_subsets_that_are_gone_leave_no_rows(tmp_path):
         "mining",
         "neighbours.parquet",
     ]
+
+
+def test_an_order_of_rows_reads_the_neighbours(tmp_path):
+    write_data(tmp_path / "data", PLANTED)
+    run(tmp_path / "data", tmp_path / "out", rules=Rules(relative=None))
+    hashes = open_source(tmp_path / "data").contents()
+    # Rows as they are trained on: the mined ones, whose hard negatives are no part of their contents.
+    mined = open_source(tmp_path / "out", image_root=tmp_path / "data").contents()
+    assert np.array_equal(hashes, mined)
+    order = np.argsort(mined)
+    graph = read_graph(tmp_path / "out/neighbours.parquet", mined[order])
+    _, table = result(tmp_path / "out")
+    for node, row in enumerate(order.tolist()):
+        links = graph.links[graph.starts[node] : graph.starts[node + 1]]
+        assert mined[order][links].tolist() == table["neighbours"][row]
 
 
 class Killed(BaseException):

@@ -18,9 +18,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from llave_jax.models.config import PRESETS
-from llave_jax.models.parameters import parameter_shapes
+from llave_jax.models.lora import Lora
+from llave_jax.models.parameters import adapter_shapes, linear_maps, parameter_shapes
 from llave_jax.parallel import sharding
 from llave_jax.weights import merge, model_dir
+from llave_jax.weights.adapted import Record
+from llave_jax.weights.fingerprint import weights_fingerprint
 from llave_jax.weights.merge import merge_models, slerp_factors
 from llave_jax.weights.safetensors_io import CheckpointError, SafetensorsWriter, encode_header
 from tools import merge_models as tool
@@ -58,9 +61,10 @@ def models(golden, tmp_path_factory):
     return made
 
 
-def as_run(path: Path, params, golden) -> Path:
+def as_run(path: Path, params, golden, adapter=None) -> Path:
     """A training run with these parameters."""
-    model_dir.write_model_dir(path / "model", TINY, tokenizer=golden / "checkpoint")
+    tokenizer = golden / "checkpoint"
+    model_dir.write_model_dir(path / "model", TINY, tokenizer=tokenizer, adapter=adapter)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "checkpoints/3/params", sharding.unflatten(params))
     return path
@@ -151,6 +155,26 @@ def test_a_run_is_a_parent(models, golden, tmp_path):
         "model.safetensors",
         "tokenizer",
     ]
+
+
+def test_a_run_with_adapters_is_merged_with_its_base(models, golden, tmp_path):
+    a, b, _ = models
+    lora = Lora((next(iter(linear_maps())),), rank=2, alpha=4.0)
+    rng = np.random.default_rng(5)
+    shapes = adapter_shapes(lora.modules, lora.rank, TINY)
+    arrays = {path: rng.standard_normal(shape).astype("f") for path, shape in shapes.items()}
+    record = Record(str(b), str(b), weights_fingerprint(b), lora)
+    run = as_run(tmp_path / "run", arrays, golden, record.values())
+    merge_models([a, run], [0.5, 0.5], "linear", tmp_path / "out", show_progress=False)
+    with_adapters = model_dir.open_params(run)
+    for name, array in model_dir.open_params(tmp_path / "out").items():
+        reference = (models[a][name] + np.asarray(with_adapters[name]).astype(np.float64)) / 2
+        np.testing.assert_allclose(array, reference, rtol=0, atol=2**-22 * np.abs(reference).max())
+    assert not (tmp_path / "out" / model_dir.ADAPTER).exists()
+    assert any(
+        not np.array_equal(np.asarray(with_adapters[name]), array)
+        for name, array in models[b].items()
+    )
 
 
 vectors = st.lists(
