@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from llave_jax.common.files import remove_abandoned, write_text
 from llave_jax.common.locks import only_writer
 from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
+from llave_jax.embedding.precision import PRECISIONS
 from llave_jax.embedding.run_info import settings_of
 from llave_jax.evaluation import report, video_data, video_retrieval
 from llave_jax.evaluation.cache import EmbeddingCache, Encode
+from llave_jax.evaluation.forms import Form, read_forms, to_json
 from llave_jax.evaluation.mmeb import evaluate_mmeb
 from llave_jax.evaluation.retrieval import check_installed, evaluate_retrieval, read_task
 from llave_jax.inputs import video_decode
@@ -35,6 +38,7 @@ from llave_jax.weights.resolve import resolve_model
 
 # What computed the results, for `run.json`; None on processes other than the first.
 Run = dict[str, Any] | None
+Forms = tuple[Form, ...]
 
 BENCHMARKS = ("mmeb", "digits", "retrieval", *video_data.READERS)
 
@@ -65,6 +69,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         help=f"tokens of an item; default: the model's, {video_retrieval.MAX_LENGTH} for "
         f"{', '.join(video_data.READERS)}",
+    )
+    parser.add_argument(
+        "--truncate-dim",
+        type=int,
+        help="score the first numbers of each embedding, normalised again",
+    )
+    parser.add_argument("--dims", help="score these numbers of dimensions too, as 64,256,896")
+    parser.add_argument(
+        "--precision",
+        help=f"score vectors stored in these too, as int8,binary; of {', '.join(PRECISIONS)}",
     )
     command_line.add_dtype_argument(parser)
     processes.add_arguments(parser)
@@ -130,33 +144,48 @@ def evaluate(args: argparse.Namespace) -> str:
     embedder = Embedder.from_pretrained(
         model, adapter=args.adapter, dtype=args.dtype, max_length=args.max_length
     )
+    width = embedder.config.text.hidden_size
+    if args.truncate_dim is not None and not 1 <= args.truncate_dim <= width:
+        raise ValueError(f"--truncate-dim is {args.truncate_dim}; expected 1 to {width}")
+    forms = read_forms(args.dims, args.precision, args.truncate_dim or width)
     cache, run = EmbeddingCache(), None
     if first:
         fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config, args.adapter)
         cache = EmbeddingCache(
-            args.cache or Path(args.output) / "embeddings", fingerprint, model=args.model
+            args.cache or Path(args.output) / "embeddings",
+            fingerprint,
+            model=args.model,
+            truncate_dim=args.truncate_dim,
         )
         run = settings_of(args.model, embedder, fingerprint, args.adapter)
+        if args.truncate_dim is not None:
+            run["truncate_dim"] = args.truncate_dim
 
     def encode(items):
         return embedder.encode(items, batch_size=args.batch_size, show_progress=first)
 
     if args.benchmark in video_data.READERS:
-        table = _evaluate_videos(encode, cache, args, run)
+        table = _evaluate_videos(encode, cache, args, run, forms)
     elif args.benchmark == "retrieval":
-        table = _evaluate_own_corpus(encode, cache, args, run)
+        table = _evaluate_own_corpus(encode, cache, args, run, forms)
     else:
-        table = _evaluate_rows(encode, cache, args, run)
+        table = _evaluate_rows(encode, cache, args, run, forms)
     return f"{table}\n\nModel: {_computed_by(run)}." if run is not None else table
 
 
 def _computed_by(run: dict[str, Any]) -> str:
     adapter = f" with {run['adapter']}" if "adapter" in run else ""
-    return f"{run['model']}{adapter} in {run['dtype']}"
+    first = f", first {run['truncate_dim']} numbers" if "truncate_dim" in run else ""
+    return f"{run['model']}{adapter} in {run['dtype']}{first}"
+
+
+def _write_forms(output: Path, scores: Mapping[Form, Mapping[str, float | None]]) -> None:
+    if scores:
+        write_text(output / "forms.json", json.dumps(to_json(scores), indent=2) + "\n")
 
 
 def _evaluate_rows(
-    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run
+    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run, forms: Forms
 ) -> str:
     """MMEB, or the bundled benchmark in its form. Returns the table."""
     output = Path(args.output)
@@ -174,8 +203,10 @@ def _evaluate_rows(
         cache=cache,
         infos=infos,
         settings=run,
+        forms=forms,
     )
     if run is not None:
+        _write_forms(output, results.by_form())
         page, title = output / "report.html", args.benchmark
         report.write_mmeb_report(
             page, results, data, images=args.images, title=title, model=_computed_by(run)
@@ -184,12 +215,15 @@ def _evaluate_rows(
 
 
 def _evaluate_videos(
-    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run
+    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run, forms: Forms
 ) -> str:
     """Text-video retrieval. Returns the table."""
     dataset = video_data.READERS[args.benchmark](args.data)
-    result = video_retrieval.evaluate_video(encode, dataset, args.output, cache=cache, settings=run)
+    result = video_retrieval.evaluate_video(
+        encode, dataset, args.output, cache=cache, settings=run, forms=forms
+    )
     if run is not None:
+        _write_forms(Path(args.output), result.forms)
         report.write_video_report(
             Path(args.output) / "report.html", dataset, result, model=_computed_by(run)
         )
@@ -197,12 +231,13 @@ def _evaluate_videos(
 
 
 def _evaluate_own_corpus(
-    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run
+    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run, forms: Forms
 ) -> str:
     """Retrieval in BEIR's layout. Returns the table."""
     task = read_task(args.data)
-    result = evaluate_retrieval(encode, task, args.output, cache=cache, settings=run)
+    result = evaluate_retrieval(encode, task, args.output, cache=cache, settings=run, forms=forms)
     if run is not None:
+        _write_forms(Path(args.output), result.forms)
         report.write_retrieval_report(
             Path(args.output) / "report.html",
             task,

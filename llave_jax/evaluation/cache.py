@@ -21,6 +21,7 @@ from llave_jax.common.content import DIGEST_BYTES, digest
 from llave_jax.common.directories import make_directory
 from llave_jax.common.files import atomic_file, remove_abandoned
 from llave_jax.embedding.checks import check_embeddings
+from llave_jax.embedding.precision import truncate
 from llave_jax.inputs.content import item_key
 from llave_jax.inputs.item import Item
 from llave_jax.parallel.processes import from_first_process
@@ -46,6 +47,7 @@ class EmbeddingCache:
       directory: of the caches of all models; None: in memory.
       fingerprint: of the model, see `weights/fingerprint.py`; required with a directory.
       model: as its user calls it, for messages.
+      truncate_dim: numbers that are given of each embedding, L2-normalised again; kept are all of them. None: all.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class EmbeddingCache:
         fingerprint: str = "",
         *,
         model: str = "",
+        truncate_dim: int | None = None,
     ):
         if directory is not None and not fingerprint:
             raise ValueError(
@@ -61,6 +64,7 @@ class EmbeddingCache:
                 "embeddings would be taken for another's"
             )
         self.model = model
+        self._truncate_dim = truncate_dim
         self._fingerprint = fingerprint
         self._dimension: int | None = None
         self._where: dict[bytes, tuple[int, int]] = {}  # key -> (shard, row)
@@ -103,7 +107,7 @@ class EmbeddingCache:
           keys: n keys, also repeated ones.
 
         Returns:
-          float32 [n, D], in order.
+          float32 [n, D], in order; [n, truncate_dim] where that is set.
 
         Raises:
           KeyError: a key is not stored.
@@ -117,7 +121,9 @@ class EmbeddingCache:
                 result = np.empty((len(keys), rows.shape[1]), np.float32)
             chosen = found[:, 0] == shard
             result[chosen] = rows[found[chosen, 1]]
-        return np.zeros((0, 0), np.float32) if result is None else result
+        if result is None:
+            return np.zeros((0, 0), np.float32)
+        return truncate(result, self._truncate_dim)
 
     def _take(self, path: Path) -> None:
         """Enters a shard of an earlier run, or removes it."""

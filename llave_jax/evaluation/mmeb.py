@@ -20,9 +20,11 @@ import numpy as np
 
 from llave_jax.common.files import write_arrays, write_text
 from llave_jax.data.image_store import ImageStore
+from llave_jax.embedding.precision import truncate
 from llave_jax.embedding.run_info import record_run
 from llave_jax.evaluation import mmeb_data
 from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed
+from llave_jax.evaluation.forms import Form
 from llave_jax.evaluation.mmeb_data import MMEB_DATASETS, DatasetInfo, EvalDataset
 from llave_jax.evaluation.results import DatasetResult, Results
 from llave_jax.parallel.processes import from_first_process, only_on_first
@@ -38,6 +40,7 @@ def evaluate_mmeb(
     cache: EmbeddingCache | None = None,
     infos: Sequence[DatasetInfo] | None = None,
     settings: Mapping[str, Any] | None = None,
+    forms: Sequence[Form] = (),
 ) -> Results:
     """Score datasets of MMEB's form, one after the other.
 
@@ -57,6 +60,7 @@ def evaluate_mmeb(
         scored but enter no average. None: MMEB's 36, or, if none of these is scored, all datasets that
         are.
       settings: what `encode` is, kept in `run.json` beside the scores.
+      forms: of stored candidates, which are scored too.
 
     Returns:
       Results of the datasets, in order.
@@ -88,7 +92,7 @@ def evaluate_mmeb(
                 dataset.skipped_rows + len(dataset),
                 dataset.skipped_candidates,
             )
-        result = evaluate_dataset(encode, dataset, store, cache, info)
+        result = evaluate_dataset(encode, dataset, store, cache, info, forms)
         results.append(result)
         logging.getLogger(__name__).info(
             "%s (%d of %d): precision@1 %.1f%% of %d",
@@ -111,6 +115,7 @@ def evaluate_dataset(
     store: ImageStore,
     cache: EmbeddingCache,
     info: DatasetInfo,
+    forms: Sequence[Form] = (),
 ) -> DatasetResult:
     """Encode what is not cached and score every row. With several processes all call this alike.
 
@@ -120,9 +125,10 @@ def evaluate_dataset(
       store: of the images.
       cache: takes and gives embeddings.
       info: meta-task of the dataset.
+      forms: of stored candidates, which are scored too.
 
     Returns:
-      Predictions on all processes; the first one's result also has the scores.
+      Predictions on all processes; the first one's result also has the scores, and those of the forms.
     """
     embeddings = embed(
         encode,
@@ -131,10 +137,12 @@ def evaluate_dataset(
         cache,
     )
     scores, predictions = None, np.zeros(len(dataset), np.int32)
+    by_form = {}
     if embeddings is not None:
         scores = score_rows(embeddings, dataset)
         # argmax takes the first maximum, so a later copy of the positive does not win over it.
         predictions = np.array([row.argmax() for row in scores], np.int32)
+        by_form = {form: form_predictions(embeddings, dataset, form) for form in forms}
     return DatasetResult(
         info=info,
         predictions=from_first_process(predictions),
@@ -143,7 +151,30 @@ def evaluate_dataset(
         candidates=dataset.target_ids,
         skipped_rows=dataset.skipped_rows,
         skipped_candidates=dataset.skipped_candidates,
+        forms=by_form,
     )
+
+
+def form_predictions(embeddings: np.ndarray, dataset: EvalDataset, form: Form) -> np.ndarray:
+    """The chosen candidate of each row where candidates are stored in a form.
+
+    Args:
+      embeddings: float32 [contents, D], L2-normalised.
+      dataset: the rows over these contents.
+      form: of the candidates.
+
+    Returns:
+      int32 [rows].
+    """
+    asked = truncate(embeddings, form.dim)
+    documents, places = np.unique(np.concatenate(dataset.target_ids), return_inverse=True)
+    stored = form.stored(embeddings[documents])
+    ends = np.cumsum([len(targets) for targets in dataset.target_ids])[:-1]
+    found = []
+    for query, candidates in zip(dataset.query_ids, np.split(places, ends), strict=True):
+        unique, inverse = np.unique(candidates, return_inverse=True)
+        found.append(form.scores(asked[query], stored[unique])[inverse].argmax())
+    return np.array(found, np.int32)
 
 
 def score_rows(embeddings: np.ndarray, dataset: EvalDataset) -> tuple[np.ndarray, ...]:

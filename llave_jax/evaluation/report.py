@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from llave_jax.data.image_store import ImageStore
 from llave_jax.evaluation import mmeb_data, published
 from llave_jax.evaluation import report_html as html
 from llave_jax.evaluation.drawing import histograms_svg
+from llave_jax.evaluation.forms import Form, rows
 from llave_jax.evaluation.report_html import Bar, Candidate, Card, Example
 from llave_jax.evaluation.results import DatasetResult, Results
 from llave_jax.evaluation.retrieval import RetrievalResult, RetrievalTask
@@ -56,11 +57,25 @@ def write_mmeb_report(
     store = mmeb_data.open_images(data_dir, images)
     sections = [
         ("Averages", _averages(results)),
+        *_smaller_vectors(results.by_form()),
         ("Datasets", _dataset_bars(results)),
         ("Similarity of positives and negatives", _similarities(results)),
         ("Answers", _galleries(results, data_dir, store)),
     ]
     write_text(Path(path), html.page(title, subtitle, sections))
+
+
+def _smaller_vectors(
+    scores: Mapping[Form, Mapping[str, float | None]],
+) -> list[tuple[str, str]]:
+    """The section on forms of vectors, where any were scored."""
+    if not scores:
+        return []
+    note = html.paragraph(
+        "What is found is stored in these forms; queries are not rounded. int8 is calibrated by dimension on "
+        "what is stored. Binary vectors are searched by Hamming distance, and the best are rescored."
+    )
+    return [("Smaller vectors", html.table(rows(scores)) + note)]
 
 
 def _averages(results: Results) -> str:
@@ -238,7 +253,7 @@ def write_video_report(
         )
 
     note = f"{np.count_nonzero(right)} of {len(right)} captions find their video first"
-    sections = [("Metrics", html.table(result.rows()))]
+    sections = [("Metrics", html.table(result.rows())), *_smaller_vectors(result.forms)]
     if len(dataset.videos) > 1:
         stats = similarity_overlap(similarity, owners)
         sections.append(
@@ -290,6 +305,7 @@ def write_retrieval_report(
     note = f"{np.count_nonzero(right)} of {len(right)} queries find a relevant document first"
     sections = [
         ("Metrics", html.table(result.rows())),
+        *_smaller_vectors(result.by_form()),
         ("Answers", _gallery("Rankings", note, right, make, shown=True)),
     ]
     subtitle = f"{model}: {len(task.queries)} queries, {len(documents)} documents"

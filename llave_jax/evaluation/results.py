@@ -6,13 +6,14 @@ Owns the arithmetic of averages and the tables' cells. How answers are scored is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from llave_jax.common.tables import align, percent
-from llave_jax.evaluation import published
+from llave_jax.evaluation import forms, published
+from llave_jax.evaluation.forms import Form
 from llave_jax.evaluation.mmeb_data import META_TASKS, MMEB_DATASETS, DatasetInfo
 
 
@@ -29,6 +30,8 @@ class DatasetResult:
       candidates: for each row int32 [candidates]; equal ids are one content that is given twice.
       skipped_rows: rows that are not scored: their query or positive has neither text nor image.
       skipped_candidates: candidates without text and image in the rows that are scored.
+      forms: predictions, int32 [rows], with candidates stored in a smaller form; {} on processes other than the
+        first.
     """
 
     info: DatasetInfo
@@ -38,6 +41,7 @@ class DatasetResult:
     candidates: tuple[np.ndarray, ...] = ()
     skipped_rows: int = 0
     skipped_candidates: int = 0
+    forms: Mapping[Form, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def num_pred(self) -> int:
@@ -126,6 +130,15 @@ class Results:
         groups.append(("overall", list(self.infos)))
         return tuple(self.average(label, infos) for label, infos in groups)
 
+    def by_form(self) -> dict[Form, dict[str, float | None]]:
+        """Averages as fractions by label, of each form in which candidates were stored."""
+        found = {}
+        for form in self.datasets[0].forms if self.datasets else ():
+            datasets = (dataclasses.replace(r, predictions=r.forms[form]) for r in self.datasets)
+            averages = Results(tuple(datasets), self.infos).averages()
+            found[form] = {average.label: average.value for average in averages}
+        return found
+
     def metrics(self) -> dict[str, float]:
         """Accuracies and averages as fractions, by name, for a metrics file. Incomplete averages are left
         out.
@@ -154,6 +167,8 @@ class Results:
         text = align(rows) + "\n\n" + align(self._average_rows())
         if self.is_mmeb:
             text += "\n\n" + align(self.comparison())
+        if by_form := self.by_form():
+            text += "\n\n" + align(forms.rows(by_form))
         lines = [*self._skipped_lines(), *self._missing_lines()]
         return text + "".join(f"\n{line}" for line in lines)
 

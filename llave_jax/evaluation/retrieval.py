@@ -29,6 +29,7 @@ from llave_jax.common.tables import align
 from llave_jax.embedding.run_info import record_run
 from llave_jax.embedding.search import search
 from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed
+from llave_jax.evaluation.forms import Form, rows
 from llave_jax.inputs.item import Item, as_item
 from llave_jax.parallel.processes import from_first_process, only_on_first
 
@@ -62,18 +63,33 @@ class RetrievalResult:
     Attributes:
       metrics: by name, as fractions.
       ranking: query id -> document ids with scores, best first; None on processes other than the first.
+      forms: metrics of the corpus in smaller forms; {} on processes other than the first.
     """
 
     metrics: dict[str, float]
     ranking: dict[str, list[tuple[str, float]]] | None
+    forms: Mapping[Form, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+
+    def by_form(self) -> dict[Form, dict[str, float | None]]:
+        """The metrics of each form that its table shows, as fractions."""
+        return {
+            form: {
+                name: values[name]
+                for name in ("recall@1", "recall@10", "nDCG@10")
+                if name in values
+            }
+            for form, values in self.forms.items()
+        }
 
     def rows(self) -> list[list[str]]:
         """Cells of the table, the heading first, in percent."""
         return [["metric", "%"], *([n, f"{100 * v:.1f}"] for n, v in self.metrics.items())]
 
     def table(self) -> str:
-        """The table as text."""
-        return align(self.rows())
+        """The tables as text."""
+        by_form = self.by_form()
+        more = "\n\n" + align(rows(by_form)) if by_form else ""
+        return align(self.rows()) + more
 
 
 def evaluate_retrieval(
@@ -84,6 +100,7 @@ def evaluate_retrieval(
     cache: EmbeddingCache | None = None,
     cutoffs: Sequence[int] = CUTOFFS,
     settings: Mapping[str, Any] | None = None,
+    forms: Sequence[Form] = (),
 ) -> RetrievalResult:
     """Rank the corpus for every judged query and measure the rankings.
 
@@ -96,6 +113,7 @@ def evaluate_retrieval(
       cache: embeddings of earlier runs.
       cutoffs: of recall and nDCG; the largest is the depth of the ranking.
       settings: what `encode` is, kept in `run.json` beside the scores.
+      forms: of the stored corpus, which are scored too.
 
     Returns:
       The metrics, on all processes; the first one's also has the rankings.
@@ -104,8 +122,15 @@ def evaluate_retrieval(
     queries = embed(encode, len(task.queries), task.queries.__getitem__, cache)
     documents = embed(encode, len(task.documents), task.documents.__getitem__, cache)
     names = _metric_names(cutoffs)
-    values, ranking = np.zeros(len(names)), None
+    values, ranking, by_form = np.zeros(len(names)), None, {}
     if queries is not None and documents is not None:
+        for form in forms:
+            _, indices = form.search(queries, documents, max(cutoffs))
+            order = {
+                query: [task.document_ids[i] for i in row]
+                for query, row in zip(task.query_ids, indices, strict=True)
+            }
+            by_form[form] = ranking_metrics(task.qrels, order, cutoffs)
         scores, indices = search(queries, documents, max(cutoffs))
         ranking = {
             query: [(task.document_ids[i], float(s)) for i, s in zip(row, row_scores, strict=True)]
@@ -114,7 +139,7 @@ def evaluate_retrieval(
         order = {query: [document for document, _ in row] for query, row in ranking.items()}
         values = np.array([*ranking_metrics(task.qrels, order, cutoffs).values()])
     values = from_first_process(values)
-    result = RetrievalResult(dict(zip(names, values.tolist(), strict=True)), ranking)
+    result = RetrievalResult(dict(zip(names, values.tolist(), strict=True)), ranking, by_form)
     if output_dir is not None and jax.process_index() == 0:
         record_run(output_dir, "retrieval", None)
         _write(Path(output_dir), result)

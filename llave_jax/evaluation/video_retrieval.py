@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import numpy as np
 
 from llave_jax.common.files import write_array, write_text
 from llave_jax.common.tables import align
+from llave_jax.embedding.precision import truncate
 from llave_jax.embedding.run_info import record_run
 from llave_jax.evaluation import published
 from llave_jax.evaluation.cache import EmbeddingCache, Encode, embed
+from llave_jax.evaluation.forms import Form, rows
 from llave_jax.evaluation.video_data import VideoDataset
 from llave_jax.inputs.item import Item
 from llave_jax.parallel.processes import from_first_process, only_on_first
@@ -44,16 +46,19 @@ class VideoResult:
       text_to_video: by the names in METRICS; recalls are fractions, ranks count from 1.
       video_to_text: the same.
       similarity: float32 [captions, videos]; None on processes other than the first.
+      forms: recalls in both directions where what is found is stored in a smaller form; {} on processes other
+        than the first.
     """
 
     name: str
     text_to_video: dict[str, float]
     video_to_text: dict[str, float]
     similarity: np.ndarray | None
+    forms: Mapping[Form, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def table(self) -> str:
-        """The table as text."""
-        return align(self.rows())
+        """The tables as text."""
+        return align(self.rows()) + ("\n\n" + align(rows(self.forms)) if self.forms else "")
 
     def rows(self) -> list[list[str]]:
         """Cells of the table, the heading first; recalls in percent."""
@@ -77,6 +82,7 @@ def evaluate_video(
     *,
     cache: EmbeddingCache | None = None,
     settings: Mapping[str, Any] | None = None,
+    forms: Sequence[Form] = (),
 ) -> VideoResult:
     """Encode captions and videos, and rank the videos for each caption and the reverse.
 
@@ -89,6 +95,7 @@ def evaluate_video(
         go, if given.
       cache: embeddings of earlier runs.
       settings: what `encode` is, kept in `run.json` beside the scores.
+      forms: of stored videos, and of stored captions in the other direction, which are scored too.
 
     Returns:
       The metrics of both directions.
@@ -106,14 +113,15 @@ def evaluate_video(
     captions = embed(encode, len(dataset.captions), caption_item, cache)
     # A video takes as long to encode as many texts. With small shards a killed run loses less.
     videos = embed(encode, len(dataset.videos), video_item, cache, shard_items=64)
-    values, similarity = np.zeros((2, len(METRICS))), None
+    values, similarity, by_form = np.zeros((2, len(METRICS))), None, {}
     if captions is not None and videos is not None:
+        by_form = {form: _form_recalls(captions, videos, dataset.owners, form) for form in forms}
         similarity = captions @ videos.T
         both = both_directions(similarity, dataset.owners)
         values = np.array([[metrics[name] for name in METRICS] for metrics in both])
     values = from_first_process(values)
     text_to_video, video_to_text = (dict(zip(METRICS, row.tolist(), strict=True)) for row in values)
-    result = VideoResult(dataset.name, text_to_video, video_to_text, similarity)
+    result = VideoResult(dataset.name, text_to_video, video_to_text, similarity, by_form)
     if output_dir is not None and jax.process_index() == 0:
         output_dir = Path(output_dir)
         record_run(output_dir, dataset.name, None)
@@ -122,6 +130,19 @@ def evaluate_video(
         write_array(output_dir / f"{dataset.name}_similarity.npy", only_on_first(similarity))
         record_run(output_dir, dataset.name, settings)
     return result
+
+
+def _form_recalls(
+    captions: np.ndarray, videos: np.ndarray, owners: np.ndarray, form: Form
+) -> dict[str, float]:
+    def scores(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        asked, stored = truncate(queries, form.dim), form.stored(documents)
+        return np.stack([form.scores(query, stored) for query in asked])
+
+    forth, _ = both_directions(scores(captions, videos), owners)
+    _, back = both_directions(scores(videos, captions).T, owners)
+    named = {"text -> video": forth, "video -> text": back}
+    return {f"{label} {k}": values[k] for label, values in named.items() for k in METRICS[:1]}
 
 
 def both_directions(

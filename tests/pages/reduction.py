@@ -22,9 +22,11 @@ APPENDED = {
     ("-m llave_jax.train", "configs/quickstart.py"): "--config.eval.benchmark=None",
     ("-m llave_jax.train", "configs/finetune.py"): "--config.batch.pairs=8",
     ("-m llave_jax.train", "configs/matryoshka.py"): "--config.batch.pairs=8 "
-    "--config.loss.dims=(16,64)",
+    "'--config.loss.dims=(16,64)'",
     ("-m llave_jax.train", "configs/llave_"): "--config.steps=1 --config.batch.pairs=8 "
     "--config.batch.micro_batches=2 --config.model.inputs.max_length=512",
+    # Embeddings of the stand-ins have 64 numbers.
+    ("-m llave_jax.evaluate", "--dims 64,256"): "--dims=16,64",
     ("tools/prepare_data.py", ""): "--num-workers=1",
     # The stand-in's embeddings do not have the size of a released model's.
     ("tools/check_example.py", ""): "--size=0.5B",

@@ -1,0 +1,174 @@
+"""Scores of smaller vectors: from the embeddings that are there, as a search with them would rank."""
+
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from llave_jax import evaluate
+from llave_jax.embedding.precision import PRECISIONS, calibration_ranges, quantise
+from llave_jax.evaluation import mmeb, retrieval, video_retrieval
+from llave_jax.evaluation.cache import EmbeddingCache
+from llave_jax.evaluation.forms import Form, read_forms, rows, to_json
+from tests.evaluation.fake_encoder import HashEncoder
+from tests.evaluation.test_evaluate import model as model
+from tests.evaluation.test_retrieval import task as task
+
+FORMS = read_forms("4,8", "int8,binary", 16)
+
+
+def draw(seed, count, dim):
+    vectors = np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(
+    st.integers(0, 2**32 - 1), st.integers(1, 200), st.integers(1, 24), st.sampled_from(PRECISIONS)
+)
+def test_stored_vectors_are_what_their_bits_say(seed, count, dim, precision):
+    vectors = draw(seed, count, 24)
+    form = Form(dim, precision)
+    stored = form.stored(vectors)
+    cut = vectors[:, :dim] / np.linalg.norm(vectors[:, :dim], axis=1, keepdims=True)
+    np.testing.assert_allclose(np.linalg.norm(stored, axis=1), 1, rtol=1e-5)
+    if precision == "binary":
+        packed = quantise(cut, "binary")
+        bits = np.unpackbits((packed.astype(np.int16) + 128).astype(np.uint8), axis=1)[:, :dim]
+        np.testing.assert_array_equal(stored > 0, bits.astype(bool))
+    elif precision == "int8" and count >= 2:
+        least, largest = calibration_ranges(cut)
+        # Half a step each way before the vector is normalised again, and as much after.
+        error = np.linalg.norm((largest - least) / 255) + 1e-5
+        assert np.linalg.norm(stored - cut, axis=1).max() <= error
+    else:
+        atol = {"float32": 1e-6, "float16": 1e-3, "int8": 0.5 * dim**0.5 / 127 + 1e-5}[precision]
+        np.testing.assert_allclose(stored, cut, atol=atol)
+
+
+def test_bytes():
+    found = [Form(896, precision).bytes for precision in ("float32", "float16", "int8", "binary")]
+    assert found == [3584, 1792, 896, 112]
+    assert Form(9, "binary").bytes == 2
+
+
+def test_binary_vectors_are_searched_by_hamming_distance_and_rescored():
+    queries, documents = draw(0, 5, 16), draw(1, 300, 16)
+    form = Form(12, "binary")
+    stored = form.stored(documents)
+    asked = queries[:, :12] / np.linalg.norm(queries[:, :12], axis=1, keepdims=True)
+    scores, indices = form.search(queries, documents, 10)
+    for query, found, places in zip(asked, scores, indices, strict=True):
+        hamming = np.count_nonzero((query > 0) != (stored > 0), axis=1)
+        nearest = np.argsort(hamming, kind="stable")[:40]
+        cosines = stored @ query
+        np.testing.assert_array_equal(places, nearest[np.argsort(-cosines[nearest])][:10])
+        np.testing.assert_allclose(found, cosines[places], rtol=1e-5)
+        every = form.scores(query, stored)
+        assert set(np.argsort(-every)[:40]) == set(nearest)
+        assert every[np.setdiff1d(np.arange(300), nearest)].max() < -1
+    # Rescoring finds what the bits alone do not.
+    best = np.argmax(asked @ stored.T, axis=1)
+    assert (best == indices[:, 0]).sum() >= 4
+
+
+def test_every_form_is_scored_from_the_same_embeddings(golden):
+    encode, cache = HashEncoder(), EmbeddingCache()
+    results = mmeb.evaluate_mmeb(encode, golden / "eval", cache=cache, forms=FORMS)
+    assert len(encode.keys) == len(set(encode.keys)) == len(cache)
+    whole = Form(16)
+    for result in results.datasets:
+        assert list(result.forms) == list(FORMS)
+        np.testing.assert_array_equal(result.forms[whole], result.predictions)
+    by_form = results.by_form()
+    assert by_form[whole]["overall"] == results.averages()[-1].value
+    assert len({scores["overall"] for scores in by_form.values()}) > 1
+    table = results.table()
+    assert "numbers  precision  bytes" in table
+    for form in FORMS:
+        assert any(
+            line.split()[:3] == [str(form.dim), form.precision, str(form.bytes)]
+            for line in table.splitlines()
+        )
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_predictions_of_a_dataset_are_those_of_its_rows(golden, form):
+    dataset = mmeb.mmeb_data.read_dataset(golden / "eval", "TinyT2I")
+    embeddings = draw(0, len(dataset.contents), 16)
+    documents = np.unique(np.concatenate(dataset.target_ids))
+    stored = dict(zip(documents.tolist(), form.stored(embeddings[documents]), strict=True))
+    found = mmeb.form_predictions(embeddings, dataset, form)
+    for row, query in enumerate(dataset.query_ids):
+        asked = embeddings[query, : form.dim]
+        targets = dataset.target_ids[row]
+        scores = form.scores(
+            asked / np.linalg.norm(asked), np.stack([stored[int(t)] for t in targets])
+        )
+        assert found[row] == np.argmax(np.round(scores, 6))
+
+
+def test_retrieval_and_videos(task, tmp_path):
+    found = retrieval.evaluate_retrieval(HashEncoder(), retrieval.read_task(task), forms=FORMS)
+    assert list(found.forms) == list(FORMS)
+    assert found.forms[Form(16)] == found.metrics
+    assert "numbers  precision  bytes  recall@1" in found.table()
+    captions = draw(2, 6, 16)
+    owners = np.arange(6)
+    videos = 0.7 * captions + draw(3, 6, 16)
+    videos /= np.linalg.norm(videos, axis=1, keepdims=True)
+    forth, back = video_retrieval.both_directions(captions @ videos.T, owners)
+    whole = video_retrieval._form_recalls(captions, videos, owners, Form(16))
+    assert whole == {"text -> video R@1": forth["R@1"], "video -> text R@1": back["R@1"]}
+
+
+def test_a_command_scores_dims_and_precisions(model, golden, tmp_path, capsys):
+    directory, encoder = model
+    command = ["--model", directory, "--benchmark", "mmeb", "--data", str(golden / "eval")]
+    output = tmp_path / "out"
+    evaluate.main(
+        [*command, "--output", str(output), "--truncate-dim=8", "--dims=4", "--precision=int8"]
+    )
+    table = (output / "table.txt").read_text()
+    assert table in capsys.readouterr().out
+    forms = json.loads((output / "forms.json").read_text())
+    assert [(f["numbers"], f["precision"], f["bytes"]) for f in forms] == [
+        (8, "float32", 32), (4, "float32", 16), (8, "int8", 8), (4, "int8", 4)
+    ]  # fmt: skip
+    assert "first 8 numbers" in table
+    assert json.loads((output / "run.json").read_text())["TinyCls"]["truncate_dim"] == 8
+    assert "Smaller vectors" in (output / "report.html").read_text()
+    # The cache has the whole embeddings: another form needs none again.
+    count = len(encoder.keys)
+    evaluate.main([*command, "--output", str(output)])
+    assert len(encoder.keys) == count
+    assert "truncate_dim" not in json.loads((output / "run.json").read_text())["TinyCls"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dims=0", "--dims is '0'; expected numbers from 1 to"),
+        ("--dims=a,4", "--dims is 'a,4'"),
+        ("--dims=100000", "--dims is '100000'"),
+        ("--precision=int4", "precision is 'int4'; expected one of"),
+        ("--truncate-dim=0", "--truncate-dim is 0; expected 1 to"),
+    ],
+)
+def test_what_is_no_form_is_refused(model, golden, tmp_path, capsys, flags, message):
+    command = ["--model", model[0], "--benchmark", "mmeb", "--data", str(golden / "eval")]
+    assert evaluate.main([*command, "--output", str(tmp_path / "out"), flags])
+    assert message in capsys.readouterr().err
+
+
+def test_tables():
+    assert read_forms(None, None, 16) == ()
+    assert read_forms("8", None, 16) == (Form(16), Form(8))
+    assert read_forms(None, "binary", 16) == (Form(16), Form(16, "binary"))
+    scores = {Form(16): {"overall": 0.5}, Form(8, "int8"): {"overall": None}}
+    assert rows(scores)[1:] == [["16", "float32", "64", "50.0"], ["8", "int8", "8", "-"]]
+    assert to_json(scores)[1] == {
+        "numbers": 8, "precision": "int8", "bytes": 8, "scores": {"overall": None}
+    }  # fmt: skip
