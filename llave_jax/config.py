@@ -121,12 +121,12 @@ def default_config() -> Config:
     config.loss.hardness_on = "all"
     config.loss.temperature = 0.02
     # Learn the temperature, from `temperature` on: one for all, or one for each subset. It stays in
-    # `temperature_range` (CLIP's), and `temperature_rate` is a factor on the learning rate: parameters move by 1e-5
-    # of their size a step, and the logarithm of a temperature would hardly move at all.
+    # `temperature_range`, and its rate is `optim.learning_rate` times `temperature_rate`. Range and rate are CLIP's
+    # (arXiv 2103.00020; 5e-4 at a learning rate of 1e-5). With a larger learning rate take a smaller factor.
     config.loss.learn_temperature = False
     config.loss.temperature_per_subset = False
     config.loss.temperature_range = (0.01, 1.0)
-    config.loss.temperature_rate = 100.0
+    config.loss.temperature_rate = 50.0
     # pool "global": every pair of the step is a negative of every other, with exact gradients.
     # "micro": those of its own micro-batch only, as the authors' gradient accumulation does.
     # "device": those of its micro-batch on its own device only, batch.pairs / (shards *

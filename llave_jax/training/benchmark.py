@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
+import numpy as np
 
 from llave_jax.common.files import write_text
 from llave_jax.common.tables import align
 from llave_jax.evaluation import drawing, mmeb, mmeb_data, retrieval
 from llave_jax.evaluation.cache import Encode
+from llave_jax.evaluation.forms import Form
 from llave_jax.evaluation.mmeb_data import DatasetInfo
 from llave_jax.evaluation.similarity_comparison import read_similarity
+from llave_jax.parallel.processes import from_first_process
 
 _SUMMARY = "summary.json"
 
@@ -53,7 +56,10 @@ class Benchmark(Protocol):
 
 
 def open_benchmark(
-    directory: Path, datasets: Sequence[str], infos: Sequence[DatasetInfo] | None
+    directory: Path,
+    datasets: Sequence[str],
+    infos: Sequence[DatasetInfo] | None,
+    dims: Sequence[int] = (),
 ) -> Benchmark:
     """The benchmark in a directory.
 
@@ -61,6 +67,7 @@ def open_benchmark(
       directory: in MMEB's form, or with the files of `evaluation.retrieval`.
       datasets: names, of MMEB's form; empty: all that are there.
       infos: the datasets' meta-tasks, where it is not MMEB.
+      dims: prefixes of the embeddings that are scored too, as "average/overall@DIM" or "nDCG@10@DIM".
 
     Returns:
       The benchmark; nothing has been scored.
@@ -70,13 +77,32 @@ def open_benchmark(
         should be, or a package that it needs is not installed.
     """
     if (directory / "queries.jsonl").is_file():
-        return _Retrieval(directory)
-    return _Mmeb(directory, datasets, infos)
+        return _Retrieval(directory, dims)
+    return _Mmeb(directory, datasets, infos, dims)
+
+
+def _by_dim(
+    name: str,
+    of_form: str,
+    forms: Sequence[Form],
+    scores: Mapping[Form, Mapping[str, float | None]],
+) -> dict[str, float]:
+    """One score of each form by "NAME@DIM", in all processes; the first has the scores."""
+    found = np.full(len(forms), np.nan)
+    for index, form in enumerate(forms if scores else ()):
+        value = scores[form][of_form]
+        found[index] = np.nan if value is None else value
+    values = zip(forms, from_first_process(found).tolist(), strict=True)
+    return {f"{name}@{form.dim}": value for form, value in values if not np.isnan(value)}
 
 
 class _Mmeb:
     def __init__(
-        self, directory: Path, datasets: Sequence[str], infos: Sequence[DatasetInfo] | None
+        self,
+        directory: Path,
+        datasets: Sequence[str],
+        infos: Sequence[DatasetInfo] | None,
+        dims: Sequence[int],
     ):
         there = mmeb_data.dataset_names(directory, infos or mmeb_data.MMEB_DATASETS)
         if not there:
@@ -89,10 +115,13 @@ class _Mmeb:
                 f"config.eval.datasets names {missing}; {directory} has {', '.join(there)}"
             )
         self._directory, self._datasets, self._infos = directory, datasets, infos
+        self._forms = [Form(dim) for dim in dims]
 
     def score(self, encode: Encode, directory: Path) -> dict[str, float]:
         results = mmeb.evaluate_mmeb(
-            encode, self._directory, self._datasets or None, directory, infos=self._infos
+            *(encode, self._directory, self._datasets or None, directory),
+            infos=self._infos,
+            forms=self._forms,
         )
         if jax.process_index() == 0:
             summary = {
@@ -104,7 +133,8 @@ class _Mmeb:
                 for result in results.datasets
             }
             write_text(directory / _SUMMARY, json.dumps(summary, indent=2) + "\n")
-        return results.metrics()
+        by_dim = _by_dim("average/overall", "overall", self._forms, results.by_form())
+        return results.metrics() | by_dim
 
     def report(self, directories: Mapping[str, Path], workdir: Path) -> tuple[str, str]:
         summaries = {
@@ -131,12 +161,14 @@ class _Mmeb:
 
 
 class _Retrieval:
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, dims: Sequence[int]):
         retrieval.check_installed()
         self._task = retrieval.read_task(directory)
+        self._forms = [Form(dim) for dim in dims]
 
     def score(self, encode: Encode, directory: Path) -> dict[str, float]:
-        return retrieval.evaluate_retrieval(encode, self._task, directory).metrics
+        result = retrieval.evaluate_retrieval(encode, self._task, directory, forms=self._forms)
+        return result.metrics | _by_dim("nDCG@10", "nDCG@10", self._forms, result.forms)
 
     def report(self, directories: Mapping[str, Path], workdir: Path) -> tuple[str, str]:
         metrics = {

@@ -599,11 +599,13 @@ def make_evaluation(
     """
     name, loss = config.eval.benchmark, config.loss
     benchmark, validation = None, None
+    # The last is the whole width.
+    dims = loss.dims[:-1]
     if name == DIGITS:
         directory = workdir / DIGITS / "eval"
-        benchmark = open_benchmark(directory, config.eval.datasets, digits.INFOS)
+        benchmark = open_benchmark(directory, config.eval.datasets, digits.INFOS, dims)
     elif name:
-        benchmark = open_benchmark(Path(name), config.eval.datasets, None)
+        benchmark = open_benchmark(Path(name), config.eval.datasets, None, dims)
     if held_out is not None and len(held_out) < 2:
         log.warning("%d pairs are held out: too few to validate (data.held_out)", len(held_out))
     elif held_out is not None:

@@ -12,6 +12,7 @@ from llave_jax.embedding.precision import PRECISIONS, calibration_ranges, quanti
 from llave_jax.evaluation import mmeb, retrieval, video_retrieval
 from llave_jax.evaluation.cache import EmbeddingCache
 from llave_jax.evaluation.forms import Form, read_forms, rows, to_json
+from llave_jax.training import benchmark
 from tests.evaluation.fake_encoder import HashEncoder
 from tests.evaluation.test_evaluate import model as model
 from tests.evaluation.test_retrieval import task as task
@@ -161,6 +162,18 @@ def test_what_is_no_form_is_refused(model, golden, tmp_path, capsys, flags, mess
     command = ["--model", model[0], "--benchmark", "mmeb", "--data", str(golden / "eval")]
     assert evaluate.main([*command, "--output", str(tmp_path / "out"), flags])
     assert message in capsys.readouterr().err
+
+
+def test_a_run_scores_its_dims(golden, task, tmp_path):
+    opened = benchmark.open_benchmark(golden / "eval", (), None, (4, 8))
+    found = opened.score(HashEncoder(), tmp_path / "mmeb")
+    forms = [Form(4), Form(8)]
+    results = mmeb.evaluate_mmeb(HashEncoder(), golden / "eval", forms=forms)
+    for form in forms:
+        assert found[f"average/overall@{form.dim}"] == results.by_form()[form]["overall"]
+    assert found["average/overall"] == results.metrics()["average/overall"]
+    found = benchmark.open_benchmark(task, (), None, (4,)).score(HashEncoder(), tmp_path / "own")
+    assert {"nDCG@10", "nDCG@10@4"} <= found.keys()
 
 
 def test_tables():
