@@ -26,7 +26,7 @@ from llave_jax.device_check.report import Row
 from llave_jax.digits.tokenizer import build_tokenizer
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.config import LlaveConfig
-from llave_jax.models.llave import attention_cases
+from llave_jax.models.llave import Llave, attention_cases
 from llave_jax.ops.attention_check import Case
 from llave_jax.parallel import processes, sharding
 from llave_jax.planning import flops, workload
@@ -85,7 +85,8 @@ def measure(config: Config, mesh: jax.sharding.Mesh, folder: Path) -> Iterator[R
     config = with_batch(config, plan.pairs, plan.micro_batches)
     batch, rate, row = _input(config, source, builder, plan, mesh, folder)
     yield row
-    needed = _necessary_flops(model, batch, config) / jax.local_device_count()
+    training = search.training(config, plan, config.steps or 1000)
+    needed = _necessary_flops(training.model, batch) / jax.local_device_count()
     # All processes take the same way, or one would wait for the others.
     seconds = max(processes.gather(needed / _product_rate(config.dtype)))
     if seconds > LONGEST_STEP:
@@ -94,7 +95,6 @@ def measure(config: Config, mesh: jax.sharding.Mesh, folder: Path) -> Iterator[R
         return
     for case in _cases(model, batch, plan, config.dtype):
         yield from attention.speed(case, jax.local_devices()[0])
-    training = search.training(config, plan, config.steps or 1000)
     program = setup.lower_step(training, mesh, plan.budget, plan.micro_batches).compile()
     planned = memory.step_bytes(program)
     limit = min(processes.gather(memory.device_limit(jax.local_devices()[0])))
@@ -173,11 +173,10 @@ def _lengths(batch: TrainBatch) -> list[tuple[int, ...]]:
     return [tuple(int(n) for n in np.bincount(row)[1:]) for row in rows]
 
 
-def _necessary_flops(model: LlaveConfig, batch: TrainBatch, config: Config) -> float:
+def _necessary_flops(model: Llave, batch: TrainBatch) -> float:
     lengths = np.array([n for row in _lengths(batch) for n in row])
     crops = np.any(batch.packed.patches, axis=(-2, -1)).sum()
-    freeze = config.optim.rates[0] == ("vision_tower/.*", None)
-    return flops.training(model, lengths, float(crops), freeze_vision=freeze)
+    return flops.step(model, lengths, float(crops))
 
 
 def _product_rate(dtype: str) -> float:

@@ -11,7 +11,8 @@ import math
 import numpy as np
 
 from llave_jax.models.config import LlaveConfig
-from llave_jax.models.lora import Lora
+from llave_jax.models.llave import Llave
+from llave_jax.models.lora import AdaptedLlave, Lora
 from llave_jax.models.parameters import input_axes, layer_shape, num_layers, weight_at
 
 
@@ -132,6 +133,21 @@ def training(
         + 3 * projector_forward(config, crops)
         - unneeded
     )
+
+
+def step(model: Llave, lengths: np.ndarray, crops: float) -> float:
+    """FLOPs of forward and backward pass of a model as a run trains it.
+
+    Args:
+      model: of `training.setup`: it says whether the vision tower is frozen and which adapters there are.
+      lengths, crops: as for `embedding`.
+
+    Returns:
+      FLOPs of all sequences and crops.
+    """
+    if isinstance(model, AdaptedLlave):
+        return training_adapters(model.config, lengths, crops, model.lora)
+    return training(model.config, lengths, crops, freeze_vision=model.freeze_vision)
 
 
 def training_adapters(config: LlaveConfig, lengths: np.ndarray, crops: float, lora: Lora) -> float:

@@ -20,7 +20,6 @@ from llave_jax.common.tables import align
 from llave_jax.data import packing_simulation
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import Llave, abstract_params
-from llave_jax.models.lora import AdaptedLlave
 from llave_jax.ops import gpu_attention, tpu_attention
 from llave_jax.parallel import sharding
 from llave_jax.planning import flops, hlo, workload
@@ -124,10 +123,8 @@ def _flops_per_pair(model: Llave, *, training: bool) -> float:
     """FLOPs that the model needs for an average pair of the assumed data."""
     sizes = workload.sample_pairs(model.config.input_spec, SAMPLE)
     lengths, crops = sizes.lengths.ravel(), float(sizes.crops.sum())
-    if training and isinstance(model, AdaptedLlave):
-        total = flops.training_adapters(model.config, lengths, crops, model.lora)
-    elif training:
-        total = flops.training(model.config, lengths, crops, freeze_vision=model.freeze_vision)
+    if training:
+        total = flops.step(model, lengths, crops)
     else:
         total = flops.embedding(model.config, lengths, crops)
     return total / SAMPLE

@@ -6,6 +6,7 @@ read from `model.path` whenever the run begins or goes on; the run keeps the ada
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from llave_jax.config import Config
 from llave_jax.models import lora
 from llave_jax.models.config import LlaveConfig
 from llave_jax.models.llave import param_shardings
-from llave_jax.models.lora import Lora
+from llave_jax.models.lora import AdaptedLlave, Lora
 from llave_jax.models.parameters import adapter_shapes, parameter_shapes
 from llave_jax.parallel import sharding
 from llave_jax.training import optim
@@ -110,6 +111,21 @@ def begin(config: Config, llave_config: LlaveConfig, mesh: jax.sharding.Mesh) ->
 
     made = jax.jit(make, out_shardings=param_shardings(jax.eval_shape(make), mesh))()
     return _joined(_load_base(config, mesh), made)
+
+
+def with_new(model: AdaptedLlave, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters for trying out a program, without a trained base; traceable.
+
+    Args:
+      model: with adapters.
+      base: the parameter tree of the base.
+
+    Returns:
+      The tree with adapters as before the first step, each array in the model's dtype for it.
+    """
+    flat = sharding.flatten(base) | lora.init_adapters(model.lora, model.config)
+    forms = model.abstract_parameters()
+    return sharding.unflatten({path: flat[path].astype(forms[path].dtype) for path in sorted(flat)})
 
 
 def with_base(config: Config, state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:

@@ -509,7 +509,10 @@ def random_state(config: Config, training: Training) -> TrainState:
     model, step = training.model, training.step
 
     def from_seed(key: jax.Array) -> TrainState:
-        return step.init(model.init(key, example_batch(model.config))["params"])
+        params = model.init(key, example_batch(model.config))["params"]
+        if isinstance(model, AdaptedLlave):
+            params = adapters.with_new(model, params)
+        return step.init(params)
 
     shardings = jax.tree.map(lambda x: x.sharding, step.state)
     return jax.jit(from_seed, out_shardings=shardings)(jax.random.key(config.seed))

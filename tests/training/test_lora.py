@@ -253,6 +253,15 @@ def test_the_base_stays_in_its_dtype(place, golden, tmp_path):
     assert set(adapters.base_dtypes(config, MODEL).values()) == {jnp.dtype("bfloat16")}
 
 
+def test_a_program_with_adapters_is_tried_out_on_random_parameters(place):
+    config = make_config(place, {**LORA, "model.path": None, "lora.base_dtype": "bfloat16"})
+    mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
+    training = setup.build_training(config, MODEL, mesh, 1)
+    state = setup.random_state(config, training)
+    forms = jax.tree.map(lambda x: (x.shape, x.dtype), (state, training.step.state))
+    assert forms[0] == forms[1]
+
+
 def test_what_cannot_be_trained_is_refused(place, tmp_path):
     config = make_config(place, {**LORA, "lora.targets": "vision_tower/.*fc1"})
     with pytest.raises(ValueError, match=r"rates freezes the adapter vision_tower/layers/mlp/fc1"):
