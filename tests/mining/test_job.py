@@ -276,7 +276,8 @@ def test_other_rules_keep_the_embeddings(tmp_path):
 def test_a_row_that_changes(tmp_path):
     write_data(tmp_path / "data", PLANTED)
     run(tmp_path / "data", tmp_path / "out")
-    changed = {"A": [*PLANTED["A"][:3], ("1 1 1 1 query", "0 0 0 1")]}
+    # It has the first row's query now, and its target is no negative of that one any more.
+    changed = {"A": [*PLANTED["A"][:3], ("1 0 0 0 query", "0 0 0 1")]}
     write_data(tmp_path / "data", changed)
     run(tmp_path / "data", tmp_path / "out")
     write_data(tmp_path / "other", changed)
