@@ -1,7 +1,7 @@
-"""The order of mined neighbours: rows that are each other's hard negatives share a batch.
+"""The order of mined neighbours: rows that are each other's hard negatives follow one another, and share a step.
 
-Owns the graph of neighbours, its division into clusters, and batches made of clusters. Row numbers alone, like
-`order.py`, which holds the uniform orders. Which rows are neighbours is found by `llave_jax.mine`.
+Owns the graph of neighbours, its division into clusters, and their order. Row numbers alone, like `order.py`, which
+holds the uniform orders. Which rows are neighbours is found by `llave_jax.mine`.
 
 References:
   Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch Mining, arXiv 2505.11293.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import heapq
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,57 +236,81 @@ def _put_together(pieces: list[np.ndarray], size: int) -> list[np.ndarray]:
     return clusters + [rest[first : first + size] for first in range(0, len(rest), size)]
 
 
-class MinedOrder:
-    """Every row once an epoch; rows that are each other's hard negatives share a batch.
+def deal_clusters(
+    contents: np.ndarray,
+    path: str | os.PathLike,
+    *,
+    size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+) -> np.ndarray:
+    """The clusters that one process reads, the same in every epoch.
 
-    A batch has slots, which are divided into lanes of one cluster each. A cluster belongs to a lane and its rows to
-    slots of the lane, the same in every epoch; in which batches the lane has its clusters is shuffled anew. Rows of
-    equal content have the same slot, and the second one comes by itself in a batch of its lane. So two copies of a
-    row are never in one batch, not even across the end of an epoch where processes lag behind each other: a slot
-    belongs to one process. Batches do not depend on the number of processes.
-
-    If a content has more copies than an epoch has batches without copies, the others never come.
-
-    Attributes:
-      batch_size: slots.
-      batches_per_epoch: at least 1.
+    Processes read at their own pace, so a cluster belongs to one of them as a whole. Rows of equal content belong to
+    one process, too, which keeps them apart: the first one is in the cluster, the others are in clusters of such
+    rows. All processes have about equally many rows.
 
     Args:
       contents: uint64 [n], from `PairSource.contents`.
       path: of the neighbours, as for `read_graph`.
-      num_slots: slots of a batch.
-      cluster: rows of a cluster; if a batch does not divide into clusters, its last one is smaller.
-      seed: of clusters and shuffles.
+      size: rows of a cluster.
+      seed: of the clusters.
+      process_index: this process, of `process_count`.
+      process_count: processes that share the rows.
+
+    Returns:
+      int64 [clusters, size], HOLE where a cluster is not full.
 
     Raises:
       ValueError: as for `read_graph`.
     """
+    distinct, inverse = np.unique(contents, return_inverse=True)
+    # Every process has a cluster at least.
+    most = min(size, len(distinct) // process_count)
+    clusters = find_clusters(read_graph(path, distinct), most, seed)
+    by_content = np.argsort(inverse, kind="stable")
+    counts = np.bincount(inverse)
+    firsts = np.cumsum(counts) - counts
+    order = np.argsort(random_keys(len(clusters), seed, 10), kind="stable")
+    loads = [(0, process) for process in range(process_count)]
+    mine = []
+    for number in order.tolist():
+        load, process = loads[0]
+        if process == process_index:
+            mine.append(clusters[number])
+        heapq.heapreplace(loads, (load + int(counts[clusters[number]].sum()), process))
+    nodes = np.concatenate(mine)
+    copies = by_content[_spread(firsts[nodes] + 1, counts[nodes] - 1)]
+    copies = copies[np.argsort(random_keys(len(copies), seed, 11, process_index), kind="stable")]
+    parts = [by_content[firsts[cluster]] for cluster in mine]
+    parts += [copies[first : first + size] for first in range(0, len(copies), size)]
+    rows = np.full((len(parts), size), HOLE, np.int64)
+    for number, part in enumerate(parts):
+        rows[number, : len(part)] = part
+    return rows
 
-    def __init__(
-        self,
-        contents: np.ndarray,
-        path: str | os.PathLike,
-        *,
-        num_slots: int,
-        cluster: int,
-        seed: int,
-    ):
-        self._seed = seed
-        self.batch_size = num_slots
-        distinct, inverse = np.unique(contents, return_inverse=True)
-        size = min(cluster, num_slots)
-        clusters = find_clusters(read_graph(path, distinct), size, seed)
-        copies = _Copies(inverse, most=-(-len(contents) // num_slots))
-        widths = [size] * (num_slots // size)
-        if num_slots % size:
-            widths.append(num_slots % size)
-        lanes = _deal(clusters, copies.extra, widths, seed)
-        columns = [lane.rows(copies) for lane in lanes]
-        self.batches_per_epoch = max(1, *(len(rows) for rows in columns))
-        self._rows = np.full((self.batches_per_epoch, num_slots), HOLE, np.int64)
-        self._lanes = np.repeat(np.arange(len(widths)), widths)
-        for number, rows in enumerate(columns):
-            self._rows[: len(rows), self._lanes == number] = rows
+
+class MinedOrder:
+    """Position -> row: one process's clusters one after another, in another order in every epoch.
+
+    Every row comes once an epoch.
+
+    Attributes:
+      size: positions of an epoch.
+
+    Args:
+      clusters: int64 [clusters, size], of the process, from `deal_clusters`.
+      seed: of the shuffles.
+      process_index: this process. Each has shuffles of its own.
+      epochs: passes over all rows; None: endless.
+    """
+
+    def __init__(self, clusters: np.ndarray, *, seed: int, process_index: int, epochs: int | None):
+        self._clusters = clusters
+        self._streams = seed, process_index
+        self.size = clusters.size
+        self._length = sys.maxsize if epochs is None else epochs * self.size
         self._make_cache()
 
     def _make_cache(self) -> None:
@@ -299,114 +324,15 @@ class MinedOrder:
         vars(self).update(state)
         self._make_cache()
 
-    def rows(self, number: int) -> np.ndarray:
-        """The rows of a batch.
+    def __len__(self) -> int:
+        return self._length
 
-        Args:
-          number: of the batch, counted over all epochs.
-
-        Returns:
-          int64 [batch_size], HOLE where a slot has no row.
-        """
-        epoch, index = divmod(number, self.batches_per_epoch)
-        return self._epoch(epoch)[index]
+    def __getitem__(self, index: int) -> np.int64:
+        epoch, position = divmod(index, self.size)
+        number, member = divmod(position, self._clusters.shape[1])
+        return self._clusters[self._epoch(epoch)[number], member]
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
-        shape = self.batches_per_epoch, int(self._lanes[-1]) + 1
-        keys = random_keys(shape[0] * shape[1], self._seed, 9, epoch).reshape(shape)
-        places = np.argsort(keys, axis=0, kind="stable")[:, self._lanes]
-        return np.take_along_axis(self._rows, places, axis=0)
-
-
-class _Copies:
-    """Which rows have which content.
-
-    Attributes:
-      extra: int64 [contents], rows of a content beyond the first one that come in an epoch.
-    """
-
-    def __init__(self, inverse: np.ndarray, most: int):
-        self._rows = np.argsort(inverse, kind="stable")
-        counts = np.bincount(inverse)
-        self._starts = np.cumsum(counts) - counts
-        self.extra = np.minimum(counts, most) - 1
-
-    def row(self, node: np.ndarray, copy: int | np.ndarray) -> np.ndarray:
-        """The row of a content's copy, for arrays of contents."""
-        return self._rows[self._starts[node] + copy]
-
-
-class _Lane:
-    """The clusters of one lane, and in which columns their contents are.
-
-    Attributes:
-      width: slots.
-      height: batches that it has rows for.
-    """
-
-    def __init__(self, width: int):
-        self.width = width
-        self._clusters: list[np.ndarray] = []
-        self._extra = np.zeros(width, np.int64)
-
-    @property
-    def height(self) -> int:
-        return len(self._clusters) + int(self._extra.max())
-
-    def add(self, cluster: np.ndarray, extra: np.ndarray) -> None:
-        """Takes a cluster of at most `width` contents, of which `extra` have so many copies besides."""
-        placed = np.full(self.width, -1, np.int64)
-        columns = np.arange(len(cluster))
-        if extra.any():  # the content of most copies goes where there are the fewest
-            columns = np.argsort(self._extra, kind="stable")[: len(cluster)]
-            cluster = cluster[np.argsort(-extra, kind="stable")]
-            self._extra[columns] += np.sort(extra)[::-1]
-        placed[columns] = cluster
-        self._clusters.append(placed)
-
-    def rows(self, copies: _Copies) -> np.ndarray:
-        """int64 [height, width]: a row of each content for each cluster, then the other copies by column."""
-        rows = np.full((self.height, self.width), HOLE, np.int64)
-        if not self._clusters:
-            return rows
-        nodes = np.stack(self._clusters)
-        there = nodes >= 0
-        first = rows[: len(nodes)]
-        first[there] = copies.row(nodes[there], 0)
-        for column in np.flatnonzero(self._extra):
-            several = nodes[there[:, column], column]
-            several = several[copies.extra[several] > 0]
-            counts = copies.extra[several]
-            others = copies.row(
-                np.repeat(several, counts), _spread(np.ones(len(counts), np.int64), counts)
-            )
-            rows[len(nodes) : len(nodes) + len(others), column] = others
-        return rows
-
-
-def _deal(
-    clusters: list[np.ndarray], extra: np.ndarray, widths: Sequence[int], seed: int
-) -> list[_Lane]:
-    """Lanes of about the same height. A lane that is narrower than a cluster gets clusters cut to pieces."""
-    lanes = [_Lane(width) for width in widths]
-    order = np.argsort(random_keys(len(clusters), seed, 10), kind="stable")
-    shuffled = [clusters[number] for number in order]
-    if widths[-1] < widths[0]:
-        rows = sum(map(len, clusters)) * widths[-1] / sum(widths)
-        cut = shuffled[: round(rows / widths[0])]
-        shuffled = shuffled[len(cut) :]
-        nodes = np.concatenate(cut) if cut else np.zeros(0, np.int32)
-        for first in range(0, len(nodes), widths[-1]):
-            piece = nodes[first : first + widths[-1]]
-            lanes[-1].add(piece, extra[piece])
-        wide = lanes[:-1]
-    else:
-        wide = lanes
-    # Those with copies come first: they take more than one batch.
-    shuffled.sort(key=lambda cluster: -int(extra[cluster].max()))
-    heights = [(0, number) for number in range(len(wide))]
-    for cluster in shuffled:
-        lane = wide[heights[0][1]]
-        lane.add(cluster, extra[cluster])
-        heapq.heapreplace(heights, (lane.height, heights[0][1]))
-    return lanes
+        seed, process_index = self._streams
+        keys = random_keys(len(self._clusters), seed, 9, epoch, process_index)
+        return np.argsort(keys, kind="stable")

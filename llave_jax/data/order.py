@@ -13,7 +13,7 @@ import heapq
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
@@ -118,22 +118,6 @@ class Composition:
 UNIFORM = Composition()
 
 
-class Batches(Protocol):
-    """An order in batches, the same on any number of processes.
-
-    Attributes:
-      batch_size: slots of a batch.
-      batches_per_epoch: after so many, every row has come.
-    """
-
-    batch_size: int
-    batches_per_epoch: int
-
-    def rows(self, number: int) -> np.ndarray:
-        """int64 [batch_size], the rows of a batch, counted over all epochs; HOLE where a slot has none."""
-        ...
-
-
 class UniformOrder:
     """Every row once an epoch, in a new order each epoch, in batches that have no content twice.
 
@@ -231,7 +215,7 @@ def _slots_of_rows(
 
 
 class UniformPart:
-    """Position -> row, over one process's slots of every batch of an order.
+    """Position -> row, over one process's slots of every batch of a `UniformOrder`.
 
     Attributes:
       size: positions of the process in a batch.
@@ -244,7 +228,7 @@ class UniformPart:
     """
 
     def __init__(
-        self, order: Batches, *, process_index: int, process_count: int, epochs: int | None
+        self, order: UniformOrder, *, process_index: int, process_count: int, epochs: int | None
     ):
         self.order = order
         self.size = order.batch_size // process_count

@@ -22,7 +22,7 @@ import numpy as np
 
 from llave_jax.common.content import short_hash
 from llave_jax.data.loading import RowLoader
-from llave_jax.data.mined_order import MinedOrder
+from llave_jax.data.mined_order import MinedOrder, deal_clusters
 from llave_jax.data.modality_order import ModalityOrder, ModalityPart
 from llave_jax.data.order import (
     UNIFORM,
@@ -92,7 +92,7 @@ def train_iterator(
       composition: uniform shuffle, sub-batches of one subset, weights, by modality, or mined neighbours.
       group_size: pairs that the modality order deals to one shard of one micro-batch; the budget
         should have room for more, since not every group fits. None: as many as the budget has slots.
-      order_slots: slots of a batch of the uniform shuffle or of mined neighbours, a multiple of the processes. They decide which
+      order_slots: slots of a batch of the uniform shuffle, a multiple of the processes. They decide which
         row comes when, so a run that goes on with another budget keeps them. None: those of the budget.
       on_error: "raise" or "skip" rows that cannot be used.
       skip_file: lists rows that are skipped, and on the first process those that the source leaves
@@ -148,24 +148,23 @@ def train_iterator(
         order, batch_size = grain.MapDataset.source(part), part.order.batch_size
         positions = [part.order.batches_per_epoch * part.size] * num_subsets
         batches = functools.partial(ModalityIterator, part=part)
-    elif composition.is_shuffle or composition.mined:
+    elif composition.is_shuffle:
+        starts = np.array([rows.start for rows in source.subsets.values()])
         batch_size = order_slots or parts * budget.groups
-        if composition.mined:
-            shuffle = MinedOrder(
-                contents,
-                composition.mined,
-                num_slots=batch_size,
-                cluster=composition.sub_batch,
-                seed=seed,
-            )
-        else:
-            starts = np.array([rows.start for rows in source.subsets.values()])
-            shuffle = UniformOrder(contents, starts, num_slots=batch_size, seed=seed)
-        part = UniformPart(shuffle, epochs=epochs, **process)
+        uniform = UniformOrder(contents, starts, num_slots=batch_size, seed=seed)
+        part = UniformPart(uniform, epochs=epochs, **process)
         order = grain.MapDataset.source(part)
-        epoch = shuffle.batches_per_epoch * part.size
+        epoch = uniform.batches_per_epoch * part.size
         positions = [epoch] * num_subsets
         batches = functools.partial(UniformIterator, batch=part.size, epoch=epoch)
+    elif composition.mined:
+        clusters = deal_clusters(
+            contents, composition.mined, size=composition.sub_batch, seed=seed, **process
+        )
+        part = MinedOrder(clusters, seed=seed, process_index=process_index, epochs=epochs)
+        order = grain.MapDataset.source(part)
+        positions = [part.size] * num_subsets
+        batches = functools.partial(UniformIterator, epoch=part.size)
     else:
         subsets = rows_of_process(source, contents, seed=seed, **process)
         groups = row_order(subsets, seed=seed, epochs=epochs, composition=composition)

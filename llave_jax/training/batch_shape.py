@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 from llave_jax.config import Config
 from llave_jax.data.batch_plan import BatchPlan, BatchSettings, plan_batch
-from llave_jax.data.order import MINED
 from llave_jax.data.packing_simulation import PairSizes
 from llave_jax.inputs.anyres import largest_image
 from llave_jax.inputs.batch import Budget
@@ -187,8 +186,7 @@ def total_steps(config: Config, rows: int, fill: float | None = None) -> int:
         _check_modality(config)
         return config.steps or epochs * max(1, rows // batch.pairs)
     steps = math.ceil(rows * epochs / min(batch.pairs * fill, rows))
-    is_mined = config.data.order.startswith(MINED)
-    if is_mined or (config.data.sub_batch == 1 and not config.data.weights):
+    if config.data.sub_batch == 1 and not config.data.weights:
         steps = max(steps, epochs * math.ceil(rows / batch.pairs))
     return config.steps or steps
 

@@ -12,13 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from llave_jax.config import default_config
-from llave_jax.data.mined_order import Graph, MinedOrder, find_clusters, read_graph
-from llave_jax.data.order import HOLE, Composition, UniformOrder
+from llave_jax.data.mined_order import (
+    Graph,
+    MinedOrder,
+    deal_clusters,
+    find_clusters,
+    read_graph,
+)
+from llave_jax.data.order import HOLE, Composition
 from llave_jax.data.pipeline import train_iterator
 from llave_jax.inputs.batch import Budget
 from llave_jax.training import resume
-from llave_jax.training.batch_shape import total_steps
 from tests.data.test_order import Rows, Run, same_batches
 
 
@@ -47,17 +51,27 @@ def planted(groups, size, links, noise, seed=0):
         for node in group:
             own = rng.permutation(group[group != node])[:links]
             others = rng.integers(0, groups * size, noise)
-            neighbours[node] = [*own, *others[others != node]]
+            neighbours[node] = rng.permutation([*own, *others[others != node]]).tolist()
     return neighbours, hidden
 
 
-def share_in_batch(order, neighbours, rows_of=None) -> float:
-    """The share of all neighbours that are in the batch of their row, over one epoch."""
-    batch_of = {}
-    for number in range(order.batches_per_epoch):
-        batch_of |= dict.fromkeys(order.rows(number).tolist(), number)
-    pairs = [(a, b) for a, links in enumerate(neighbours) for b in links]
-    return float(np.mean([batch_of[a] == batch_of[b] for a, b in pairs]))
+def orders_of(contents, path, *, processes=1, seed=0, size) -> list[MinedOrder]:
+    return [
+        MinedOrder(
+            deal_clusters(
+                contents,
+                path,
+                size=size,
+                seed=seed,
+                process_index=process,
+                process_count=processes,
+            ),
+            seed=seed,
+            process_index=process,
+            epochs=None,
+        )
+        for process in range(processes)
+    ]
 
 
 class TestClusters:
@@ -84,6 +98,14 @@ class TestClusters:
         neighbours, hidden = planted(groups=40, size=8, links=3, noise=0)
         clusters = find_clusters(graph_of(neighbours), 8, seed=1)
         assert {frozenset(c.tolist()) for c in clusters} == {frozenset(g.tolist()) for g in hidden}
+
+    def test_groups_are_found_among_other_links(self):
+        """A third of all links lead anywhere: a cluster takes the node that has the most with it."""
+        neighbours, _ = planted(groups=30, size=16, links=6, noise=3)
+        clusters = find_clusters(graph_of(neighbours), 16, seed=1)
+        of = {node: number for number, c in enumerate(clusters) for node in c.tolist()}
+        inside = [of[node] == of[link] for node, links in enumerate(neighbours) for link in links]
+        assert np.mean(inside) > 0.95 * 2 / 3
 
     def test_pieces_stay_whole_where_they_fit(self):
         """Groups of 3 and of 5 make clusters of 8."""
@@ -166,87 +188,54 @@ class TestFile:
 class TestMinedOrder:
     @hypothesis.given(
         contents=st.lists(st.integers(0, 60), min_size=1, max_size=120),
-        num_slots=st.integers(1, 40),
-        cluster=st.integers(2, 12),
+        processes=st.integers(1, 5),
+        size=st.integers(2, 12),
         seed=st.integers(0, 2**31),
     )
-    @hypothesis.example(contents=list(range(61)), num_slots=12, cluster=5, seed=0)
-    @hypothesis.example(contents=[5] * 50, num_slots=12, cluster=4, seed=0)
-    def test_each_row_once_an_epoch_and_no_content_twice_in_a_batch(
-        self, contents, num_slots, cluster, seed, tmp_path_factory
+    @hypothesis.example(contents=[5] * 50, processes=1, size=4, seed=0)
+    @hypothesis.example(contents=list(range(9)), processes=5, size=12, seed=0)
+    def test_each_row_once_an_epoch_and_equal_contents_belong_to_one_process(
+        self, contents, processes, size, seed, tmp_path_factory
     ):
+        hypothesis.assume(len(set(contents)) >= processes)
         path = tmp_path_factory.mktemp("mined") / "n.parquet"
         rng = np.random.default_rng(seed)
         write(path, contents, [rng.integers(0, 70, 4).tolist() for _ in contents])
         contents = np.array(contents, np.uint64)
-        order = MinedOrder(contents, path, num_slots=num_slots, cluster=cluster, seed=seed)
-        most = -(-len(contents) // num_slots)
-        counts = collections.Counter(contents.tolist())
-        slot_of = {}
+        orders = orders_of(contents, path, processes=processes, size=size, seed=seed)
+        owner = {}
         for epoch in range(3):
-            batches = [
-                order.rows(epoch * order.batches_per_epoch + i)
-                for i in range(order.batches_per_epoch)
-            ]
-            rows = np.concatenate([batch[batch != HOLE] for batch in batches])
-            assert len(set(rows.tolist())) == len(rows)
-            expected = {content: min(count, most) for content, count in counts.items()}
-            assert collections.Counter(contents[rows].tolist()) == expected
-            for batch in batches:
-                found = contents[batch[batch != HOLE]].tolist()
-                assert len(set(found)) == len(found)
-                for slot, row in enumerate(batch):
-                    if row != HOLE:  # a content keeps its slot, and so its process
-                        assert slot_of.setdefault(contents[row], slot) == slot
-
-    @pytest.mark.parametrize(("num_slots", "cluster"), [(64, 8), (60, 8), (64, 64), (32, 100)])
-    def test_neighbours_share_batches(self, tmp_path, num_slots, cluster):
-        """Of planted groups and some noise: almost as many as can be, where a shuffle has what chance gives."""
-        size = min(cluster, num_slots)
-        neighbours, _ = planted(groups=1024 // size, size=size, links=min(size - 1, 12), noise=2)
-        contents = np.random.default_rng(1).permutation(1024).astype(np.uint64) * 7
-        named = [[int(contents[link]) for link in links] for links in neighbours]
-        path = write(tmp_path / "n.parquet", contents, named)
-        order = MinedOrder(contents, path, num_slots=num_slots, cluster=cluster, seed=3)
-        uniform = UniformOrder(contents, np.array([0]), num_slots=num_slots, seed=3)
-        full = 1024 // num_slots
-        assert full <= order.batches_per_epoch <= full + 2
-        own = min(size - 1, 12)
-        possible = own / (own + 2)
-        chance = num_slots / 1024
-        cut = num_slots % size / num_slots  # these are in clusters that were cut
-        assert share_in_batch(order, neighbours) > 0.95 * possible * (1 - 2 * cut)
-        assert abs(share_in_batch(uniform, neighbours) - chance) < 0.02
+            read = []
+            for process, order in enumerate(orders):
+                rows = [int(order[epoch * order.size + n]) for n in range(order.size)]
+                rows = [row for row in rows if row != HOLE]
+                assert rows
+                read += rows
+                for row in rows:
+                    assert owner.setdefault(contents[row], process) == process
+            assert sorted(read) == list(range(len(contents)))
+        if len(set(contents.tolist())) == len(contents):
+            loads = collections.Counter(owner.values())
+            assert max(loads.values()) - min(loads.values()) <= size
 
     def test_it_is_random_in_every_epoch_and_the_same_again(self, tmp_path):
         contents = np.arange(100, dtype=np.uint64)
         path = write(tmp_path / "n.parquet", contents, [[(n + 1) % 100] for n in range(100)])
-        options = {"num_slots": 20, "cluster": 4}
-        order = MinedOrder(contents, path, seed=1, **options)
+        (order,) = orders_of(contents, path, size=4, seed=1)
+        (other,) = orders_of(contents, path, size=4, seed=2)
         again = pickle.loads(pickle.dumps(order))
-        other = MinedOrder(contents, path, seed=2, **options)
+        assert order.size == 100
         epochs = [
-            np.stack([o.rows(5 * epoch + i) for i in range(5)])
+            [int(o[100 * epoch + n]) for n in range(100)]
             for o, epoch in [(order, 0), (order, 1), (other, 0), (again, 1)]
         ]
-        assert order.batches_per_epoch == 5
-        assert not np.array_equal(epochs[0], epochs[1])
-        assert not np.array_equal(epochs[0], epochs[2])
-        np.testing.assert_array_equal(epochs[1], epochs[3])
-        # Clusters are the same in both epochs, and meet other clusters.
-        lanes = [{tuple(lane) for lane in epoch.reshape(25, 4).tolist()} for epoch in epochs]
-        assert lanes[0] == lanes[1]
-        assert {frozenset(b) for b in epochs[0].tolist()} != {
-            frozenset(b) for b in epochs[1].tolist()
-        }
-
-    def test_many_copies_of_few_contents_do_not_make_an_epoch_long(self, tmp_path):
-        """Each of the first 40 contents has 10 rows, the others have one: 1000 rows in 64 slots."""
-        contents = np.concatenate([np.repeat(np.arange(40), 10), np.arange(40, 640)])
-        contents = contents.astype(np.uint64)
-        path = write(tmp_path / "n.parquet", range(640), [[(n + 1) % 640] for n in range(640)])
-        order = MinedOrder(contents, path, num_slots=64, cluster=8, seed=0)
-        assert order.batches_per_epoch <= 1.5 * 1000 / 64
+        assert epochs[0] != epochs[1] == epochs[3] != epochs[2]
+        # Clusters are the same in both epochs.
+        clusters = [{tuple(epoch[n : n + 4]) for n in range(0, 100, 4)} for epoch in epochs]
+        assert clusters[0] == clusters[1] != clusters[2]
+        two = orders_of(contents, path, size=4, processes=2)
+        places = [[int(o._epoch(0)[n]) for n in range(12)] for o in two]
+        assert places[0] != places[1]
 
 
 class TestMinedBatches:
@@ -292,29 +281,44 @@ class TestMinedBatches:
         same_batches(stopped, run)
         assert stopped.waiting == run.waiting
 
-    def test_batches_are_the_same_on_any_number_of_processes(self, builder, composition):
-        source = Rows(np.ones(70), words=np.ones(70))
-        runs = [
-            Run(
+    @pytest.mark.parametrize(("processes", "copies"), [(4, 1), (2, 3)])
+    def test_neighbours_share_steps(self, builder, tmp_path, processes, copies):
+        """Of planted groups and some noise: almost as many as can be, where a shuffle has what chance gives.
+
+        Also late in a run, when processes are apart, and with rows that have copies.
+        """
+        neighbours, _ = planted(groups=32, size=8, links=7, noise=1)
+        rng = np.random.default_rng(0)
+        contents = np.concatenate([np.arange(256), np.repeat(np.arange(0, 256, 16), copies - 1)])
+        source = Rows(
+            np.ones(len(contents)), contents=contents, words=rng.integers(1, 30, len(contents))
+        )
+        named = [[int(link) * 2**32 for link in links] for links in neighbours]
+        path = write(tmp_path / "n.parquet", [n * 2**32 for n in range(256)], named)
+        shares = {}
+        for composition in (Composition(order=f"mined:{path}", sub_batch=8), Composition()):
+            run = Run(
                 source,
                 builder,
                 processes=processes,
-                steps=10,
+                steps=30,
                 num_shards=4 // processes,
-                budget=Budget(rows=16, row_length=512, crops=0, groups=4),
+                budget=Budget(rows=4, row_length=256, crops=0, groups=20),
                 composition=composition,
             )
-            for processes in (1, 2, 4)
-        ]
-        read = [[sorted(run.rows(number)) for number in range(10)] for run in runs]
-        assert read[0] == read[1] == read[2]
-        counts = collections.Counter(itertools.chain.from_iterable(read[0]))
-        assert counts == dict.fromkeys(range(70), 2)
-        together = [
-            (n ^ 1 in step) + (n ^ 2 in step) for step in map(set, read[0]) for n in step if n < 68
-        ]
-        assert np.mean(together) == 2
-        assert runs[0].batches[4].epoch == 1
+            found = []
+            for step in range(10, 30):
+                together = {int(contents[row]) for row in run.rows(step)}
+                # Copies come without their neighbours.
+                rows = [row for row in run.rows(step) if row < 256]
+                found += [link in together for row in rows for link in neighbours[row]]
+            shares[composition.order] = np.mean(found)
+            pairs = np.mean([len(run.rows(step)) for step in range(30)])
+        # Of a row's 8 neighbours one is noise. Where a process's step ends, it cuts a cluster of 8 anywhere: on
+        # average that parts 21 of 56 links, or 3 of each of the step's pairs together. Pairs that wait part more.
+        own = pairs / processes
+        assert shares["uniform"] < 1.5 * pairs / 256
+        assert shares[f"mined:{path}"] > (7 / 8) * (1 - 2 * 3 / own)
 
     @pytest.mark.slow  # a worker process takes seconds to start
     def test_workers_make_the_same_batches(self, builder, composition):
@@ -355,9 +359,3 @@ class TestMinedBatches:
         assert refused("mined:a.parquet", "mined:b.parquet") == []
         assert refused("uniform", "mined:b.parquet") != []
         assert refused("mined:a.parquet", "modality") != []
-
-    def test_steps_are_counted_as_of_a_shuffle(self):
-        config = default_config()
-        config.data.order, config.data.sub_batch = "mined:n.parquet", 32
-        config.data.epochs = 10
-        assert total_steps(config, 513) == 30
