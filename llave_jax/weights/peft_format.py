@@ -46,6 +46,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What peft puts in front of a module's name.
 _WRAPPER = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# Patterns that could take for ever to match: a repeated group, or many repetitions.
+_INTRICATE = re.compile(r"\)[*+?{]|([*+{].*){4}", re.DOTALL)
 # Settings with which an adapter is more than a product that is added, and what to do instead.
 _PLAIN = (
     "train a plain LoRA, or merge the adapter with peft (merge_and_unload) and convert the result"
@@ -264,6 +266,11 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int, where: Path) -> 
     """What the product of a module's factors is multiplied with: alpha / rank, or alpha / sqrt(rank)."""
     alpha = settings.get("lora_alpha", 8)
     for pattern, own in section(settings, "alpha_pattern", where).items():
+        if _INTRICATE.search(pattern):
+            raise CheckpointError(
+                f"{where}: alpha_pattern {pattern!r:.60} is too intricate; expected names of modules, or patterns "
+                "with up to three repetitions and none of a group"
+            )
         try:
             matches = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:

@@ -114,6 +114,11 @@ def renamed(old, new):
         ({"lora_alpha": "many"}, r"lora_alpha is 'many'"),
         ({"alpha_pattern": {"(": 1}}, r"alpha_pattern '\(': missing \)"),
         (
+            {"alpha_pattern": {"([a-z_.0-9]+)+!": 1}},
+            r"alpha_pattern .* is too intricate; expected names",
+        ),
+        ({"alpha_pattern": {".*.*.*.*!": 1}}, r"alpha_pattern .* is too intricate"),
+        (
             {"tensors": renamed(f"{UP}.lora_A.weight", f"{UP}.lora_magnitude_vector")},
             r"up_proj.lora_magnitude_vector is not a factor of a LoRA",
         ),
