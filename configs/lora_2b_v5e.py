@@ -25,7 +25,7 @@ def get_config() -> Config:
     config.batch.row_length = 15_360
     config.batch.tokens_per_pair = 2560.0
     config.batch.crops_per_pair = 4.33
-    config.batch.fill = 0.81
+    config.batch.fill = 0.789
     config.loss.pool = "global"
 
     config.mesh.data = 1

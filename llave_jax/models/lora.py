@@ -114,8 +114,8 @@ def _adding_adapters(lora: Lora) -> Callable[..., Any]:
         x = args[0].astype(module.dtype)
         if key is not None:
             x = _dropped(x, key, lora.dropout)
-        low = jnp.tensordot(x, factors[0], module.in_axes)
-        return y + jnp.tensordot(low, factors[1], 1) * jnp.asarray(lora.scale, y.dtype)
+        low = jnp.tensordot(x, factors[0], module.in_axes) * jnp.asarray(lora.scale, x.dtype)
+        return y + jnp.tensordot(low, factors[1], 1)
 
     return intercept
 

@@ -65,6 +65,8 @@ def test_budgets_of_the_configs_are_well_filled(sizes, size, chips):
         ("llave_0_5b", [], 8),
         ("llave_2b", [], 8),
         ("llave_7b", [], 16),
+        ("lora_7b_h100x1", [], 1),
+        ("lora_2b_v5e", [], 4),
     ],
 )
 def test_steps_of_the_configs_make_one_epoch(sizes, name, arguments, devices):
