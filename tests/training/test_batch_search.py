@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llave_jax.common.command_line import load_config
 from llave_jax.config import default_config
 from llave_jax.data.packing_simulation import PairSizes
-from llave_jax.inputs.batch import empty_batch, stack_batches
+from llave_jax.inputs.batch import PairLabels, empty_batch, stack_batches
 from llave_jax.inputs.config import InputConfig
 from llave_jax.models.config import LlaveConfig, TextConfig, VisionConfig
 from llave_jax.models.llave import Llave, example_batch
@@ -151,7 +151,13 @@ def test_the_step_that_was_found_is_not_compiled_again(devices):
         jax.jit(lambda: Llave(MODEL).init(jax.random.key(0), example_batch(MODEL))["params"])()
     )
     batch = stack_batches([empty_batch(plan.budget, devices, MODEL.vision.crop)])
-    arrays = (batch, np.zeros((1, devices, 1, plan.budget.groups), np.int32))
+    by_target = (1, devices, plan.budget.sides - 1, plan.budget.groups)
+    labels = PairLabels(
+        np.zeros(by_target, np.int32),
+        np.zeros((1, devices, plan.budget.groups), np.int32),
+        np.zeros(by_target, np.float32),
+    )
+    arrays = (batch, labels)
     arrays = sharding.device_put_batch(arrays, mesh, leading_axes=1)
     compiled = []
 
