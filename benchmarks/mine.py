@@ -64,7 +64,8 @@ def main() -> None:
         killed, moments = folder / "killed", random.Random(args.seed)
         done = []
         for _ in range(args.kills):
-            after = moments.uniform(0, seconds)
+            # On average the last one comes shortly before the job would end.
+            after = moments.uniform(0, 2 * seconds / (args.kills + 1))
             run(model, data, killed, kill_after=after)
             done.append(f"{after:.0f}")
         run(model, data, killed)
