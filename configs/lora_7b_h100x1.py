@@ -32,7 +32,8 @@ def get_config() -> Config:
 
     config.mesh.data = 1
     config.mesh.fsdp = -1
-    # Activations of one micro-batch at a time. "block" is a tenth faster, and takes 5 GiB for each micro-batch.
+    # Activations of one micro-batch at a time. "block" is a third faster with up to 36 slots in 4 micro-batches, each
+    # of which takes 5 GiB more.
     config.remat = "both"
     config.data.num_workers = 12
     return config
