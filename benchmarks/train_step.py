@@ -36,6 +36,7 @@ from llave_jax.ops import attention
 from llave_jax.parallel import sharding
 from llave_jax.planning import flops, workload
 from llave_jax.training import optim, train_step
+from llave_jax.training.step_loss import LossConfig
 
 # The model of tests/golden/cpu_baseline.json, with which the authors' code was timed on two cores, and its pairs.
 MID_SIZE = dataclasses.replace(
@@ -213,7 +214,7 @@ def jax_run(config, pairs, batch, args) -> tuple[float, float | None]:
         mesh,
         optim.make_optimizer(1e-5, multipliers),
         multipliers,
-        train_step.LossConfig(),
+        LossConfig(),
     )
     state = step.init(params)
     batch = sharding.device_put_batch(batch, mesh, leading_axes=1)

@@ -34,6 +34,7 @@ from llave_jax.models.llave import Llave, param_shardings
 from llave_jax.models.parameters import parameter_shapes
 from llave_jax.parallel import sharding
 from llave_jax.training import optim, train_step
+from llave_jax.training.step_loss import LossConfig
 
 # Heads of 64 and 72, two layers each, and keys that query heads share.
 CONFIG = LlaveConfig(
@@ -143,7 +144,7 @@ def compute(mesh: jax.sharding.Mesh, dtype: str, attention: tuple[str, str]) -> 
     # With so large an epsilon a step follows the gradient itself. Adam's own first step follows its sign, which
     # rounding decides where a gradient is 0.
     optimizer = optim.make_optimizer(LEARNING_RATE, multipliers, epsilon=1.0, clip_norm=None)
-    step = train_step.build_step(model, mesh, optimizer, multipliers, train_step.LossConfig())
+    step = train_step.build_step(model, mesh, optimizer, multipliers, LossConfig())
     batch, numbers = make_batch(sharding.num_shards(mesh))
     local = sharding.local_shards(mesh)
     batch = jax.tree.map(lambda x: x[:, local.start : local.stop], batch)

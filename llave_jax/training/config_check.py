@@ -19,7 +19,7 @@ from llave_jax.loss.cross_device import HARDNESS_ON, KINDS
 from llave_jax.models.config import PRESETS
 from llave_jax.models.remat import REMATS
 from llave_jax.ops.attention import IMPLEMENTATIONS
-from llave_jax.training.train_step import POOLS
+from llave_jax.training.step_loss import POOLS
 
 DTYPES = ("float32", "bfloat16")
 NONFINITE_ACTIONS = ("stop", "skip")

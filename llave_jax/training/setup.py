@@ -55,6 +55,7 @@ from llave_jax.training.goodput import Clock
 from llave_jax.training.metrics import MetricsWriter, read_metrics
 from llave_jax.training.run_files import skip_file
 from llave_jax.training.state import TrainState
+from llave_jax.training.step_loss import LossConfig
 from llave_jax.training.validation import Validation
 from llave_jax.training.watch import Watch, count_skipped
 from llave_jax.training.weights_and_biases import WandbLog
@@ -385,7 +386,7 @@ def build_training(
     return Training(model, schedule, step)
 
 
-def loss_config(config: Config, subsets: Sequence[str] | None = None) -> train_step.LossConfig:
+def loss_config(config: Config, subsets: Sequence[str] | None = None) -> LossConfig:
     """The settings of the run's loss.
 
     Args:
@@ -401,7 +402,7 @@ def loss_config(config: Config, subsets: Sequence[str] | None = None) -> train_s
     if subsets is None:
         subsets = tuple(dict.fromkeys((*MMEB_TRAIN_SUBSETS, *config.loss.in_batch_off)))
     settings = _without(config.loss, "hard_negatives", "negatives_per_row", "temperature_rate")
-    return train_step.LossConfig(**settings, subsets=tuple(subsets))
+    return LossConfig(**settings, subsets=tuple(subsets))
 
 
 def lower_step(

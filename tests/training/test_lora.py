@@ -17,6 +17,7 @@ from llave_jax.models.llave import Llave, example_batch
 from llave_jax.models.lora import AdaptedLlave, Lora
 from llave_jax.parallel import sharding
 from llave_jax.training import adapters, optim, run_files, setup, train_step
+from llave_jax.training.step_loss import LossConfig
 from llave_jax.weights import adapted, model_dir, run_params
 from llave_jax.weights.fingerprint import model_fingerprint, weights_fingerprint
 from llave_jax.weights.safetensors_io import CheckpointError
@@ -55,7 +56,7 @@ def step_once(golden_model, pairs, mesh_name, remat="none"):  # noqa: F811
     optimizer = optax.chain(
         record_gradient(), optim.make_optimizer(LEARNING_RATE, rates, weight_decay=0.01)
     )
-    step = train_step.build_step(model, mesh, optimizer, rates, train_step.LossConfig())
+    step = train_step.build_step(model, mesh, optimizer, rates, LossConfig())
     places = jax.tree.map(lambda x: x.sharding, step.state)
     state = step.init(jax.device_put(sharding.unflatten(before), places.params))
     batch = make_batch(pairs, golden_model.config, sharding.num_shards(mesh))

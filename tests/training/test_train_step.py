@@ -21,7 +21,7 @@ from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.config import PRESETS
 from llave_jax.models.llave import Llave
 from llave_jax.parallel import sharding
-from llave_jax.training import optim, train_step
+from llave_jax.training import optim, step_loss, train_step
 from llave_jax.weights import hf_names
 from tests.loss import loss_reference as reference_loss
 
@@ -129,7 +129,7 @@ def run(golden_model, pairs, r):
     )
     multipliers = optim.lr_multipliers(list(sharding.flatten(golden_model.params)), r.rules)
     optimizer = optax.chain(record_gradient(), optim.make_optimizer(LEARNING_RATE, multipliers))
-    loss = train_step.LossConfig(alpha=9.0, temperature=0.02, pool=r.pool)
+    loss = step_loss.LossConfig(alpha=9.0, temperature=0.02, pool=r.pool)
 
     step = train_step.build_step(model, mesh, optimizer, multipliers, loss)
     places = jax.tree.map(lambda x: x.sharding, step.state)
@@ -426,9 +426,9 @@ KINDS_OF_LOSS = {
 def test_kinds_of_loss_in_value_and_gradient(kind, pool):
     """Over eight devices and in three micro-batches, against the formulas in float64."""
     embeddings, batch, labels = draw_step(0)
-    config = train_step.LossConfig(pool=pool, **NUMBERS, **KINDS_OF_LOSS[kind])
+    config = step_loss.LossConfig(pool=pool, **NUMBERS, **KINDS_OF_LOSS[kind])
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
-    loss = train_step.make_loss(LookUp(), mesh, config)
+    loss = step_loss.make_loss(LookUp(), mesh, config)
     params = {"embeddings": jnp.asarray(embeddings, jnp.float32)}
     learned, temperatures = config.initial(), np.full(3, 0.1)
     if config.temperature_per_subset:
@@ -463,14 +463,14 @@ def test_kinds_of_loss_in_value_and_gradient(kind, pool):
 def test_eight_devices_are_one():
     """All settings together, in value and gradient."""
     embeddings, batch, labels = draw_step(1)
-    config = train_step.LossConfig(**NUMBERS, **KINDS_OF_LOSS["all"])
+    config = step_loss.LossConfig(**NUMBERS, **KINDS_OF_LOSS["all"])
     params = {"embeddings": jnp.asarray(embeddings, jnp.float32)}
     results = []
     for devices in (1, 8):
         mesh = sharding.make_mesh(
             {"data": devices, "fsdp": 1, "tensor": 1}, jax.devices()[:devices]
         )
-        loss = train_step.make_loss(LookUp(), mesh, config)
+        loss = step_loss.make_loss(LookUp(), mesh, config)
 
         def function(trained, loss=loss):
             return loss(trained[0], batch, labels, learned=trained[1])
@@ -483,21 +483,21 @@ def test_eight_devices_are_one():
 
 def test_unknown_settings_are_refused(golden_model):
     with pytest.raises(ValueError, match=r"remat.*expected one of"):
-        train_step.make_loss(
-            Llave(golden_model.config, remat="all"), mesh_of("single"), train_step.LossConfig()
+        step_loss.make_loss(
+            Llave(golden_model.config, remat="all"), mesh_of("single"), step_loss.LossConfig()
         )
     with pytest.raises(ValueError, match=r"loss\.pool.*expected one of"):
-        train_step.LossConfig(pool="local")
+        step_loss.LossConfig(pool="local")
     with pytest.raises(ValueError, match=r"loss\.kind.*expected one of"):
-        train_step.LossConfig(kind="triplet")
+        step_loss.LossConfig(kind="triplet")
     with pytest.raises(ValueError, match=r"loss\.hardness_on.*expected one of"):
-        train_step.LossConfig(hardness_on="hard")
+        step_loss.LossConfig(hardness_on="hard")
     with pytest.raises(ValueError, match=r"in_batch_off names c; the data's subsets are a, b"):
-        train_step.LossConfig(in_batch_off=("a", "c"), subsets=("a", "b"))
+        step_loss.LossConfig(in_batch_off=("a", "c"), subsets=("a", "b"))
     with pytest.raises(ValueError, match=r"needs loss\.learn_temperature=True"):
-        train_step.LossConfig(temperature_per_subset=True)
+        step_loss.LossConfig(temperature_per_subset=True)
     with pytest.raises(ValueError, match="dim_weights"):
-        train_step.LossConfig(dims=(2, 4), dim_weights=(1.0,))
+        step_loss.LossConfig(dims=(2, 4), dim_weights=(1.0,))
 
 
 def test_dims_suit_the_model(golden_model):
@@ -511,13 +511,13 @@ def test_dims_suit_the_model(golden_model):
                 mesh_of("single"),
                 optimizer,
                 multipliers,
-                train_step.LossConfig(dims=dims),
+                step_loss.LossConfig(dims=dims),
             )
 
 
 def test_labels_that_are_needed_are_asked_for():
     _, batch, _ = draw_step(0)
-    config = train_step.LossConfig(mask_false_negatives=True, distill_weight=0.5)
-    loss = train_step.make_loss(LookUp(), mesh_of("single"), config)
+    config = step_loss.LossConfig(mask_false_negatives=True, distill_weight=0.5)
+    loss = step_loss.make_loss(LookUp(), mesh_of("single"), config)
     with pytest.raises(ValueError, match="labels: target_ids, scores"):
         loss({}, batch)
