@@ -45,7 +45,7 @@ class Recipes:
         self.all: dict[str, Callable[[], dict[str, float]]] = {
             "base": lambda: self._train("base"),
             "learned temperature": lambda: self._train(
-                "learned temperature", "loss.learn_temperature=True"
+                "learned temperature", "loss.learn_temperature=True", "loss.temperature_rate=1.0"
             ),
             "Matryoshka (16, 64, 128)": lambda: self._train(
                 "matryoshka", "loss.dims=(16, 64, 128)"

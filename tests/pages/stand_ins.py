@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
@@ -52,6 +53,8 @@ def make_folder(folder: Path, blocks: list[Block]) -> None:
         if name in commands and not made:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             make(folder / name)
+    if re.search(r"data/pairs(?![\w./])", commands):
+        _pairs(folder / "data/pairs", [])
     if "data/pairs.json" in commands:
         _pairs(folder / "data", [row for b in blocks if b.language == "json" for row in _rows(b)])
 
@@ -61,6 +64,7 @@ def _makers() -> dict[str, Callable[[Path], object]]:
     makers |= dict.fromkeys(("hub/LLaVE-$size",), _all_sizes)
     makers |= dict.fromkeys((f"hub/{name}" for name in CHECKPOINTS), _checkpoint)
     makers |= dict.fromkeys((f"models/{name}" for name in MODELS), _model)
+    makers |= dict.fromkeys((f"runs/seed-{seed}" for seed in range(3)), _model)
     makers |= dict.fromkeys(("photo.jpg", "a.jpg", "b.jpg", "example.jpg"), _picture)
     return makers | {
         "clip.mp4": _clip,
