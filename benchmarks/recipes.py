@@ -47,9 +47,7 @@ class Recipes:
             "learned temperature": lambda: self._train(
                 "learned temperature", "loss.learn_temperature=True", "loss.temperature_rate=1.0"
             ),
-            "Matryoshka (16, 64, 128)": lambda: self._train(
-                "matryoshka", "loss.dims=(16, 64, 128)"
-            ),
+            "Matryoshka (16, 32, 96)": lambda: self._train("matryoshka", "loss.dims=(16, 32, 96)"),
             f"mined negatives, {NEGATIVES} a row": lambda: self._train(
                 "negatives", *self._mined_rows()
             ),
