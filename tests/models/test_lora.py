@@ -141,7 +141,7 @@ def test_dropout_is_a_function_of_its_key_and_scales_up_what_it_keeps(golden_mod
     assert len(np.unique(np.asarray(keys), axis=0)) == golden_model.config.text.num_layers
 
 
-@pytest.mark.parametrize("remat", ["attention", "both"])
+@pytest.mark.parametrize("remat", [pytest.param("attention", marks=pytest.mark.slow), "both"])
 def test_dropout_is_the_same_where_it_is_computed_again(golden_model, texts, remat):
     def gradient(remat):
         pattern = "language_model/.*"

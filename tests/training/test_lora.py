@@ -219,6 +219,7 @@ def test_a_run_whose_base_is_lost_or_replaced_is_no_model(finished, other_base, 
         model_dir.open_params(run)
 
 
+@pytest.mark.slow
 def test_adapters_on_a_run_with_adapters(place, finished, tmp_path):
     config = make_config(place, {**LORA, "lora.targets": "projector/.*", "steps": 1})
     config.model.path = str(finished)
@@ -232,6 +233,7 @@ def test_adapters_on_a_run_with_adapters(place, finished, tmp_path):
     assert weights_fingerprint(tmp_path) != weights_fingerprint(finished)
 
 
+@pytest.mark.slow
 def test_the_base_stays_in_its_dtype(place, golden, tmp_path):
     base = sharding.flatten(model_dir.load_params(place / "model"))
     stored = {p: x if "norm" in p else x.astype(jnp.bfloat16) for p, x in base.items()}

@@ -296,6 +296,7 @@ def test_outputs_that_are_taken(models, tmp_path):
     merge_models([a, b], [1, 0], "linear", tmp_path / "out", overwrite=True, show_progress=False)
 
 
+@pytest.mark.slow
 def test_embeddings_of_a_sample(golden_model, tmp_path, capsys):
     sample = tmp_path / "items.jsonl"
     sample.write_text('{"text": "A cat and a dog"}\n{"text": "A dog"}\n')
