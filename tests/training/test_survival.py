@@ -217,10 +217,10 @@ def test_ctrl_c_in_an_evaluation_keeps_the_step_and_scores_it_later(
 ):
     run = TrainingEvaluation.run
 
-    def interrupt(self, params, step, *args):
+    def interrupt(self, params, step, *args, **options):
         if step == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        run(self, params, step, *args)
+        run(self, params, step, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingEvaluation, "run", interrupt)
