@@ -9,7 +9,6 @@ References:
 
 from __future__ import annotations
 
-import functools
 import heapq
 import os
 import sys
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from llave_jax.common.progress import Progress
-from llave_jax.data.order import HOLE, random_keys
+from llave_jax.data.order import HOLE, Cached, random_keys
 
 COLUMNS = ("content", "neighbours")
 # A file that lists a smaller share of the rows was mined from other rows.
@@ -311,18 +310,8 @@ class MinedOrder:
         self._streams = seed, process_index
         self.size = clusters.size
         self._length = sys.maxsize if epochs is None else epochs * self.size
-        self._make_cache()
-
-    def _make_cache(self) -> None:
         # Three, since threads read ahead past the end of an epoch.
-        self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_epoch"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._make_cache()
+        self._epoch = Cached(self._make_epoch, 3)
 
     def __len__(self) -> int:
         return self._length

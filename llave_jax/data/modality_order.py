@@ -5,14 +5,13 @@ Owns row numbers alone, like `order.py`, which holds the uniform orders.
 
 from __future__ import annotations
 
-import functools
 import heapq
 import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llave_jax.data.order import HOLE, random_keys
+from llave_jax.data.order import HOLE, Cached, random_keys
 
 # What the queries of a batch are.
 IMAGE, TEXT, MIXED = "image", "text", "mixed"
@@ -69,19 +68,8 @@ class ModalityOrder:
         self.group_size = group_size
         self.batch_size = num_groups * group_size
         self.batches_per_epoch = max(1, len(words) // self.batch_size)
-        self._make_caches()
-
-    def _make_caches(self) -> None:
         # Threads read ahead, over the end of an epoch too.
-        self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
-        self._dealt = functools.lru_cache(maxsize=16)(self._deal)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_epoch", "_dealt")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._make_caches()
+        self._epoch, self._dealt = Cached(self._make_epoch, 3), Cached(self._deal, 16)
 
     def rows(self, number: int) -> np.ndarray:
         """The rows of a batch, by group.

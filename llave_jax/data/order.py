@@ -12,14 +12,16 @@ import functools
 import heapq
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import grain
 import numpy as np
 
 from llave_jax.common.content import file_digest, short_hash
 from llave_jax.data.sources import PairSource
+
+T = TypeVar("T")
 
 # And `MINED` with the path of a file.
 ORDERS = ("uniform", "modality")
@@ -118,6 +120,25 @@ class Composition:
 UNIFORM = Composition()
 
 
+class Cached(Generic[T]):
+    """A function of a number that keeps its last results. Worker processes get it without them.
+
+    Args:
+      function: to call.
+      size: how many results are kept.
+    """
+
+    def __init__(self, function: Callable[[int], T], size: int):
+        self._function, self._size = function, size
+        self._kept = functools.lru_cache(maxsize=size)(function)
+
+    def __call__(self, number: int) -> T:
+        return self._kept(number)
+
+    def __reduce__(self):
+        return Cached, (self._function, self._size)
+
+
 class UniformOrder:
     """Every row once an epoch, in a new order each epoch, in batches that have no content twice.
 
@@ -151,18 +172,8 @@ class UniformOrder:
         self.batches_per_epoch = int(numbers.max()) + 1
         self._rows = np.full((self.batches_per_epoch, num_slots), HOLE, np.int64)
         self._rows[numbers, slots] = rows
-        self._make_cache()
-
-    def _make_cache(self) -> None:
         # Three, since threads read ahead past the end of an epoch.
-        self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_epoch"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._make_cache()
+        self._epoch = Cached(self._make_epoch, 3)
 
     def rows(self, number: int) -> np.ndarray:
         """The rows of a batch.
