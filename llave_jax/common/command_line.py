@@ -352,7 +352,10 @@ def _error_text(error: Exception) -> str:
     An exception that a library raised may be an error of this package. Its text then also says where it
     was raised.
     """
-    text = shortened((str(error) or type(error).__name__).strip())
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and isinstance(error.filename, str) and text.startswith("[Errno"):
+        text = f"{error.filename}: {error.strerror}"
+    text = shortened(text.strip())
     lines = text[:MAX_CHARACTERS].splitlines()
     if len(lines) > MAX_LINES or len(text) > MAX_CHARACTERS:
         lines = [*lines[:MAX_LINES], "... (--verbose shows all of it)"]

@@ -95,7 +95,8 @@ class Progress:
         text = f"{self._label}: {self._done}"
         if self._total is not None:
             text += f" of {self._total}"
-        text += f" {self._unit}, {rate:.3g}/s"
+        shown = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
+        text += f" {self._unit}, {shown}/s"
         if self._total is not None and rate > 0 and self._done < self._total:
             text += f", {_clock((self._total - self._done) / rate)} left"
         else:

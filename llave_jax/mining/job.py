@@ -123,8 +123,9 @@ def _claim_output(mining: Mining) -> set[str]:
     if not record.exists() and paths[-1].exists():
         taken.append(paths[-1])
     if taken or mining.output.resolve() == Path(mining.data).resolve():
-        what = taken[0] if taken else f"{mining.output}: is the data itself"
-        raise ValueError(f"{what}: was not written by llave_jax.mine; use another --output")
+        own = f"{mining.output}: is the data itself"
+        why = f"{taken[0]}: was not written by llave_jax.mine" if taken else own
+        raise ValueError(f"{why}; use another --output")
     make_directory(record.parent)
     write_text(record, json.dumps(sorted(before | {path.name for path in paths[:-1]})))
     return before

@@ -129,6 +129,14 @@ def test_a_users_error_is_one_line(capsys):
     assert capsys.readouterr().err == "error: no such data\n"
 
 
+def test_an_error_of_the_system_begins_with_the_file(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError) as raised:
+        (tmp_path / "gone.jsonl").open()
+    assert run_with(raised.value) == 2
+    expected = f"error: {tmp_path}/gone.jsonl: No such file or directory\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_verbose_shows_where_an_error_comes_from():
     def action(args):
         raise ValueError("a mistake")
