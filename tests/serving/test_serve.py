@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -128,11 +129,24 @@ def test_openais_client(golden_model, tmp_path):
         assert "Traceback" not in errors
 
 
-def test_mistakes_end_the_command_with_one_line(golden_model, tmp_path, capsys, monkeypatch):
+def the_one_error(flags, capsys):
+    """The line that a command with a mistake ends with."""
+    assert serve.main(flags) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    return line
+
+
+def test_an_index_that_is_none_ends_the_command_with_one_line(golden_model, tmp_path, capsys):
+    flags = ["--model", str(golden_model.directory), "--index", str(tmp_path)]
+    has_library = importlib.util.find_spec("lancedb") is not None
+    expected = "is no index" if has_library else "pip install 'llave_jax[search]'"
+    assert expected in the_one_error(flags, capsys)
+
+
+def test_mistakes_end_the_command_with_one_line(golden_model, tmp_path, capsys):
     (tmp_path / "keys").write_text("# no key\n\n")
     model = ["--model", str(golden_model.directory)]
     for flags, said in (
-        ([*model, "--index", str(tmp_path)], "is no index"),
         ([*model, "--host", "no-such-host.invalid"], "is no address of this machine"),
         ([*model, "--api-keys", str(tmp_path / "keys")], "has no key; expected one a line"),
         ([*model, "--api-keys", str(tmp_path / "absent")], "No such file"),
@@ -140,10 +154,7 @@ def test_mistakes_end_the_command_with_one_line(golden_model, tmp_path, capsys, 
         ([*model, "--max-items", "0"], "limit items: expected a positive number"),
         (["--model", str(tmp_path / "absent"), "--port", "0"], "absent"),
     ):
-        assert serve.main(flags) == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        assert len(lines) == 1
-        assert said in lines[0]
+        assert said in the_one_error(flags, capsys)
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):

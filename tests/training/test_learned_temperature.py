@@ -72,6 +72,7 @@ def steps_of(workdir):
     return [{name: line[name] for name in names} for line in lines]
 
 
+@pytest.mark.slow
 def test_each_subset_learns_its_own_in_its_range(run):
     lines = steps_of(run)
     names = [f"temperature/{name}" for name in SUBSETS]
@@ -85,6 +86,7 @@ def test_each_subset_learns_its_own_in_its_range(run):
         assert line["temperature"] == pytest.approx(both.mean())
 
 
+@pytest.mark.slow
 def test_checkpoints_keep_it_beside_the_model(run):
     params = latest_params(run)
     optimizer = saved_tree(params.parent / "optimizer")
@@ -93,6 +95,7 @@ def test_checkpoints_keep_it_beside_the_model(run):
     assert "loss" not in saved_tree(params)
 
 
+@pytest.mark.slow
 def test_validation_takes_the_learned_temperatures(run, config):
     source = split_held_out(open_source(config.data.path), config.data.held_out)[1]
     pool = Validation(source, Hardness(9.0, 0.1), max_pairs=None, skip_unusable=False)

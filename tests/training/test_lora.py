@@ -32,6 +32,9 @@ from tests.training.test_train_step import (  # noqa: F401, a fixture
 )
 from tests.training.text_runs import MODEL, make_config, train_until
 
+# Each trains runs. What adapters are is tested in models/test_lora.py, their files in weights/.
+pytestmark = pytest.mark.slow
+
 LORA = {"lora.rank": 2, "lora.alpha": 4.0, "lora.dropout": 0.25}
 # Adapters beside what else a run may learn.
 LORA |= {"loss.learn_temperature": True, "loss.dims": (4, 16)}
@@ -74,7 +77,6 @@ def single(golden_model, pairs):  # noqa: F811
     return step_once(golden_model, pairs, "single")
 
 
-@pytest.mark.slow
 def test_a_step_trains_adapters_alone(single):
     for path, array in single.before.items():
         assert np.array_equal(array, single.after[path]) == (path not in single.gradient), path
@@ -88,7 +90,6 @@ def test_a_step_trains_adapters_alone(single):
         ("tensor", "both"),
     ],
 )
-@pytest.mark.slow
 def test_meshes_and_recomputation_change_nothing(golden_model, pairs, single, mesh, remat):  # noqa: F811
     found = step_once(golden_model, pairs, mesh, remat)
     assert found.loss == pytest.approx(single.loss, rel=SUMMATION_TOLERANCE)
@@ -114,7 +115,7 @@ def arrays(run):
     return {path: np.asarray(array) for path, array in opened.items()}
 
 
-@pytest.mark.parametrize("stop", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
+@pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_stopped_run_goes_on_to_the_same_bits(place, finished, tmp_path, stop):
     config = make_config(place, {**LORA, "mesh.data": 2, "mesh.fsdp": 4})
     config.checkpoint.best_metric = "classification/SUN397"
@@ -219,7 +220,6 @@ def test_a_run_whose_base_is_lost_or_replaced_is_no_model(finished, other_base, 
         model_dir.open_params(run)
 
 
-@pytest.mark.slow
 def test_adapters_on_a_run_with_adapters(place, finished, tmp_path):
     config = make_config(place, {**LORA, "lora.targets": "projector/.*", "steps": 1})
     config.model.path = str(finished)
@@ -233,7 +233,6 @@ def test_adapters_on_a_run_with_adapters(place, finished, tmp_path):
     assert weights_fingerprint(tmp_path) != weights_fingerprint(finished)
 
 
-@pytest.mark.slow
 def test_the_base_stays_in_its_dtype(place, golden, tmp_path):
     base = sharding.flatten(model_dir.load_params(place / "model"))
     stored = {p: x if "norm" in p else x.astype(jnp.bfloat16) for p, x in base.items()}

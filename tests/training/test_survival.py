@@ -292,6 +292,7 @@ def saved(workdir, step):
     return sharding.flatten(jax.tree.map(np.asarray, params))
 
 
+@pytest.mark.slow
 def test_a_bad_step_is_skipped_counted_and_counted_on(place, tmp_path, bad_rates, monkeypatch):
     bad_rates(2, 4)
     with monkeypatch.context() as patch:

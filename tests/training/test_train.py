@@ -97,6 +97,7 @@ def finished(tmp_path_factory, digits_data):
     return workdir
 
 
+@pytest.mark.slow
 def test_one_device_trains_to_the_same_losses(finished, make_workdir, monkeypatch):
     """Eight shards and one: the same pairs a step, so the same run within float32 summation."""
     workdir = make_workdir("one")
