@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -170,46 +171,57 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
+class Embedded(NamedTuple):
+    """Embeddings of items. Items of one content share a row, so that their scores are equal to the last bit.
+
+    Attributes:
+      vectors: float32 [contents, D], L2-normalised.
+      rows: int32 [items], the row of each item.
+    """
+
+    vectors: np.ndarray
+    rows: np.ndarray
+
+
 def embed(
     encode: Encode,
-    count: int,
-    make_item: Callable[[int], Item],
+    items: Sequence[Item],
     cache: EmbeddingCache,
     *,
     shard_items: int = SHARD_ITEMS,
-) -> np.ndarray | None:
-    """Embeddings of items 0..count-1, encoding only those whose content is not in the cache.
+) -> Embedded | None:
+    """Embeddings of items, encoding only those whose content is not in the cache.
 
     With several processes all call this with the same items. The cache of the first one decides what is
     missing, all take part in encoding it, and only the first one keeps and returns the result.
 
     Args:
       encode: items -> float32 [n, D], L2-normalised, in order.
-      count: number of items.
-      make_item: index -> item; called again for each use, so that images need not stay in memory.
+      items: each is asked for again for each use, so that images need not stay in memory (`task.Items`).
       cache: takes and gives the embeddings.
       shard_items: items that are encoded between two writes.
 
     Returns:
-      float32 [count, D] on the first process, None on the others.
+      The embeddings on the first process, None on the others.
 
     Raises:
       ValueError: an item cannot be read, or its embedding is not finite; it names the item.
     """
     first = jax.process_index() == 0
-    keys: list[bytes] = [item_key(make_item(i)) for i in range(count)] if first else []
-    missing = np.zeros(count, bool)
-    if first:
-        known: set[bytes] = set()
-        for i, key in enumerate(keys):
-            missing[i] = key not in cache and key not in known
-            known.add(key)
+    contents: dict[bytes, int] = {}
+    rows = np.zeros(len(items) if first else 0, np.int32)
+    missing = np.zeros(len(items), bool)
+    for i in range(len(rows)):
+        key = item_key(items[i])
+        missing[i] = key not in cache and key not in contents
+        rows[i] = contents.setdefault(key, len(contents))
+    keys = list(contents)
     indices = np.flatnonzero(from_first_process(missing))
     for start in range(0, len(indices), shard_items):
         chunk = indices[start : start + shard_items]
-        items = [make_item(int(i)) for i in chunk]
-        embeddings = np.asarray(encode(items), np.float32)
-        check_embeddings(embeddings, items, cache.model)
+        made = [items[int(i)] for i in chunk]
+        embeddings = np.asarray(encode(made), np.float32)
+        check_embeddings(embeddings, made, cache.model)
         if first:
-            cache.add([keys[i] for i in chunk], embeddings)
-    return cache.gather(keys) if first else None
+            cache.add([keys[rows[i]] for i in chunk], embeddings)
+    return Embedded(cache.gather(keys), rows) if first else None

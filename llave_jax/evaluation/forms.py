@@ -19,7 +19,6 @@ from llave_jax.embedding.precision import (
     quantise,
     truncate,
 )
-from llave_jax.embedding.search import search
 
 # Binary vectors are searched by Hamming distance, and so many times the wanted number is rescored by the query in
 # full; 10 are wanted at least. Both are what sentence-transformers has.
@@ -63,46 +62,26 @@ class Form(NamedTuple):
             return normalised(least + steps * ((largest - least) / 255))
         return normalised(quantise(vectors, self.precision).astype(np.float32))
 
-    def scores(self, query: np.ndarray, stored: np.ndarray) -> np.ndarray:
-        """Scores of one query with stored vectors, all of which are searched.
+    def scores(self, queries: np.ndarray, stored: np.ndarray, wanted: int) -> np.ndarray:
+        """Scores by which a search ranks stored vectors.
 
         Args:
-          query: float32 [dim], L2-normalised.
-          stored: of `stored`, [c, dim].
+          queries: float32 [b, dim], L2-normalised.
+          stored: of `stored`, [m, dim].
+          wanted: answers that are looked at; of binary vectors, RESCORED times as many are rescored.
 
         Returns:
-          float32 [c]: cosines; of binary vectors that are not rescored, numbers below -1 by Hamming distance.
+          float32 [b, m]: cosines; of binary vectors that are not rescored, numbers below -1 by Hamming distance.
         """
-        cosines = stored @ query
+        cosines = queries @ stored.T
         if self.precision != "binary":
             return cosines
-        equal = _signs(stored) @ _signs(query)
-        best = np.argsort(-equal, kind="stable")[: RESCORED * LEAST_WANTED]
+        equal = _signs(queries) @ _signs(stored).T
+        best = np.argsort(-equal, axis=1, kind="stable")
+        best = best[:, : RESCORED * max(wanted, LEAST_WANTED)]
         found = equal / self.dim - 3
-        found[best] = cosines[best]
+        np.put_along_axis(found, best, np.take_along_axis(cosines, best, 1), 1)
         return found
-
-    def search(
-        self, queries: np.ndarray, documents: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The k documents that rank highest for each query, as of `embedding.search.search`.
-
-        Args:
-          queries: float32 [n, D], L2-normalised.
-          documents: float32 [m, D], L2-normalised.
-          k: how many.
-
-        Returns:
-          (scores float32 [n, k], indices int32 [n, k]).
-        """
-        asked, stored = truncate(queries, self.dim), self.stored(documents)
-        if self.precision != "binary":
-            return search(asked, stored, k)
-        wanted = RESCORED * max(k, LEAST_WANTED)
-        _, indices = search(_signs(asked), _signs(stored), wanted)
-        scores = np.einsum("nd,nkd->nk", asked, stored[indices])
-        order = np.lexsort((indices, -scores), axis=1)[:, :k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)
 
 
 def _signs(vectors: np.ndarray) -> np.ndarray:

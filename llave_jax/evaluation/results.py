@@ -1,72 +1,82 @@
-"""Scores of a benchmark run: per dataset, their averages, and the table that is printed.
+"""Scores of a benchmark: its tasks, their averages, and the tables that are printed.
 
-Owns the arithmetic of averages and the tables' cells. How answers are scored is `mmeb.py`.
+Owns the arithmetic of averages and the tables' cells. How a task is scored is `scoring.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llave_jax.common.tables import align, percent
-from llave_jax.evaluation import forms, published
+from llave_jax.evaluation import forms, metrics
 from llave_jax.evaluation.forms import Form
-from llave_jax.evaluation.mmeb_data import META_TASKS, MMEB_DATASETS, DatasetInfo
+from llave_jax.evaluation.scoring import Result
+from llave_jax.evaluation.task import TaskInfo
 
 
 @dataclasses.dataclass(frozen=True)
-class DatasetResult:
-    """Answers for one dataset.
+class Reference:
+    """Published scores of another model, in percent.
 
     Attributes:
-      info: name and meta-task of the dataset.
-      predictions: int32 [rows], position of the chosen candidate in the row's list.
-      chance: expected precision@1 of random scores.
-      scores: for each row float32 [candidates], cosine with the query; None on processes other than
-        the first.
-      candidates: for each row int32 [candidates]; equal ids are one content that is given twice.
-      skipped_rows: rows that are not scored: their query or positive has neither text nor image.
-      skipped_candidates: candidates without text and image in the rows that are scored.
-      forms: predictions, int32 [rows], with candidates stored in a smaller form; {} on processes other than the
-        first.
+      model: as tables call it.
+      tasks: (task, metric) -> score.
+      averages: label of an average -> score.
     """
 
-    info: DatasetInfo
-    predictions: np.ndarray
-    chance: float
-    scores: tuple[np.ndarray, ...] | None = None
-    candidates: tuple[np.ndarray, ...] = ()
-    skipped_rows: int = 0
-    skipped_candidates: int = 0
-    forms: Mapping[Form, np.ndarray] = dataclasses.field(default_factory=dict)
+    model: str
+    tasks: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
+    averages: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    @property
-    def num_pred(self) -> int:
-        """Rows that were scored."""
-        return len(self.predictions)
 
-    @property
-    def num_correct(self) -> int:
-        """Rows whose positive, candidate 0, was chosen."""
-        return int(np.count_nonzero(self.predictions == 0))
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What a benchmark consists of.
 
-    @property
-    def accuracy(self) -> float:
-        """Precision@1, as a fraction."""
-        return self.num_correct / self.num_pred
+    Attributes:
+      name: of the benchmark, for tables and files.
+      tasks: all of its tasks, in the order of its tables.
+      averages: label -> names of the tasks it is over; with a plain mean of their main metrics. None: none.
+      references: published scores to stand beside a run's.
+    """
+
+    name: str
+    tasks: tuple[TaskInfo, ...]
+    averages: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    references: tuple[Reference, ...] = ()
+
+
+def by_meta_task(tasks: Sequence[TaskInfo]) -> dict[str, tuple[str, ...]]:
+    """Averages by meta-task; then IND and OOD, if the benchmark distinguishes them; then overall.
+
+    Args:
+      tasks: of the benchmark.
+
+    Returns:
+      Label -> names of tasks.
+    """
+    groups: dict[str, tuple[str, ...]] = {
+        meta: tuple(task.name for task in tasks if task.meta_task == meta)
+        for meta in dict.fromkeys(task.meta_task for task in tasks)
+    }
+    for label, value in (("IND", True), ("OOD", False)):
+        names = tuple(task.name for task in tasks if task.in_distribution is value)
+        groups |= {label: names} if names else {}
+    return groups | {"overall": tuple(task.name for task in tasks)}
 
 
 class Average(NamedTuple):
-    """Unweighted mean over a group of datasets.
+    """Unweighted mean of the main metrics of a group of tasks.
 
     Attributes:
       label: of the group.
-      value: precision@1 as a fraction; None unless all datasets of the group were scored.
-      chance: the same of random scores.
-      scored: how many of its datasets were scored.
+      value: as a fraction; None unless all tasks of the group were scored.
+      chance: the same of random scores; None where a task has none.
+      scored: how many of its tasks were scored.
       missing: names of the others.
     """
 
@@ -82,142 +92,192 @@ class Results:
     """What a run scored of a benchmark.
 
     Attributes:
-      datasets: their results, in the order in which they were scored.
-      infos: all datasets of the benchmark.
+      suite: the benchmark.
+      tasks: results, in the order in which they were scored.
     """
 
-    datasets: tuple[DatasetResult, ...]
-    infos: tuple[DatasetInfo, ...] = MMEB_DATASETS
+    suite: Suite
+    tasks: tuple[Result, ...]
 
-    @property
-    def is_mmeb(self) -> bool:
-        """Whether these are results for MMEB, so that published numbers compare with them."""
-        return self.infos == MMEB_DATASETS
-
-    def __getitem__(self, name: str) -> DatasetResult:
-        for result in self.datasets:
+    def __getitem__(self, name: str) -> Result:
+        for result in self.tasks:
             if result.info.name == name:
                 return result
-        raise KeyError(f"{name!r} was not scored; scored: {[r.info.name for r in self.datasets]}")
+        raise KeyError(f"{name!r} was not scored; scored: {[r.info.name for r in self.tasks]}")
 
-    def average(self, label: str, infos: Sequence[DatasetInfo]) -> Average:
-        """Unweighted mean over some datasets.
+    def averages(self, form: Form | None = None) -> tuple[Average, ...]:
+        """Means over groups of tasks, each without a value if a task of it was not scored.
 
         Args:
-          label: of the group.
-          infos: the datasets of the group.
-
-        Returns:
-          The mean, without a value if a dataset was not scored.
+          form: in which candidates are stored; None: whole, in float32.
         """
-        scored = {result.info.name: result for result in self.datasets}
-        missing = tuple(info.name for info in infos if info.name not in scored)
-        present = [scored[info.name] for info in infos if info.name in scored]
-        if missing or not infos:
-            return Average(label, None, None, len(present), missing)
-        value = float(np.mean([result.accuracy for result in present]))
-        chance = float(np.mean([result.chance for result in present]))
-        return Average(label, value, chance, len(present), ())
-
-    def averages(self) -> tuple[Average, ...]:
-        """By meta-task; then IND and OOD, if the benchmark distinguishes them; then overall."""
-        tasks = dict.fromkeys(info.meta_task for info in self.infos)
-        order = [t for t in META_TASKS if t in tasks] + [t for t in tasks if t not in META_TASKS]
-        groups = [(task, [i for i in self.infos if i.meta_task == task]) for task in order]
-        for label, value in (("IND", True), ("OOD", False)):
-            groups.append((label, [i for i in self.infos if i.in_distribution is value]))
-        groups = [(label, infos) for label, infos in groups if infos]
-        groups.append(("overall", list(self.infos)))
-        return tuple(self.average(label, infos) for label, infos in groups)
+        scored = {result.info.name: result for result in self.tasks}
+        return tuple(
+            _average(label, names, scored, form) for label, names in self.suite.averages.items()
+        )
 
     def by_form(self) -> dict[Form, dict[str, float | None]]:
-        """Averages as fractions by label, of each form in which candidates were stored."""
-        found = {}
-        for form in self.datasets[0].forms if self.datasets else ():
-            datasets = (dataclasses.replace(r, predictions=r.forms[form]) for r in self.datasets)
-            averages = Results(tuple(datasets), self.infos).averages()
-            found[form] = {average.label: average.value for average in averages}
+        """Averages as fractions by label, or the metrics of a benchmark without averages, of each form of candidates."""
+        found: dict[Form, dict[str, float | None]] = {}
+        for form in self.tasks[0].forms if self.tasks else ():
+            if self.suite.averages:
+                found[form] = {average.label: average.value for average in self.averages(form)}
+            else:
+                found[form] = {
+                    name if len(self.tasks) == 1 else f"{result.info.name} {name}": value
+                    for result in self.tasks
+                    for name, value in result.forms[form].items()
+                    if name in _SHORT
+                }
         return found
 
     def metrics(self) -> dict[str, float]:
-        """Accuracies and averages as fractions, by name, for a metrics file. Incomplete averages are left
-        out.
+        """Scores by name, for a metrics file: "META-TASK/TASK" and "average/LABEL", or a single task's own metrics.
+
+        Incomplete averages are left out.
         """
-        values = {f"{r.info.meta_task}/{r.info.name}": r.accuracy for r in self.datasets}
+        if not self.suite.averages:
+            if len(self.tasks) == 1:
+                return dict(self.tasks[0].metrics)
+            return {f"{r.info.name}/{k}": v for r in self.tasks for k, v in r.metrics.items()}
+        values = {f"{r.info.meta_task}/{r.info.name}": r.score for r in self.tasks}
         values |= {f"average/{a.label}": a.value for a in self.averages() if a.value is not None}
         return values
 
+    def summary(self) -> dict[str, Any]:
+        """All scores, for a JSON file that reports of later runs compare with."""
+        return {
+            "tasks": {
+                r.info.name: {
+                    "meta_task": r.info.meta_task,
+                    "metric": r.info.metric,
+                    "score": r.score,
+                    "chance": r.chance,
+                    "queries": r.queries,
+                    "metrics": dict(r.metrics),
+                    **({"settings": dict(r.settings)} if r.settings else {}),
+                }
+                for r in self.tasks
+            },
+            "averages": {a.label: a.value for a in self.averages() if a.value is not None},
+        }
+
     def table(self) -> str:
-        """Tables as text: datasets, averages and, for MMEB, published results. In percent."""
-        rows = [["dataset", "meta-task", "precision@1", "chance", "correct"]]
-        rows += [
-            [
-                result.info.name,
-                result.info.meta_task,
-                f"{100 * result.accuracy:.1f}",
-                f"{100 * result.chance:.1f}",
-                f"{result.num_correct}/{result.num_pred}",
-            ]
-            for result in self.datasets
-        ]
-        if self.is_mmeb:
-            rows[0].append("LLaVE-7B published")
-            for row in rows[1:]:
-                row.append(percent(published.LLAVE_7B_DATASETS.get(row[0]), 1))
-        text = align(rows) + "\n\n" + align(self._average_rows())
-        if self.is_mmeb:
-            text += "\n\n" + align(self.comparison())
+        """Tables as text. Of a benchmark with averages: tasks, averages, published results. Otherwise all metrics."""
+        if not self.suite.averages:
+            tables = [align(self.metric_rows())]
+        else:
+            tables = [align(self._task_rows(), left=2), align(self._average_rows())]
+            if any(reference.averages for reference in self.suite.references):
+                tables.append(align(self.comparison()))
         if by_form := self.by_form():
-            text += "\n\n" + align(forms.rows(by_form))
+            tables.append(align(forms.rows(by_form)))
         lines = [*self._skipped_lines(), *self._missing_lines()]
-        return text + "".join(f"\n{line}" for line in lines)
+        return "\n\n".join(tables) + "".join(f"\n{line}" for line in lines)
+
+    def metric_rows(self) -> list[list[str]]:
+        """Cells of a table of all metrics, a column for each task and published model; the heading first."""
+        references = [
+            (reference, result)
+            for result in self.tasks
+            for reference in self.suite.references
+            if any(task == result.info.name for task, _ in reference.tasks)
+        ]
+        single = len(self.tasks) == 1
+        names = ["%" if single else r.info.name for r in self.tasks]
+        rows = [["metric", *names, *(f"{r.model} published, {t.info.name}" for r, t in references)]]
+        for name in dict.fromkeys(name for result in self.tasks for name in result.metrics):
+            cells = [_cell(name, result.metrics.get(name)) for result in self.tasks]
+            published = [r.tasks.get((t.info.name, name)) for r, t in references]
+            rows.append([name, *cells, *(percent(value, 1) for value in published)])
+        return rows
+
+    def _task_rows(self) -> list[list[str]]:
+        kinds = {result.info.metric for result in self.tasks}
+        single = len(kinds) == 1
+        published = [r for r in self.suite.references if r.tasks]
+        head = ["dataset", "meta-task", *([] if single else ["metric"])]
+        rows = [
+            [
+                *head,
+                kinds.pop() if single else "%",
+                "chance",
+                "queries",
+                *(f"{r.model} published" for r in published),
+            ]
+        ]
+        for result in self.tasks:
+            info = result.info
+            cells = [info.name, info.meta_task, *([] if single else [info.metric])]
+            cells += [percent(result.score), percent(result.chance), str(result.queries)]
+            cells += [percent(r.tasks.get((info.name, info.metric)), 1) for r in published]
+            rows.append(cells)
+        return rows
 
     def _average_rows(self) -> list[list[str]]:
-        rows = [["average", "", "precision@1", "chance", "datasets"]]
+        rows = [["average", "%", "chance", "datasets"]]
         for average in self.averages():
             total = average.scored + len(average.missing)
-            rows.append(
-                [
-                    average.label,
-                    "",
-                    percent(average.value),
-                    percent(average.chance),
-                    f"{average.scored}/{total}",
-                ]
-            )
+            share = f"{average.scored}/{total}"
+            rows.append([average.label, percent(average.value), percent(average.chance), share])
         return rows
 
     def _skipped_lines(self) -> list[str]:
         skipped = [
-            f"{r.info.name} {r.skipped_rows} rows, {r.skipped_candidates} candidates"
-            for r in self.datasets
-            if r.skipped_rows or r.skipped_candidates
+            f"{r.info.name} {r.skipped_queries} rows, {r.skipped_candidates} candidates"
+            for r in self.tasks
+            if r.skipped_queries or r.skipped_candidates
         ]
         return (
             ["", f"Skipped, with neither text nor image: {'; '.join(skipped)}."] if skipped else []
         )
 
     def _missing_lines(self) -> list[str]:
-        (overall,) = (a for a in self.averages() if a.label == "overall")
-        if not overall.missing:
+        scored = {result.info.name for result in self.tasks}
+        missing = [task.name for task in self.suite.tasks if task.name not in scored]
+        if not missing or not self.suite.averages:
             return []
         return [
             "",
-            f"Not scored: {', '.join(overall.missing)}.",
+            f"Not scored: {', '.join(missing)}.",
             "An average is given only where all of its datasets were scored.",
         ]
 
     def comparison(self) -> list[list[str]]:
-        """Averages that papers report for MMEB, this run's below them.
+        """Averages that papers report, this run's below them.
 
         Returns:
           Rows of cells, the heading first.
         """
-        labels = (*META_TASKS, "IND", "OOD", "overall")
         own = {average.label: average.value for average in self.averages()}
-        rows = [["model", *labels]]
-        for row in (*published.MMEB, *published.ABLATIONS.values()):
-            values = [getattr(row, label.lower()) for label in labels]
-            rows.append([row.model, *(percent(value, 1) for value in values)])
-        rows.append(["this run", *(percent(own[label]) for label in labels)])
-        return rows
+        rows = [["model", *own]]
+        for reference in self.suite.references:
+            if reference.averages:
+                cells = [percent(reference.averages.get(label), 1) for label in own]
+                rows.append([reference.model, *cells])
+        return [*rows, ["this run", *map(percent, own.values())]]
+
+
+# Metrics that tables of smaller vectors show of a benchmark without averages.
+_SHORT = ("R@1", "recall@1", "recall@10", "nDCG@10")
+
+
+def _average(
+    label: str, names: Sequence[str], scored: Mapping[str, Result], form: Form | None
+) -> Average:
+    missing = tuple(name for name in names if name not in scored)
+    present = [scored[name] for name in names if name in scored]
+    if missing or not names:
+        return Average(label, None, None, len(present), missing)
+    values = [
+        result.score if form is None else result.forms[form][result.info.metric]
+        for result in present
+    ]
+    chances = [result.chance for result in present if result.chance is not None]
+    chance = float(np.mean(chances)) if len(chances) == len(present) else None
+    return Average(label, float(np.mean(values)), chance, len(present), ())
+
+
+def _cell(metric: str, value: float | None) -> str:
+    is_rank = metrics.parse(metric)[0] in ("median rank", "mean rank")
+    return percent(value, 1 if is_rank else 100)

@@ -15,7 +15,7 @@ from llave_jax.common.files import write_text
 from llave_jax.common.tables import align
 from llave_jax.evaluation import published
 from llave_jax.evaluation.drawing import write_histograms
-from llave_jax.evaluation.mmeb import read_scores
+from llave_jax.evaluation.output import read_scores
 from llave_jax.evaluation.similarity import EDGES, HEADING, SimilarityStats, similarity_overlap
 
 _SCORES = "_scores.npz"

@@ -1,13 +1,14 @@
-"""MMEB-eval as users have it on disk: dataset names, rows (parquet or JSON), images (folder or zip).
+"""MMEB (V1): 36 data sets of rows with a query and candidates, the first of which is right.
 
-Owns the file formats only; encoding and scoring are `mmeb.py`, averages and tables `results.py`.
+Owns the files as users have them on disk (parquet or JSON, images in a folder or archive), and the score files that
+the leaderboard reads. Data sets of one's own in the same form are read in the same way.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,36 +18,25 @@ import pyarrow.parquet
 from llave_jax.common.json_text import parse_json
 from llave_jax.common.paths import is_plain_name
 from llave_jax.data.image_store import ImageStore
+from llave_jax.evaluation import output, published
+from llave_jax.evaluation.benchmarks.base import Benchmark, Options
+from llave_jax.evaluation.results import Reference, Suite, by_meta_task
+from llave_jax.evaluation.scoring import Answers, Result
+from llave_jax.evaluation.task import Items, Task, TaskInfo
 from llave_jax.inputs.item import Item, is_empty, missing_image
-
-META_TASKS = ("classification", "vqa", "retrieval", "grounding")
+from llave_jax.parallel.processes import only_on_first
 
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
 
-@dataclasses.dataclass(frozen=True)
-class DatasetInfo:
-    """A dataset of a benchmark.
-
-    Attributes:
-      name: of the dataset.
-      meta_task: the group in which it is averaged.
-      in_distribution: whether MMEB's training sets include it; None: the benchmark does not distinguish.
-    """
-
-    name: str
-    meta_task: str
-    in_distribution: bool | None = None
-
-
-def _infos(meta_task: str, in_distribution: str, out_of_distribution: str) -> list[DatasetInfo]:
-    return [DatasetInfo(name, meta_task, True) for name in in_distribution.split()] + [
-        DatasetInfo(name, meta_task, False) for name in out_of_distribution.split()
+def _infos(meta_task: str, in_distribution: str, out_of_distribution: str) -> list[TaskInfo]:
+    return [TaskInfo(name, meta_task, True) for name in in_distribution.split()] + [
+        TaskInfo(name, meta_task, False) for name in out_of_distribution.split()
     ]
 
 
 # The 36 datasets of MMEB (VLM2Vec, arXiv 2410.05160, table 1), in the order of its tables.
-MMEB_DATASETS: tuple[DatasetInfo, ...] = tuple(
+MMEB_DATASETS: tuple[TaskInfo, ...] = tuple(
     _infos(
         "classification",
         "ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
@@ -66,6 +56,92 @@ MMEB_DATASETS: tuple[DatasetInfo, ...] = tuple(
 )
 
 
+def _references() -> Iterator[Reference]:
+    for row in (*published.MMEB, *published.ABLATIONS.values()):
+        values = {label: getattr(row, label.lower()) for label in by_meta_task(MMEB_DATASETS)}
+        tasks = published.LLAVE_7B_DATASETS if row.model == "LLaVE-7B" else {}
+        yield Reference(
+            row.model,
+            {(name, "precision@1"): value for name, value in tasks.items()},
+            {label: value for label, value in values.items() if value is not None},
+        )
+
+
+SUITE = Suite("mmeb", MMEB_DATASETS, by_meta_task(MMEB_DATASETS), tuple(_references()))
+
+
+class Mmeb(Benchmark):
+    """MMEB, or data sets of one's own in its form.
+
+    Args:
+      data_dir: holds `<dataset>/test-*.parquet` or `<dataset>.json`, and the images.
+      options: `images` is a folder or zip archive, if it is not `data_dir`'s `images/` or `images.zip`.
+      infos: the benchmark's datasets with their meta-tasks. Averages are over these; other datasets are
+        scored but enter no average. None: MMEB's 36, or, if none of these is there, all datasets that are.
+
+    Raises:
+      FileNotFoundError: there is no such directory, or no images where `options` says.
+
+    Reference: VLM2Vec (arXiv 2410.05160).
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike,
+        options: Options | None = None,
+        infos: Sequence[TaskInfo] | None = None,
+    ):
+        self._data = Path(data_dir)
+        self._images = open_images(data_dir, (options or Options()).images)
+        self._there = dataset_names(data_dir, infos or MMEB_DATASETS)
+        self.suite = SUITE
+        if infos is None and not {info.name for info in MMEB_DATASETS} & set(self._there):
+            infos = tuple(TaskInfo(name, "other") for name in self._there)
+        if infos is not None:
+            self.suite = Suite(self._data.name, tuple(infos), by_meta_task(infos))
+        self._infos = {info.name: info for info in self.suite.tasks}
+
+    def names(self) -> list[str]:
+        """The data sets that are there, MMEB's first."""
+        if not self._there:
+            raise FileNotFoundError(
+                f"{self._data}: no datasets (<dataset>/test-*.parquet or <dataset>.json)"
+            )
+        return self._there
+
+    def read(self, name: str) -> Task:
+        """Reads the rows of a data set. See `read_rows`."""
+        rows = read_rows(self._data, name)
+        return make_task(rows, self._infos.get(name, TaskInfo(name, "other")), self._images)
+
+    def write(self, directory: Path, task: Task, result: Result) -> None:
+        """Writes the score file in the leaderboard's form, a line for each row, and all cosines."""
+        assert isinstance(task, MmebTask)
+        right = round(result.score * result.queries)
+        score = {"acc": result.score, "num_correct": right, "num_pred": result.queries}
+        output.write_score(directory, task.info.name, score)
+        path = directory / f"{task.info.name}_predictions.jsonl"
+        output.write_lines(path, _prediction_rows(task, only_on_first(result.answers)))
+        output.write_all_scores(directory, task, result)
+
+
+def _prediction_rows(task: MmebTask, answers: Answers) -> Iterator[dict[str, Any]]:
+    rows = task.rows
+    for index, chosen in enumerate(answers.ranking[:, 0]):
+        scores = only_on_first(answers.all_scores)[index]
+        content = task.targets[chosen]
+        yield {
+            "row": int(rows.row_numbers[index]),
+            "query": rows.contents[rows.query_ids[index]],
+            # The first maximum, so a later copy of the positive does not win over it.
+            "prediction": int(np.argmax(rows.target_ids[index] == content)),
+            "predicted": rows.contents[content],
+            "score": float(answers.scores[index, 0]),
+            "positive_score": float(scores[0]),
+            "positive_rank": 1 + int(np.count_nonzero(scores > scores[0])),
+        }
+
+
 class Content(NamedTuple):
     """One side of a row.
 
@@ -79,7 +155,7 @@ class Content(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalDataset:
+class Rows:
     """The rows of one dataset. They refer to its unique contents by index.
 
     A content without text and image cannot be scored. Rows with such a query or positive are skipped, and
@@ -137,7 +213,7 @@ def open_images(data_dir: str | os.PathLike, images: str | os.PathLike | None = 
 
 
 def dataset_names(
-    data_dir: str | os.PathLike, infos: Sequence[DatasetInfo] = MMEB_DATASETS
+    data_dir: str | os.PathLike, infos: Sequence[TaskInfo] = MMEB_DATASETS
 ) -> list[str]:
     """Names of the datasets in a directory.
 
@@ -166,7 +242,7 @@ def _is_row_file(path: Path) -> bool:
         return file.read(64).lstrip().startswith(b"[")
 
 
-def read_dataset(data_dir: str | os.PathLike, name: str) -> EvalDataset:
+def read_rows(data_dir: str | os.PathLike, name: str) -> Rows:
     """Read `<data_dir>/<name>/test-*.parquet`, or `<data_dir>/<name>.json`.
 
     Args:
@@ -220,7 +296,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: not a readable parquet file of text: {error}") from error
 
 
-def _index_rows(name: str, source: Path, rows: Sequence[dict[str, Any]]) -> EvalDataset:
+def _index_rows(name: str, source: Path, rows: Sequence[dict[str, Any]]) -> Rows:
     ids: dict[Content, int] = {}
     first_row: list[int] = []
     query_ids, target_ids, row_numbers = [], [], []
@@ -245,7 +321,7 @@ def _index_rows(name: str, source: Path, rows: Sequence[dict[str, Any]]) -> Eval
         raise ValueError(
             f"{source}: has no rows" + (" whose query and positive are not empty" if rows else "")
         )
-    return EvalDataset(
+    return Rows(
         name=name,
         source=source,
         contents=tuple(ids),
@@ -295,13 +371,13 @@ def _is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def make_item(dataset: EvalDataset, index: int, images: ImageStore) -> Item:
+def make_item(rows: Rows, index: int, images: ImageStore) -> Item:
     """The item of one content.
 
     A marker without an image path, as in queries of WebQA and EDIS, holds the zero picture.
 
     Args:
-      dataset: the rows.
+      rows: of the data set.
       index: of the content.
       images: where its image is looked up.
 
@@ -311,36 +387,52 @@ def make_item(dataset: EvalDataset, index: int, images: ImageStore) -> Item:
     Raises:
       ImageError: the image is missing; it names file and row.
     """
-    content = dataset.contents[index]
-    name = f"{dataset.source}: row {dataset.first_row[index]}"
+    content = rows.contents[index]
+    name = f"{rows.source}: row {rows.first_row[index]}"
     if not content.image:
         return Item(text=content.text, images=missing_image(content.text), name=name)
     return Item(text=content.text, images=(images.find(content.image, name),), name=name)
 
 
-def chance(dataset: EvalDataset) -> float:
-    """Expected precision@1 of random scores. Repeated candidates of a row have one score.
+@dataclasses.dataclass(frozen=True)
+class MmebTask(Task):
+    """A task with the rows that it was made of.
+
+    Attributes:
+      rows: of the data set.
+      targets: int32 [M], the content of each candidate.
+    """
+
+    rows: Rows = dataclasses.field(kw_only=True)
+    targets: np.ndarray = dataclasses.field(kw_only=True)
+
+
+def make_task(rows: Rows, info: TaskInfo, images: ImageStore) -> MmebTask:
+    """The task of a data set: each row ranks its own candidates.
 
     Args:
-      dataset: the rows.
+      rows: of the data set.
+      info: its meta-task.
+      images: where images are looked up.
 
     Returns:
-      The mean over the rows.
+      The task. No picture is read yet.
     """
-    return float(np.mean([1 / len(np.unique(ids)) for ids in dataset.target_ids]))
+    targets, places = np.unique(np.concatenate(rows.target_ids), return_inverse=True)
+    ends = np.cumsum([len(ids) for ids in rows.target_ids])[:-1]
+    pools = np.split(places.astype(np.int32), ends)
 
+    def item(index: int) -> Item:
+        return make_item(rows, int(index), images)
 
-def describe(
-    names: Iterable[str], infos: Sequence[DatasetInfo] = MMEB_DATASETS
-) -> list[DatasetInfo]:
-    """Infos of datasets by their names.
-
-    Args:
-      names: of the datasets.
-      infos: of the benchmark's datasets.
-
-    Returns:
-      One info a name; a name that is not in `infos` gets the meta-task "other".
-    """
-    known = {info.name: info for info in infos}
-    return [known.get(name, DatasetInfo(name, "other")) for name in names]
+    return MmebTask(
+        info=info,
+        queries=Items(len(rows), lambda i: item(rows.query_ids[i])),
+        candidates=Items(len(targets), lambda i: item(targets[i])),
+        relevant=[pool[:1] for pool in pools],
+        pools=pools,
+        skipped_queries=rows.skipped_rows,
+        skipped_candidates=rows.skipped_candidates,
+        rows=rows,
+        targets=targets,
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks: a module reads one; `registry.py` has their names."""
