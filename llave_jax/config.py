@@ -216,7 +216,8 @@ def default_config() -> Config:
 
     # Evaluation at the start and the end of the run, and every `every` steps (0: no), on the benchmark and on
     # the pairs of `data.held_out`. `benchmark` "digits", a directory in MMEB's form (of `datasets`; empty: all),
-    # or one with queries.jsonl, corpus.jsonl and qrels.tsv; None: no benchmark.
+    # or one with queries.jsonl, corpus.jsonl and qrels.tsv; or "NAME:DIR" with the NAME of any benchmark that
+    # `llave_jax.evaluate` knows; None: no benchmark.
     config.eval = ConfigDict()
     config.eval.benchmark = placeholder(str)
     config.eval.datasets = ()

@@ -1,10 +1,10 @@
-"""Command line: score a model on a benchmark.
+"""Command line: score a model on benchmarks.
 
     python -m llave_jax.evaluate --model DIR --benchmark mmeb --data DIR --output DIR
 
 Writes scores, predictions, a table and a page to look at (report.html). Running the same command
 again continues where it was stopped. Owns the sequence of steps; each benchmark is a module of
-`llave_jax.evaluation`.
+`llave_jax.evaluation.benchmarks`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,19 @@ from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.precision import PRECISIONS
 from llave_jax.embedding.run_info import settings_of
-from llave_jax.evaluation import report, video_data, video_retrieval
-from llave_jax.evaluation.cache import EmbeddingCache, Encode
-from llave_jax.evaluation.forms import Form, read_forms, to_json
-from llave_jax.evaluation.mmeb import evaluate_mmeb
-from llave_jax.evaluation.retrieval import check_installed, evaluate_retrieval, read_task
-from llave_jax.inputs import video_decode
+from llave_jax.evaluation import report, run
+from llave_jax.evaluation.benchmarks.base import Benchmark, Options
+from llave_jax.evaluation.benchmarks.mmeb import Mmeb
+from llave_jax.evaluation.benchmarks.registry import BENCHMARKS, open_benchmark
+from llave_jax.evaluation.cache import EmbeddingCache
+from llave_jax.evaluation.forms import read_forms, to_json
+from llave_jax.evaluation.results import Results
 from llave_jax.parallel import peers, processes
 from llave_jax.weights.fingerprint import model_fingerprint
 from llave_jax.weights.resolve import resolve_model
 
-# What computed the results, for `run.json`; None on processes other than the first.
-Run = dict[str, Any] | None
-Forms = tuple[Form, ...]
-
-BENCHMARKS = ("mmeb", "digits", "retrieval", *video_data.READERS)
+DIGITS = "digits"
+NAMES = ("mmeb", DIGITS, *(name for name in BENCHMARKS if name != "mmeb"))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,11 +53,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_line.Parser("llave_jax.evaluate", __doc__)
     command_line.add_model_argument(parser)
     command_line.add_adapter_argument(parser)
-    parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
+    parser.add_argument(
+        "--benchmark", required=True, help=f"one or several, with commas, of {', '.join(NAMES)}"
+    )
     parser.add_argument("--output", required=True, help="where scores and tables are written")
-    parser.add_argument("--data", help="the benchmark's directory (digits: built there if absent)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        help="the benchmark's directory (digits: built there if absent); of several benchmarks NAME=DIR NAME=DIR, "
+        "or a directory with a folder for each",
+    )
     parser.add_argument("--images", help="mmeb: image folder or zip archive, if not in --data")
-    parser.add_argument("--subsets", help="mmeb: comma-separated datasets; default: all in --data")
+    parser.add_argument(
+        "--tasks",
+        "--subsets",
+        help="comma-separated tasks (datasets); default: all in --data",
+    )
     parser.add_argument(
         "--cache", help="directory of embeddings to reuse; default: <output>/embeddings"
     )
@@ -67,8 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-length",
         type=int,
-        help=f"tokens of an item; default: the model's, {video_retrieval.MAX_LENGTH} for "
-        f"{', '.join(video_data.READERS)}",
+        help="tokens of an item; default: the model's, or what the benchmark's videos need",
     )
     parser.add_argument(
         "--truncate-dim",
@@ -83,11 +91,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command_line.add_dtype_argument(parser)
     processes.add_arguments(parser)
     args = parser.parse_args(argv)
-    if args.data is None and args.benchmark != "digits":
-        parser.error(f"--benchmark {args.benchmark} needs --data")
-    if args.max_length is None and args.benchmark in video_data.READERS:
-        args.max_length = video_retrieval.MAX_LENGTH
+    args.benchmark = _names(args.benchmark)
+    for name in args.benchmark:
+        if name not in NAMES:
+            parser.error(f"--benchmark {name!r} is none of {', '.join(NAMES)}")
+        if args.data is None and name != DIGITS:
+            parser.error(f"--benchmark {name} needs --data")
     return args
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _command(args: argparse.Namespace) -> None:
@@ -130,122 +144,113 @@ def evaluate(args: argparse.Namespace) -> str:
       args: of `parse_args`.
 
     Returns:
-      The table of scores.
+      The tables of scores.
 
     Raises:
       ValueError, OSError: model or data are not what they should be.
     """
-    if args.benchmark == "retrieval":
-        check_installed()
-    elif args.benchmark in video_data.READERS:
-        video_decode.check_installed()
-    first = jax.process_index() == 0
+    first, output = jax.process_index() == 0, Path(args.output)
     model = resolve_model(args.model)
+    benchmarks = {name: _open(name, args) for name in args.benchmark}
+    tasks = _chosen_tasks(benchmarks, _names(args.tasks))
+    max_length = args.max_length or max(b.max_length or 0 for b in benchmarks.values()) or None
     embedder = Embedder.from_pretrained(
-        model, adapter=args.adapter, dtype=args.dtype, max_length=args.max_length
+        model, adapter=args.adapter, dtype=args.dtype, max_length=max_length
     )
     width = embedder.config.text.hidden_size
     if args.truncate_dim is not None and not 1 <= args.truncate_dim <= width:
         raise ValueError(f"--truncate-dim is {args.truncate_dim}; expected 1 to {width}")
     forms = read_forms(args.dims, args.precision, args.truncate_dim or width)
-    cache, run = EmbeddingCache(), None
+    cache, settings = EmbeddingCache(), None
     if first:
         fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config, args.adapter)
         cache = EmbeddingCache(
-            args.cache or Path(args.output) / "embeddings",
+            args.cache or output / "embeddings",
             fingerprint,
             model=args.model,
             truncate_dim=args.truncate_dim,
         )
-        run = settings_of(args.model, embedder, fingerprint, args.adapter)
+        settings = settings_of(args.model, embedder, fingerprint, args.adapter)
         if args.truncate_dim is not None:
-            run["truncate_dim"] = args.truncate_dim
+            settings["truncate_dim"] = args.truncate_dim
 
     def encode(items):
         return embedder.encode(items, batch_size=args.batch_size, show_progress=first)
 
-    if args.benchmark in video_data.READERS:
-        table = _evaluate_videos(encode, cache, args, run, forms)
-    elif args.benchmark == "retrieval":
-        table = _evaluate_own_corpus(encode, cache, args, run, forms)
-    else:
-        table = _evaluate_rows(encode, cache, args, run, forms)
-    return f"{table}\n\nModel: {_computed_by(run)}." if run is not None else table
-
-
-def _computed_by(run: dict[str, Any]) -> str:
-    adapter = f" with {run['adapter']}" if "adapter" in run else ""
-    first = f", first {run['truncate_dim']} numbers" if "truncate_dim" in run else ""
-    return f"{run['model']}{adapter} in {run['dtype']}{first}"
-
-
-def _write_forms(output: Path, scores: Mapping[Form, Mapping[str, float | None]]) -> None:
-    if scores:
-        write_text(output / "forms.json", json.dumps(to_json(scores), indent=2) + "\n")
-
-
-def _evaluate_rows(
-    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run, forms: Forms
-) -> str:
-    """MMEB, or the bundled benchmark in its form. Returns the table."""
-    output = Path(args.output)
-    datasets = [name.strip() for name in args.subsets.split(",")] if args.subsets else None
-    data, infos = args.data, None
-    if args.benchmark == "digits":
-        data = digits.build(data or output / "digits") / "eval"
-        infos = digits.INFOS
-    results = evaluate_mmeb(
-        encode,
-        data,
-        datasets,
-        output,
-        images=args.images,
-        cache=cache,
-        infos=infos,
-        settings=run,
-        forms=forms,
-    )
-    if run is not None:
-        _write_forms(output, results.by_form())
-        page, title = output / "report.html", args.benchmark
-        report.write_mmeb_report(
-            page, results, data, images=args.images, title=title, model=_computed_by(run)
+    found = {}
+    for name, benchmark in benchmarks.items():
+        found[name] = run.evaluate(
+            *(encode, benchmark, tasks[name], _folder(output, name, benchmarks)),
+            cache=cache,
+            settings=settings,
+            forms=forms,
         )
-    return results.table()
+    several = len(found) > 1
+    tables = [f"{n}\n\n{r.table()}" if several else r.table() for n, r in found.items()]
+    if settings is None:
+        return "\n\n".join(tables)
+    computed_by = _computed_by(settings)
+    for name, results in found.items():
+        _write(_folder(output, name, benchmarks), results, settings)
+    entries = [(benchmarks[name], results) for name, results in found.items()]
+    report.write_report(output / "report.html", entries, model=computed_by)
+    return "\n\n".join([*tables, f"Model: {computed_by}."])
 
 
-def _evaluate_videos(
-    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run, forms: Forms
-) -> str:
-    """Text-video retrieval. Returns the table."""
-    dataset = video_data.READERS[args.benchmark](args.data)
-    result = video_retrieval.evaluate_video(
-        encode, dataset, args.output, cache=cache, settings=run, forms=forms
-    )
-    if run is not None:
-        _write_forms(Path(args.output), result.forms)
-        report.write_video_report(
-            Path(args.output) / "report.html", dataset, result, model=_computed_by(run)
+def _open(name: str, args: argparse.Namespace) -> Benchmark:
+    data, output = _data(name, args.data), _folder(Path(args.output), name, args.benchmark)
+    if name == DIGITS:
+        return Mmeb(digits.build(data or output / "digits") / "eval", infos=digits.INFOS)
+    assert data is not None
+    return open_benchmark(name, data, Options(images=args.images))
+
+
+def _data(name: str, places: Sequence[str] | None) -> Path | None:
+    """The directory of a benchmark: of NAME=DIR, or a folder of this name in DIR, or DIR."""
+    named = dict(place.split("=", 1) for place in places or () if "=" in place)
+    others = [Path(place) for place in places or () if "=" not in place]
+    if name in named:
+        return Path(named[name])
+    if len(others) > 1:
+        raise ValueError(f"--data has {len(others)} directories; expected one, or NAME=DIR of each")
+    if not others:
+        if name == DIGITS:
+            return None
+        raise ValueError(f"--data has no directory of {name}; give {name}=DIR")
+    return others[0] / name if (others[0] / name).is_dir() else others[0]
+
+
+def _folder(output: Path, name: str, benchmarks: Iterable[str]) -> Path:
+    """Where a benchmark's files go: a folder of its own where there are several."""
+    return output / name if len(list(benchmarks)) > 1 else output
+
+
+def _chosen_tasks(
+    benchmarks: Mapping[str, Benchmark], chosen: Sequence[str]
+) -> dict[str, list[str]]:
+    """The tasks of each benchmark that are scored: those that are named, or all that are there."""
+    there = {name: benchmark.names() for name, benchmark in benchmarks.items()}
+    if not chosen:
+        return there
+    known = {task for tasks in there.values() for task in tasks}
+    if unknown := [task for task in chosen if task not in known]:
+        raise ValueError(
+            f"--tasks names {', '.join(unknown)}; there are {', '.join(sorted(known))}"
         )
-    return result.table()
+    return {name: [t for t in chosen if t in tasks] for name, tasks in there.items()}
 
 
-def _evaluate_own_corpus(
-    encode: Encode, cache: EmbeddingCache, args: argparse.Namespace, run: Run, forms: Forms
-) -> str:
-    """Retrieval in BEIR's layout. Returns the table."""
-    task = read_task(args.data)
-    result = evaluate_retrieval(encode, task, args.output, cache=cache, settings=run, forms=forms)
-    if run is not None:
-        _write_forms(Path(args.output), result.forms)
-        report.write_retrieval_report(
-            Path(args.output) / "report.html",
-            task,
-            result,
-            title=args.data,
-            model=_computed_by(run),
-        )
-    return result.table()
+def _write(output: Path, results: Results, settings: Mapping[str, Any]) -> None:
+    summary = {"model": dict(settings), "benchmark": results.suite.name, **results.summary()}
+    write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if by_form := results.by_form():
+        write_text(output / "forms.json", json.dumps(to_json(by_form), indent=2) + "\n")
+
+
+def _computed_by(settings: Mapping[str, Any]) -> str:
+    adapter = f" with {settings['adapter']}" if "adapter" in settings else ""
+    first = f", first {settings['truncate_dim']} numbers" if "truncate_dim" in settings else ""
+    return f"{settings['model']}{adapter} in {settings['dtype']}{first}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ class MissingPackage(ImportError, ValueError):
 _PACKAGES = {
     "av": ("PyAV", "video"),
     "lancedb": ("LanceDB", "search"),
-    "ir_measures": ("ir-measures", "retrieval"),
     "prometheus_client": ("prometheus-client", "serve"),
     "starlette": ("Starlette", "serve"),
     "uvicorn": ("uvicorn", "serve"),
@@ -28,7 +27,7 @@ def missing(module: str, purpose: str) -> MissingPackage:
 
     Args:
       module: one of those above.
-      purpose: what needs it, in the plural: "retrieval metrics".
+      purpose: what needs it, in the plural: "videos".
 
     Returns:
       The error, which says what to install.

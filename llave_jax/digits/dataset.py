@@ -28,7 +28,7 @@ import pyarrow.parquet
 from llave_jax.common.directories import make_directory
 from llave_jax.common.files import replace_directory, scratch_directory
 from llave_jax.digits import scenes
-from llave_jax.evaluation.mmeb_data import DatasetInfo
+from llave_jax.evaluation.task import TaskInfo
 
 # Raise the version with every change of the files' content: older directories are then rebuilt.
 VERSION = 4
@@ -47,7 +47,7 @@ SUBSETS: dict[str, str] = {
     RETRIEVAL_T2I: "retrieval",
     GROUNDING: "grounding",
 }
-INFOS = tuple(DatasetInfo(name, meta_task) for name, meta_task in SUBSETS.items())
+INFOS = tuple(TaskInfo(name, meta_task) for name, meta_task in SUBSETS.items())
 # Folder of the pictures that several subsets share.
 SCENES = "Digits-Scenes"
 

@@ -1,7 +1,7 @@
 """Exact nearest neighbours by cosine. The corpus is compared block by block, so that memory does not
 grow with it.
 
-Owns the search only; metrics over its result are `evaluation/retrieval.py`.
+Owns the search only; rankings of benchmarks are scored by `evaluation/scoring.py`.
 """
 
 from __future__ import annotations

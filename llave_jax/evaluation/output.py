@@ -5,11 +5,12 @@ Owns the files that benchmarks share. A leaderboard's own form is with its reade
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import numpy as np
 
 from llave_jax.common.files import write_arrays, write_text
 from llave_jax.evaluation.scoring import Answers, Result
+from llave_jax.evaluation.similarity import SimilarityStats
 from llave_jax.evaluation.task import Task
 from llave_jax.parallel.processes import only_on_first
 
-SCORES = "_scores.npz"
+SCORES, SIMILARITY = "_scores.npz", "_similarity.npz"
 
 
 def write_score(directory: Path, name: str, score: Mapping[str, Any]) -> None:
@@ -91,6 +93,35 @@ def write_all_scores(directory: Path, task: Task, result: Result) -> None:
     )
 
 
+def write_similarity(directory: Path, result: Result) -> None:
+    """Write `<task>_similarity.npz`: cosines `positive`, `hard`, `easy` of `SimilarityStats`; nothing if there are none.
+
+    Args:
+      directory: is made.
+      result: of the task, with answers.
+    """
+    stats = only_on_first(result.answers).similarity
+    if stats is not None:
+        path = directory / f"{result.info.name}{SIMILARITY}"
+        write_arrays(path, compress=True, positive=stats.positive, hard=stats.hard, easy=stats.easy)
+
+
+def read_similarity_file(path: str | os.PathLike) -> SimilarityStats:
+    """Read a `<task>_similarity.npz`.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The cosines of all queries by kind.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    with _arrays(path) as file:
+        return SimilarityStats(file["positive"], file["hard"], file["easy"])
+
+
 def read_scores(path: str | os.PathLike, values: str = "scores") -> tuple[np.ndarray, ...]:
     """Read a `<task>_scores.npz`.
 
@@ -104,9 +135,15 @@ def read_scores(path: str | os.PathLike, values: str = "scores") -> tuple[np.nda
     Raises:
       ValueError: the file is damaged.
     """
+    with _arrays(path) as file:
+        return tuple(np.split(file[values], file["offsets"][1:-1]))
+
+
+@contextlib.contextmanager
+def _arrays(path: str | os.PathLike) -> Iterator[Any]:
     try:
         with np.load(path) as file:
-            return tuple(np.split(file[values], file["offsets"][1:-1]))
+            yield file
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: cannot be read ({error}); evaluate this dataset again, which is quick with the cache"

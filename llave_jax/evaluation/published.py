@@ -1,7 +1,6 @@
 """Results that the LLaVE paper (arXiv 2503.04812) prints: its own, and those that it compares with.
 
-Owns the numbers only. `results.py`, `similarity_comparison.py` and `video_retrieval.py` print them beside
-those of a run. docs/paper.md has the command for each.
+Owns the numbers only. Tables print them beside those of a run. docs/paper.md has the command for each.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """The page of an evaluation: tables with published rows, bars, similarities, examples of answers.
 
-Owns what is shown for each benchmark. How it looks is `report_html.py` and `drawing.py`.
+Owns what is shown of benchmarks, all in the same way. How it looks is `report_html.py` and `drawing.py`.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,55 +13,57 @@ import numpy as np
 
 from llave_jax.common.files import write_text
 from llave_jax.common.tables import percent
-from llave_jax.data.image_store import ImageStore
-from llave_jax.evaluation import mmeb_data, published
 from llave_jax.evaluation import report_html as html
+from llave_jax.evaluation.benchmarks.base import Benchmark
 from llave_jax.evaluation.drawing import histograms_svg
 from llave_jax.evaluation.forms import Form, rows
 from llave_jax.evaluation.report_html import Bar, Candidate, Card, Example
-from llave_jax.evaluation.results import DatasetResult, Results
-from llave_jax.evaluation.retrieval import RetrievalResult, RetrievalTask
-from llave_jax.evaluation.similarity import HEADING, SimilarityStats, similarity_overlap
-from llave_jax.evaluation.video_data import VideoDataset
-from llave_jax.evaluation.video_retrieval import VideoResult
+from llave_jax.evaluation.results import Results
+from llave_jax.evaluation.scoring import Result
+from llave_jax.evaluation.similarity import HEADING, SimilarityStats
+from llave_jax.evaluation.task import Task
 from llave_jax.inputs import video_decode
 from llave_jax.inputs.item import Item
 from llave_jax.parallel.processes import only_on_first
 
-# Right and wrong answers shown for each dataset, and candidates for each of them.
+# Right and wrong answers shown for each task, and candidates for each of them.
 EXAMPLES = 4
 CANDIDATES = 5
 
 
-def write_mmeb_report(
-    path: str | os.PathLike,
-    results: Results,
-    data_dir: str | os.PathLike,
-    *,
-    images: str | os.PathLike | None = None,
-    title: str,
-    model: str,
+def write_report(
+    path: str | os.PathLike, entries: Sequence[tuple[Benchmark, Results]], *, model: str
 ) -> None:
-    """Write the page of an MMEB-like evaluation. First process only: `results` need scores.
+    """Write the page of an evaluation. First process only: results need answers.
 
     Args:
       path: the HTML file.
-      results: of `evaluate_mmeb` on `data_dir`, with the same `images`.
-      data_dir: of the benchmark.
-      images: as for `evaluate_mmeb`.
-      title, model: for the head of the page.
+      entries: benchmarks with what was scored of them.
+      model: for the head of the page.
     """
-    rows = sum(result.num_pred for result in results.datasets)
-    subtitle = f"{model}: {len(results.datasets)} datasets, {rows} queries, precision@1 in percent"
-    store = mmeb_data.open_images(data_dir, images)
-    sections = [
-        ("Averages", _averages(results)),
-        *_smaller_vectors(results.by_form()),
-        ("Datasets", _dataset_bars(results)),
-        ("Similarity of positives and negatives", _similarities(results)),
-        ("Answers", _galleries(results, data_dir, store)),
-    ]
+    sections = []
+    for benchmark, results in entries:
+        before = f"{results.suite.name}: " if len(entries) > 1 else ""
+        sections += [(before + heading, text) for heading, text in _sections(benchmark, results)]
+    title = ", ".join(results.suite.name for _, results in entries)
+    tasks = sum(len(results.tasks) for _, results in entries)
+    queries = sum(result.queries for _, results in entries for result in results.tasks)
+    subtitle = f"{model}: {tasks} {'task' if tasks == 1 else 'tasks'}, {queries} queries"
     write_text(Path(path), html.page(title, subtitle, sections))
+
+
+def _sections(benchmark: Benchmark, results: Results) -> list[tuple[str, str]]:
+    """(heading, HTML) of one benchmark."""
+    if results.suite.averages:
+        scores = [("Averages", _averages(results)), ("Tasks", _bars(results))]
+    else:
+        scores = [("Metrics", html.table(results.metric_rows()))]
+    return [
+        *scores,
+        *_smaller_vectors(results.by_form()),
+        ("Similarity of positives and negatives", _similarities(results)),
+        ("Answers", _galleries(benchmark, results)),
+    ]
 
 
 def _smaller_vectors(
@@ -85,14 +86,14 @@ def _averages(results: Results) -> str:
             (
                 average.label,
                 percent(average.value),
-                f"chance {percent(average.chance)}"
+                (f"chance {percent(average.chance)}" if average.chance is not None else "")
                 if average.value is not None
                 else f"{average.scored} of {average.scored + len(average.missing)} scored",
             )
             for average in averages
         ]
     )
-    if results.is_mmeb:
+    if any(reference.averages for reference in results.suite.references):
         content += html.table(results.comparison(), own=("this run",))
     missing = averages[-1].missing
     if missing:
@@ -103,71 +104,53 @@ def _averages(results: Results) -> str:
     return content
 
 
-def _dataset_bars(results: Results) -> str:
+def _bars(results: Results) -> str:
+    published = next((r for r in results.suite.references if r.tasks), None)
     groups: dict[str, list[Bar]] = {}
-    for result in results.datasets:
-        groups.setdefault(result.info.meta_task, []).append(
-            Bar(
-                result.info.name,
-                100 * result.accuracy,
-                100 * result.chance,
-                published.LLAVE_7B_DATASETS.get(result.info.name),
-            )
-        )
+    for result in results.tasks:
+        info = result.info
+        reference = published.tasks.get((info.name, info.metric)) if published else None
+        chance = None if result.chance is None else 100 * result.chance
+        bar = Bar(info.name, 100 * result.score, chance, reference)
+        groups.setdefault(f"{info.meta_task} ({info.metric})", []).append(bar)
     note = "Dark tick: chance."
-    if results.is_mmeb:
-        note += " Orange tick: LLaVE-7B as published."
+    if published is not None:
+        note += f" Orange tick: {published.model} as published."
     return html.bars(groups) + html.paragraph(note)
 
 
 def _similarities(results: Results) -> str:
     rows = [["dataset", *HEADING]]
-    for result in results.datasets:
-        stats = _stats([result])
+    found = []
+    for result in results.tasks:
+        stats = only_on_first(result.answers).similarity
         if stats is not None:
             rows.append([result.info.name, *stats.cells()])
-    total = _stats(results.datasets)
-    if total is None:
+            found.append(stats)
+    if not found:
         return html.paragraph("No query has a candidate besides its positive.")
     note = html.paragraph(
         "Cosine of queries with their positive, their 5 most similar other candidates (hard) and "
         "their 5 least similar ones (easy), over all datasets."
     )
-    picture = histograms_svg({"all datasets": total})
+    picture = histograms_svg({"all datasets": SimilarityStats.together(found)})
     return note + picture + html.folded("Means per dataset", html.table(rows))
 
 
-def _stats(results: Sequence[DatasetResult]) -> SimilarityStats | None:
-    """None where no row has a negative."""
-    rows = [
-        pair
-        for result in results
-        for pair in zip(only_on_first(result.scores), result.candidates, strict=True)
-    ]
-    if all(len(np.unique(ids)) == 1 for _, ids in rows):
-        return None
-    scores, candidates = zip(*rows, strict=True)
-    return similarity_overlap(scores, [0] * len(scores), candidates=candidates)
-
-
-def _galleries(results: Results, data_dir: str | os.PathLike, store: ImageStore) -> str:
+def _galleries(benchmark: Benchmark, results: Results) -> str:
     content = html.paragraph(
         "Queries taken evenly from each dataset, with their best-ranked candidates. Green: the "
         "right answer; red: a wrong one that was chosen; below each its rank and cosine."
     )
-    for number, result in enumerate(results.datasets):
-        dataset = mmeb_data.read_dataset(data_dir, result.info.name)
+    for number, result in enumerate(results.tasks):
+        task, answers = benchmark.read(result.info.name), only_on_first(result.answers)
 
-        def make(row: int, result=result, dataset=dataset) -> Example:
-            return _mmeb_example(row, result, dataset, store)
+        def make(row: int, task=task, result=result) -> Example:
+            return _example(task, result, row)
 
-        content += _gallery(
-            result.info.name,
-            f"{result.num_correct} of {result.num_pred} right",
-            result.predictions == 0,
-            make,
-            shown=number == 0,
-        )
+        right = answers.right
+        note = f"{np.count_nonzero(right)} of {len(right)} right"
+        content += _gallery(result.info.name, note, right, make, shown=number == 0)
     return content
 
 
@@ -188,128 +171,36 @@ def _spread(rows: np.ndarray) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, EXAMPLES).astype(int)]
 
 
-def _mmeb_example(
-    row: int, result: DatasetResult, dataset: mmeb_data.EvalDataset, store: ImageStore
-) -> Example:
-    targets, scores = dataset.target_ids[row], only_on_first(result.scores)[row]
-
-    def card(content_id: int) -> Card:
-        return _item_card(mmeb_data.make_item(dataset, int(content_id), store))
-
-    # A repeated candidate is one answer. It is shown once, at its first position.
-    _, first = np.unique(targets, return_index=True)
-    places = first[np.lexsort((first, -scores[first]))]
-    ranked = [
-        (place, rank) for rank, place in enumerate(places, 1) if rank <= CANDIDATES or place == 0
+def _example(task: Task, result: Result, row: int) -> Example:
+    """A query with its best answers, and with its best right one at any rank."""
+    answers = only_on_first(result.answers)
+    right = set(task.relevant[row].tolist())
+    ranking = answers.ranking[row]
+    found = [
+        (int(answer), float(score), rank)
+        for rank, (answer, score) in enumerate(zip(ranking, answers.scores[row], strict=True), 1)
+        if answer >= 0
     ]
+    shown = found[:CANDIDATES]
+    positive = int(answers.positive[row])
+    if positive >= 0 and positive not in [answer for answer, _, _ in shown]:
+        rank = next(
+            (rank for answer, _, rank in found if answer == positive), 1 + int(answers.better[row])
+        )
+        shown.append((positive, float(answers.positive_score[row]), rank))
     return Example(
-        query=card(dataset.query_ids[row]),
+        query=_item_card(task.queries[row]),
         candidates=[
-            Candidate(card(targets[place]), float(scores[place]), rank, positive=place == 0)
-            for place, rank in ranked
+            Candidate(_answer_card(task, answer), score, rank, positive=answer in right)
+            for answer, score, rank in shown
         ],
     )
 
 
-def write_video_report(
-    path: str | os.PathLike, dataset: VideoDataset, result: VideoResult, *, model: str
-) -> None:
-    """Write the page of a text-video evaluation. First process only.
-
-    Args:
-      path: the HTML file.
-      dataset: the captions with their videos.
-      result: of `evaluate_video` on the dataset.
-      model: for the head of the page.
-    """
-    similarity, owners = only_on_first(result.similarity), dataset.owners
-    matches = np.take_along_axis(similarity, owners[:, None], axis=1)
-    right = np.count_nonzero(similarity > matches, axis=1) == 0
-
-    @functools.cache
-    def frame(video: int) -> str:
-        source = dataset.videos[video]
-        (picture,) = video_decode.decode_frames(source, lambda count, fps: [count // 2])
-        return html.thumbnail(picture, str(source))
-
-    def make(row: int) -> Example:
-        order = np.argsort(-similarity[row], kind="stable")
-        ranked = [
-            (int(video), rank)
-            for rank, video in enumerate(order, 1)
-            if rank <= CANDIDATES or video == owners[row]
-        ]
-        return Example(
-            query=Card(dataset.captions[row]),
-            candidates=[
-                Candidate(
-                    Card(dataset.videos[video].stem, frame(video)),
-                    float(similarity[row, video]),
-                    rank,
-                    positive=video == owners[row],
-                )
-                for video, rank in ranked
-            ],
-        )
-
-    note = f"{np.count_nonzero(right)} of {len(right)} captions find their video first"
-    sections = [("Metrics", html.table(result.rows())), *_smaller_vectors(result.forms)]
-    if len(dataset.videos) > 1:
-        stats = similarity_overlap(similarity, owners)
-        sections.append(
-            ("Similarity of positives and negatives", histograms_svg({dataset.name: stats}))
-        )
-    sections.append(("Answers", _gallery("Text to video", note, right, make, shown=True)))
-    subtitle = f"{model}: {len(dataset.captions)} captions, {len(dataset.videos)} videos"
-    write_text(Path(path), html.page(dataset.name, subtitle, sections))
-
-
-def write_retrieval_report(
-    path: str | os.PathLike,
-    task: RetrievalTask,
-    result: RetrievalResult,
-    *,
-    title: str,
-    model: str,
-) -> None:
-    """Write the page of a retrieval over one's own corpus. First process only.
-
-    Args:
-      path: the HTML file.
-      task: queries, corpus and judgements.
-      result: of `evaluate_retrieval` on the task.
-      title, model: for the head of the page.
-    """
-    rankings = only_on_first(result.ranking)
-    documents = dict(zip(task.document_ids, task.documents, strict=True))
-
-    def relevant(query: str, document: str) -> bool:
-        return task.qrels[query].get(document, 0) > 0
-
-    def make(row: int) -> Example:
-        query = task.query_ids[row]
-        ranking = list(enumerate(rankings[query], 1))
-        found = [entry for entry in ranking if relevant(query, entry[1][0])]
-        # The best relevant document is shown at any rank.
-        entries = ranking[:CANDIDATES] + [e for e in found[:1] if e[0] > CANDIDATES]
-        return Example(
-            query=_item_card(task.queries[row]),
-            candidates=[
-                Candidate(_item_card(documents[document]), score, rank, relevant(query, document))
-                for rank, (document, score) in entries
-            ],
-        )
-
-    first = [rankings[query][0][0] for query in task.query_ids]
-    right = np.array(list(map(relevant, task.query_ids, first)))
-    note = f"{np.count_nonzero(right)} of {len(right)} queries find a relevant document first"
-    sections = [
-        ("Metrics", html.table(result.rows())),
-        *_smaller_vectors(result.by_form()),
-        ("Answers", _gallery("Rankings", note, right, make, shown=True)),
-    ]
-    subtitle = f"{model}: {len(task.queries)} queries, {len(documents)} documents"
-    write_text(Path(path), html.page(title, subtitle, sections))
+def _answer_card(task: Task, answer: int) -> Card:
+    if task.groups is not None:
+        answer = int(np.flatnonzero(task.groups == answer)[0])
+    return _item_card(task.candidates[answer])
 
 
 def _item_card(item: Item) -> Card:
@@ -317,7 +208,10 @@ def _item_card(item: Item) -> Card:
     pictures = [image for image in item.images if image is not None]
     if pictures:
         return Card(readable(item.text), html.thumbnail(pictures[0], item.name))
-    if isinstance(item.video, str):
+    if item.video is not None and not isinstance(item.video, str | os.PathLike):
+        frames = list(item.video)
+        return Card(readable(item.text), html.thumbnail(frames[len(frames) // 2], item.name))
+    if item.video is not None:
         frames = video_decode.decode_frames(item.video, lambda n, fps: [n // 2], item.name)
         return Card(readable(item.text), html.thumbnail(frames[0], item.name))
     return Card(readable(item.text))

@@ -234,13 +234,13 @@ class Bar:
     Attributes:
       label: in front of it.
       value: in percent.
-      chance: value of random scores, in percent.
+      chance: value of random scores, in percent; None if it has no simple form.
       published: value of another model, in percent; None if there is none.
     """
 
     label: str
     value: float
-    chance: float
+    chance: float | None = None
     published: float | None = None
 
 
@@ -266,7 +266,7 @@ def bars(groups: Mapping[str, Sequence[Bar]]) -> str:
             cells = "".join(
                 f'<span class="value">{_number(values[column])}</span>' for column in columns
             )
-            ticks = _tick("chance", bar.chance)
+            ticks = "" if bar.chance is None else _tick("chance", bar.chance)
             if bar.published is not None:
                 ticks += _tick("published", bar.published)
             parts.append(

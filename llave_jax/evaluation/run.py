@@ -17,6 +17,7 @@ from llave_jax.embedding.run_info import record_run
 from llave_jax.evaluation.benchmarks.base import Benchmark
 from llave_jax.evaluation.cache import EmbeddingCache, Encode
 from llave_jax.evaluation.forms import Form
+from llave_jax.evaluation.output import write_similarity
 from llave_jax.evaluation.results import Results
 from llave_jax.evaluation.scoring import score_task
 
@@ -82,6 +83,7 @@ def evaluate(
         if output_dir is not None and jax.process_index() == 0:
             record_run(output_dir, name, None)
             benchmark.write(Path(output_dir), task, result)
+            write_similarity(Path(output_dir), result)
             record_run(
                 output_dir, name, None if settings is None else {**settings, **task.settings}
             )

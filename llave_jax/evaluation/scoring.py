@@ -17,7 +17,7 @@ from llave_jax.evaluation.cache import SHARD_ITEMS, Embedded, EmbeddingCache, En
 from llave_jax.evaluation.forms import Form
 from llave_jax.evaluation.metrics import Ranking, measure
 from llave_jax.evaluation.similarity import NEGATIVES, SimilarityStats
-from llave_jax.evaluation.task import Task, TaskInfo
+from llave_jax.evaluation.task import Items, Task, TaskInfo
 from llave_jax.inputs.item import Item
 from llave_jax.parallel.processes import from_first_process
 
@@ -104,13 +104,18 @@ def score_task(
     Raises:
       ValueError: an item cannot be read, or its embedding is not finite; it names the item.
     """
-    queries, candidates = (
-        embed(encode, items, cache, shard_items=_shard_items(items))
-        for items in (task.queries, task.candidates)
-    )
+    count = len(task.queries)
+
+    def item(index: int) -> Item:
+        return task.queries[index] if index < count else task.candidates[index - count]
+
+    # Both sides together, so that batches are full.
+    items = Items(count + task.count, item)
+    embedded = embed(encode, items, cache, shard_items=_shard_items(task))
     values = np.zeros((1 + len(forms), len(task.metrics)))
     answers = None
-    if queries is not None and candidates is not None:
+    if embedded is not None:
+        queries, candidates = (_part(embedded, side) for side in np.split(embedded.rows, [count]))
         found, answers = rank(task, queries, candidates)
         values[0] = list(found.values())
         for index, form in enumerate(forms, 1):
@@ -131,10 +136,16 @@ def score_task(
     )
 
 
-def _shard_items(items: Sequence[Item]) -> int:
+def _part(embedded: Embedded, rows: np.ndarray) -> Embedded:
+    """Of some items, with the vectors of these alone."""
+    used, places = np.unique(rows, return_inverse=True)
+    return Embedded(embedded.vectors[used], places.astype(np.int32))
+
+
+def _shard_items(task: Task) -> int:
     """Items between two writes of the cache."""
-    is_video = len(items) > 0 and items[0].video is not None
-    return _VIDEO_SHARD_ITEMS if is_video else SHARD_ITEMS
+    sides = [side[0] for side in (task.queries, task.candidates) if len(side)]
+    return _VIDEO_SHARD_ITEMS if any(item.video is not None for item in sides) else SHARD_ITEMS
 
 
 def rank(
@@ -237,37 +248,29 @@ def _rank_one(
     similarities: bool,
 ) -> _Row:
     order = _best(scores, depth)
-    right, gains = task.relevant[query], _gains(task, query)
-    ranking = np.full(depth, -1, np.int32)
-    ranking[: len(order)] = answers[order]
-    shown = np.full(depth, -np.inf, np.float32)
-    shown[: len(order)] = scores[order]
-    gained = np.zeros(depth)
-    match = ranking[:, None] == right[None]
-    gained[match.any(1)] = (match @ gains)[match.any(1)] if len(right) else 0
-    is_right = np.isin(answers, right, kind="sort" if len(right) > 10 else None)
+    ranking, shown = np.full(depth, -1, np.int32), np.full(depth, -np.inf, np.float32)
+    ranking[: len(order)], shown[: len(order)] = answers[order], scores[order]
+    gains = (ranking[:, None] == task.relevant[query]) @ _gains(task, query)
+    is_right = np.isin(answers, task.relevant[query])
     places = np.flatnonzero(is_right)
     if not len(places):
-        return _Row(
-            gained, ranking, shown, -1, -np.inf, len(answers), 0, 0, (np.zeros(0),) * 3, in_pool
-        )
+        none = np.zeros(0, np.float32)
+        kinds = (none, none, none)
+        return _Row(gains, ranking, shown, -1, -np.inf, len(answers), 0, 0, kinds, in_pool)
     best = places[scores[places].argmax()]
     tied = scores == scores[best]
-    kinds = (np.zeros(0),) * 3
-    if similarities:
-        wrong = scores[~is_right]
-        kinds = (scores[[best]], *_extremes(wrong))
+    wrong = scores[~is_right] if similarities else scores[:0]
     return _Row(
-        gained,
-        ranking,
-        shown,
-        int(answers[best]),
-        float(scores[best]),
-        int(np.count_nonzero(scores > scores[best])),
-        int(np.count_nonzero(tied)),
-        int(np.count_nonzero(tied[:best])),
-        kinds,
-        in_pool,
+        gains=gains,
+        ranking=ranking,
+        scores=shown,
+        positive=int(answers[best]),
+        positive_score=float(scores[best]),
+        better=int(np.count_nonzero(scores > scores[best])),
+        tied=int(np.count_nonzero(tied)),
+        before=int(np.count_nonzero(tied[:best])),
+        kinds=(scores[[best]], *_extremes(wrong)),
+        all_scores=in_pool,
     )
 
 

@@ -37,6 +37,18 @@ class SimilarityStats:
     hard: np.ndarray
     easy: np.ndarray
 
+    @classmethod
+    def together(cls, parts: Sequence[SimilarityStats]) -> SimilarityStats:
+        """Statistics over the queries of several data sets; every query counts alike.
+
+        Args:
+          parts: at least one.
+
+        Returns:
+          All cosines by kind.
+        """
+        return cls(*(np.concatenate([getattr(part, kind) for part in parts]) for kind in KINDS))
+
     def mean(self, kind: str) -> float:
         """Mean cosine of one kind, as in the paper's Table 1.
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from llave_jax.common.files import write_text
 from llave_jax.common.tables import align
 from llave_jax.evaluation import published
 from llave_jax.evaluation.drawing import write_histograms
-from llave_jax.evaluation.output import read_scores
-from llave_jax.evaluation.similarity import EDGES, HEADING, SimilarityStats, similarity_overlap
-
-_SCORES = "_scores.npz"
+from llave_jax.evaluation.output import SIMILARITY, read_similarity_file
+from llave_jax.evaluation.similarity import EDGES, HEADING, SimilarityStats
 
 
 def compare(
@@ -29,7 +27,7 @@ def compare(
     """Compare evaluations, dataset by dataset and over all of them.
 
     Args:
-      evaluations: label -> `output_dir` of `evaluate_mmeb`.
+      evaluations: label -> `output_dir` of `run.evaluate`.
       datasets: names; None: all that were scored in each of the evaluations.
       output: directory for similarity.png (over all datasets), similarity.json and similarity.txt.
 
@@ -65,12 +63,25 @@ def compare(
 
 
 def _scored_datasets(directory: str | os.PathLike) -> list[str]:
-    """Names of the datasets that `evaluate_mmeb` scored into a directory, sorted."""
-    return sorted(path.name[: -len(_SCORES)] for path in Path(directory).glob(f"*{_SCORES}"))
+    """Names of the datasets that were scored into a directory, sorted."""
+    return sorted(path.name[: -len(SIMILARITY)] for path in Path(directory).glob(f"*{SIMILARITY}"))
+
+
+def has_similarity(directory: str | os.PathLike, datasets: Iterable[str]) -> bool:
+    """Whether `read_similarity` would find all of these datasets.
+
+    Args:
+      directory: of an evaluation.
+      datasets: names.
+
+    Returns:
+      True if all were scored there, and have wrong candidates.
+    """
+    return all((Path(directory) / f"{name}{SIMILARITY}").is_file() for name in datasets)
 
 
 def read_similarity(directory: str | os.PathLike, datasets: Sequence[str]) -> SimilarityStats:
-    """Statistics over all queries of datasets that `evaluate_mmeb` scored.
+    """Statistics over all queries of datasets that an evaluation scored.
 
     Args:
       directory: its `output_dir`.
@@ -82,16 +93,15 @@ def read_similarity(directory: str | os.PathLike, datasets: Sequence[str]) -> Si
     Raises:
       FileNotFoundError: a dataset was not scored there.
     """
-    scores, candidates = [], []
+    parts = []
     for name in datasets:
-        path = Path(directory) / f"{name}{_SCORES}"
+        path = Path(directory) / f"{name}{SIMILARITY}"
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist; evaluate {name} into {directory} first"
             )
-        scores += read_scores(path)
-        candidates += read_scores(path, "candidates")
-    return similarity_overlap(scores, [0] * len(scores), candidates=candidates)
+        parts.append(read_similarity_file(path))
+    return SimilarityStats.together(parts)
 
 
 def comparison_rows(stats: Mapping[str, Mapping[str, SimilarityStats]]) -> list[list[str]]:

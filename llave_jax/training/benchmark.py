@@ -1,4 +1,4 @@
-"""The benchmark that a run is scored on: MMEB's form, digits, or a corpus of one's own.
+"""The benchmark that a run is scored on.
 
 Owns what `config.eval.benchmark` may name, and what is reported of it. When it is scored is `evaluation.py`.
 What it needs is looked up when it is opened, before the first step.
@@ -9,37 +9,68 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import jax
-import numpy as np
 
 from llave_jax.common.files import write_text
-from llave_jax.common.tables import align
-from llave_jax.evaluation import drawing, mmeb, mmeb_data, retrieval
+from llave_jax.common.tables import align, percent
+from llave_jax.evaluation import drawing, metrics, run
+from llave_jax.evaluation.benchmarks.base import Benchmark
+from llave_jax.evaluation.benchmarks.corpus import Corpus
+from llave_jax.evaluation.benchmarks.mmeb import Mmeb
+from llave_jax.evaluation.benchmarks.registry import BENCHMARKS, open_benchmark
 from llave_jax.evaluation.cache import Encode
 from llave_jax.evaluation.forms import Form
-from llave_jax.evaluation.mmeb_data import DatasetInfo
-from llave_jax.evaluation.similarity_comparison import read_similarity
-from llave_jax.parallel.processes import from_first_process
+from llave_jax.evaluation.similarity_comparison import has_similarity, read_similarity
+from llave_jax.evaluation.task import TaskInfo
 
 _SUMMARY = "summary.json"
 
 
-class Benchmark(Protocol):
-    """What `evaluation.py` asks of a benchmark."""
+class RunBenchmark:
+    """A benchmark, scored and reported for a run that trains.
+
+    Args:
+      benchmark: whose files were found.
+      datasets: names of its tasks; empty: all that are there.
+      dims: prefixes of the embeddings that are scored too, as "average/overall@DIM" or "nDCG@10@DIM".
+
+    Raises:
+      FileNotFoundError, ValueError: a file of the benchmark is not as it should be, or there is no such task.
+    """
+
+    def __init__(
+        self, benchmark: Benchmark, datasets: Sequence[str] = (), dims: Sequence[int] = ()
+    ):
+        there = benchmark.names()
+        if missing := [name for name in datasets if name not in there]:
+            raise ValueError(
+                f"config.eval.datasets names {missing}; {benchmark.suite.name} has {', '.join(there)}"
+            )
+        self._benchmark, self._tasks = benchmark, list(datasets) or there
+        self._forms = [Form(dim) for dim in dims]
+        benchmark.read(self._tasks[0])
 
     def score(self, encode: Encode, directory: Path) -> dict[str, float]:
-        """Scores a model.
+        """Scores a model. With several processes all call this alike.
 
         Args:
           encode: items -> float32 [n, D], L2-normalised.
           directory: where the first process keeps what `report` needs.
 
         Returns:
-          Fractions, by name.
+          Fractions, by name, on all processes.
         """
-        ...
+        results = run.evaluate(encode, self._benchmark, self._tasks, directory, forms=self._forms)
+        if jax.process_index() == 0:
+            write_text(directory / _SUMMARY, json.dumps(results.summary(), indent=2) + "\n")
+        scores = results.metrics()
+        for form, values in results.by_form().items():
+            for name in ("overall", results.tasks[0].info.metric):
+                if values.get(name) is not None:
+                    prefix = "average/" if name == "overall" else ""
+                    scores[f"{prefix}{name}@{form.dim}"] = values[name] or 0.0
+        return scores
 
     def report(self, directories: Mapping[str, Path], workdir: Path) -> tuple[str, str]:
         """The table of a run, and where more is to be seen; for the first process.
@@ -52,22 +83,64 @@ class Benchmark(Protocol):
         Returns:
           The table, and a line about pictures; "" if there are none.
         """
-        ...
+        summaries = {
+            label: json.loads((path / _SUMMARY).read_text())["tasks"]
+            if (path / _SUMMARY).exists()
+            else {}
+            for label, path in directories.items()
+        }
+        *_, last = summaries.values()
+        if not self._benchmark.suite.averages:
+            return _metric_table(summaries, last), ""
+        rows = [["dataset", "meta-task", "chance", *summaries]]
+        for name, entry in last.items():
+            scores = [
+                percent(summary[name]["score"]) if name in summary else "-"
+                for summary in summaries.values()
+            ]
+            rows.append([name, entry["meta_task"], percent(entry["chance"]), *scores])
+        kinds = ", ".join(dict.fromkeys(entry["metric"] for entry in last.values()))
+        table = f"{kinds} in percent\n{align(rows)}"
+        stats = {
+            label: read_similarity(path, list(last))
+            for label, path in directories.items()
+            if has_similarity(path, last)
+        }
+        if not stats:
+            return table, ""
+        picture = workdir / "similarity.png"
+        drawing.write_histograms(stats, picture)
+        return table, f"similarity of positives and of hard and easy negatives: {picture}"
 
 
-def open_benchmark(
-    directory: Path,
+def _metric_table(summaries: Mapping[str, Mapping], last: Mapping[str, Mapping]) -> str:
+    """All metrics of a benchmark without averages."""
+    rows = [["metric", *summaries]]
+    for task, entry in last.items():
+        for name in entry["metrics"]:
+            scale = 1 if metrics.parse(name)[0] in ("median rank", "mean rank") else 100
+            values = [
+                percent(summary[task]["metrics"].get(name), scale) if task in summary else "-"
+                for summary in summaries.values()
+            ]
+            rows.append([name if len(last) == 1 else f"{task} {name}", *values])
+    return f"{', '.join(last)} in percent\n{align(rows)}"
+
+
+def open_run_benchmark(
+    name: str,
     datasets: Sequence[str],
-    infos: Sequence[DatasetInfo] | None,
+    infos: Sequence[TaskInfo] | None = None,
     dims: Sequence[int] = (),
-) -> Benchmark:
-    """The benchmark in a directory.
+) -> RunBenchmark:
+    """The benchmark that `config.eval.benchmark` names.
 
     Args:
-      directory: in MMEB's form, or with the files of `evaluation.retrieval`.
-      datasets: names, of MMEB's form; empty: all that are there.
-      infos: the datasets' meta-tasks, where it is not MMEB.
-      dims: prefixes of the embeddings that are scored too, as "average/overall@DIM" or "nDCG@10@DIM".
+      name: a directory in MMEB's form or with the files of `benchmarks/corpus.py`, or "NAME:DIR" with the name of a
+        benchmark that `llave_jax.evaluate` knows.
+      datasets: names of its tasks; empty: all that are there.
+      infos: the tasks of MMEB's form with their meta-tasks, where they are not MMEB.
+      dims: prefixes of the embeddings that are scored too.
 
     Returns:
       The benchmark; nothing has been scored.
@@ -76,108 +149,18 @@ def open_benchmark(
       FileNotFoundError, ValueError: there is no benchmark in the directory, or a file of it is not as it
         should be, or a package that it needs is not installed.
     """
+    kind, colon, place = name.partition(":")
+    if colon and kind in BENCHMARKS:
+        return RunBenchmark(open_benchmark(kind, Path(place)), datasets, dims)
+    directory = Path(name)
     if (directory / "queries.jsonl").is_file():
-        return _Retrieval(directory, dims)
-    return _Mmeb(directory, datasets, infos, dims)
-
-
-def _by_dim(
-    name: str,
-    of_form: str,
-    forms: Sequence[Form],
-    scores: Mapping[Form, Mapping[str, float | None]],
-) -> dict[str, float]:
-    """One score of each form by "NAME@DIM", in all processes; the first has the scores."""
-    found = np.full(len(forms), np.nan)
-    for index, form in enumerate(forms if scores else ()):
-        value = scores[form][of_form]
-        found[index] = np.nan if value is None else value
-    values = zip(forms, from_first_process(found).tolist(), strict=True)
-    return {f"{name}@{form.dim}": value for form, value in values if not np.isnan(value)}
-
-
-class _Mmeb:
-    def __init__(
-        self,
-        directory: Path,
-        datasets: Sequence[str],
-        infos: Sequence[DatasetInfo] | None,
-        dims: Sequence[int],
-    ):
-        there = mmeb_data.dataset_names(directory, infos or mmeb_data.MMEB_DATASETS)
-        if not there:
-            raise FileNotFoundError(
-                f"config.eval.benchmark {directory} has neither datasets in MMEB's form "
-                "(<dataset>/test-*.parquet or <dataset>.json) nor a corpus of one's own (queries.jsonl)"
-            )
-        if missing := [name for name in datasets if name not in there]:
-            raise ValueError(
-                f"config.eval.datasets names {missing}; {directory} has {', '.join(there)}"
-            )
-        self._directory, self._datasets, self._infos = directory, datasets, infos
-        self._forms = [Form(dim) for dim in dims]
-
-    def score(self, encode: Encode, directory: Path) -> dict[str, float]:
-        results = mmeb.evaluate_mmeb(
-            *(encode, self._directory, self._datasets or None, directory),
-            infos=self._infos,
-            forms=self._forms,
-        )
-        if jax.process_index() == 0:
-            summary = {
-                result.info.name: {
-                    "meta_task": result.info.meta_task,
-                    "accuracy": result.accuracy,
-                    "chance": result.chance,
-                }
-                for result in results.datasets
-            }
-            write_text(directory / _SUMMARY, json.dumps(summary, indent=2) + "\n")
-        by_dim = _by_dim("average/overall", "overall", self._forms, results.by_form())
-        return results.metrics() | by_dim
-
-    def report(self, directories: Mapping[str, Path], workdir: Path) -> tuple[str, str]:
-        summaries = {
-            label: json.loads((path / _SUMMARY).read_text()) if (path / _SUMMARY).exists() else {}
-            for label, path in directories.items()
-        }
-        *_, last = summaries.values()
-        rows = [["dataset", "meta-task", "chance", *summaries]]
-        for name, entry in last.items():
-            scores = [
-                f"{100 * summary[name]['accuracy']:.1f}" if name in summary else "-"
-                for summary in summaries.values()
-            ]
-            rows.append([name, entry["meta_task"], f"{100 * entry['chance']:.1f}", *scores])
-        stats = {
-            label: read_similarity(path, list(last))
-            for label, path in directories.items()
-            if last.keys() <= summaries[label].keys()
-        }
-        picture = workdir / "similarity.png"
-        drawing.write_histograms(stats, picture)
-        note = f"similarity of positives and of hard and easy negatives: {picture}"
-        return f"precision@1 in percent\n{align(rows)}", note
-
-
-class _Retrieval:
-    def __init__(self, directory: Path, dims: Sequence[int]):
-        retrieval.check_installed()
-        self._task = retrieval.read_task(directory)
-        self._forms = [Form(dim) for dim in dims]
-
-    def score(self, encode: Encode, directory: Path) -> dict[str, float]:
-        result = retrieval.evaluate_retrieval(encode, self._task, directory, forms=self._forms)
-        return result.metrics | _by_dim("nDCG@10", "nDCG@10", self._forms, result.forms)
-
-    def report(self, directories: Mapping[str, Path], workdir: Path) -> tuple[str, str]:
-        metrics = {
-            label: retrieval.read_metrics(path) if path.exists() else {}
-            for label, path in directories.items()
-        }
-        *_, last = metrics.values()
-        rows = [["metric", *metrics]]
-        for name in last:
-            scores = [f"{100 * m[name]:.1f}" if name in m else "-" for m in metrics.values()]
-            rows.append([name, *scores])
-        return f"retrieval in percent\n{align(rows)}", ""
+        return RunBenchmark(Corpus(directory), datasets, dims)
+    benchmark = Mmeb(directory, infos=infos)
+    try:
+        benchmark.names()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"config.eval.benchmark {directory} has neither datasets in MMEB's form "
+            "(<dataset>/test-*.parquet or <dataset>.json) nor a corpus of one's own (queries.jsonl)"
+        ) from error
+    return RunBenchmark(benchmark, datasets, dims)

@@ -21,7 +21,7 @@ from llave_jax.config import Config
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.parallel.processes import from_first_process
 from llave_jax.training import validation
-from llave_jax.training.benchmark import Benchmark
+from llave_jax.training.benchmark import RunBenchmark
 from llave_jax.training.best import BEST, BestCheckpoint, is_better
 from llave_jax.training.metrics import BENCHMARK, VALIDATION, MetricsWriter, read_metrics
 from llave_jax.training.validation import Validation
@@ -51,7 +51,7 @@ class TrainingEvaluation:
         embedder: Embedder,
         workdir: Path,
         start: int,
-        benchmark: Benchmark | None = None,
+        benchmark: RunBenchmark | None = None,
         held_out: Validation | None = None,
         best: BestCheckpoint | None = None,
     ):

@@ -47,7 +47,7 @@ from llave_jax.ops.attention_choice import choose
 from llave_jax.parallel import sharding
 from llave_jax.parallel.processes import json_from_first_process
 from llave_jax.training import adapters, batch_shape, optim, train_step
-from llave_jax.training.benchmark import open_benchmark
+from llave_jax.training.benchmark import open_run_benchmark
 from llave_jax.training.best import BestCheckpoint
 from llave_jax.training.checkpoint import Checkpoints
 from llave_jax.training.evaluation import TrainingEvaluation
@@ -606,10 +606,10 @@ def make_evaluation(
     # The last is the whole width.
     dims = loss.dims[:-1]
     if name == DIGITS:
-        directory = workdir / DIGITS / "eval"
-        benchmark = open_benchmark(directory, config.eval.datasets, digits.INFOS, dims)
+        directory = str(workdir / DIGITS / "eval")
+        benchmark = open_run_benchmark(directory, config.eval.datasets, digits.INFOS, dims)
     elif name:
-        benchmark = open_benchmark(Path(name), config.eval.datasets, None, dims)
+        benchmark = open_run_benchmark(name, config.eval.datasets, None, dims)
     if held_out is not None and len(held_out) < 2:
         log.warning("%d pairs are held out: too few to validate (data.held_out)", len(held_out))
     elif held_out is not None:

@@ -16,8 +16,8 @@ from llave_jax.common.json_text import MAX_LINE_BYTES, json_lines, parse_json
 from llave_jax.data.image_store import ImageStore
 from llave_jax.data.sources import open_source
 from llave_jax.embedding.item_sources import open_items
-from llave_jax.evaluation import mmeb_data
-from llave_jax.evaluation.retrieval import read_task
+from llave_jax.evaluation.benchmarks import mmeb
+from llave_jax.evaluation.benchmarks.corpus import read_task
 from llave_jax.inputs.images import ImageError
 
 
@@ -69,7 +69,7 @@ def test_links_within_a_root_and_linked_folders(folder, tmp_path):
 def test_names_of_datasets_are_no_paths(folder, name):
     (folder / "Set.json").write_text("[]")
     with pytest.raises(ValueError, match="expected the name of a dataset"):
-        mmeb_data.read_dataset(folder / "images", name)
+        mmeb.read_rows(folder / "images", name)
 
 
 def archive_of(path, members, **options):

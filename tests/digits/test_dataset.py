@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from llave_jax.digits import dataset as digits
 from llave_jax.digits import scenes
 from llave_jax.digits.tokenizer import build_tokenizer, corpus
-from llave_jax.evaluation import mmeb_data
+from llave_jax.evaluation.benchmarks import mmeb
 from llave_jax.inputs.item import Item
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.models.config import PRESETS
@@ -151,13 +151,13 @@ def test_eval_rows_have_mmebs_form(built, golden, subset):
 
 
 def test_evaluation_reads_it(built):
-    assert set(mmeb_data.dataset_names(built / "eval")) == set(digits.SUBSETS)
-    store = mmeb_data.open_images(built / "eval")
+    assert set(mmeb.dataset_names(built / "eval")) == set(digits.SUBSETS)
+    store = mmeb.open_images(built / "eval")
     for subset, meta_task in digits.SUBSETS.items():
-        assert meta_task in mmeb_data.META_TASKS
-        dataset = mmeb_data.read_dataset(built / "eval", subset)
+        assert meta_task in {info.meta_task for info in mmeb.MMEB_DATASETS}
+        dataset = mmeb.read_rows(built / "eval", subset)
         assert len(dataset) == SMALL.eval
-        mmeb_data.make_item(dataset, len(dataset.contents) - 1, store)
+        mmeb.make_item(dataset, len(dataset.contents) - 1, store)
 
 
 def test_chance(built):

@@ -11,7 +11,9 @@ import PIL.ImageDraw
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llave_jax.evaluation.mmeb_data import MMEB_DATASETS
+from llave_jax.evaluation import run
+from llave_jax.evaluation.benchmarks.base import Options
+from llave_jax.evaluation.benchmarks.mmeb import MMEB_DATASETS, Mmeb
 
 # Datasets whose rows have no image at all, images on one side, or images on both.
 TEXT_ONLY = ("Wiki-SS-NQ",)
@@ -76,3 +78,16 @@ def make_tree(root: Path, rows_a_dataset: int = 4, *, zipped: bool = False, seed
             path.rmdir()
         folder.rmdir()
     return rows
+
+
+def score_mmeb(encode, data, tasks=None, output=None, *, images=None, infos=None, **options):
+    """Results of data sets in MMEB's form."""
+    benchmark = Mmeb(data, Options(images=images), infos=infos)
+    return run.evaluate(encode, benchmark, tasks, output, **options)
+
+
+def predictions(data, result):
+    """Position of the chosen candidate in each row's list."""
+    task = Mmeb(data).read(result.info.name)
+    chosen = result.answers.ranking[:, 0]
+    return [int(np.argmax(p == c)) for p, c in zip(task.pools, chosen, strict=True)]

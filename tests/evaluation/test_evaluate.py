@@ -16,10 +16,11 @@ import pytest
 from llave_jax import evaluate
 from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.evaluation.mmeb import evaluate_mmeb, read_scores
+from llave_jax.evaluation.output import read_scores
 from llave_jax.models.config import PRESETS
 from llave_jax.parallel import sharding
 from tests.evaluation.fake_encoder import HashEncoder
+from tests.evaluation.mmeb_eval_tree import score_mmeb
 
 
 def check_recorded_results(golden, output):
@@ -41,7 +42,7 @@ def test_recorded_results_in_python(golden, golden_model, tmp_path, devices):
     axes = {"data": -1, "fsdp": 1, "tensor": 1}
     mesh = sharding.make_mesh(axes, jax.devices()[:devices])
     embedder = Embedder.from_pretrained(golden_model.directory, mesh=mesh)
-    evaluate_mmeb(embedder.encode, golden / "eval", output_dir=tmp_path)
+    score_mmeb(embedder.encode, golden / "eval", output=tmp_path)
     check_recorded_results(golden, tmp_path)
 
 

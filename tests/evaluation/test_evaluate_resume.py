@@ -14,18 +14,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llave_jax.common.files import partial_path
-from llave_jax.evaluation import mmeb, mmeb_data
+from llave_jax.evaluation.benchmarks.mmeb import MMEB_DATASETS
 from llave_jax.evaluation.cache import EmbeddingCache
 from llave_jax.inputs.content import item_key
 from tests.evaluation.fake_encoder import HashEncoder, hash_vector
-from tests.evaluation.mmeb_eval_tree import make_tree
+from tests.evaluation.mmeb_eval_tree import make_tree, score_mmeb
 
 # Runs the evaluation with a stand-in for the model, and kills itself after some items.
 PROGRAM = """
 import os, signal, sys
-from llave_jax.evaluation import mmeb
 from llave_jax.evaluation.cache import EmbeddingCache
 from tests.evaluation.fake_encoder import HashEncoder
+from tests.evaluation.mmeb_eval_tree import score_mmeb
 
 data, output, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 encode = HashEncoder()
@@ -36,7 +36,7 @@ def encode_or_die(items):
         os.kill(os.getpid(), signal.SIGKILL)
     return vectors
 
-results = mmeb.evaluate_mmeb(
+results = score_mmeb(
     encode_or_die, data, None, output, cache=EmbeddingCache(output + "/embeddings", "model")
 )
 print(len(encode.keys))
@@ -91,7 +91,7 @@ def test_killed_and_continued(tmp_path):
     assert continued.returncode == 0, continued.stderr
     encoded, table = continued.stdout.split("\n", 1)
     whole = HashEncoder()
-    results = mmeb.evaluate_mmeb(whole, tmp_path / "data", None, tmp_path / "whole")
+    results = score_mmeb(whole, tmp_path / "data", None, tmp_path / "whole")
     assert int(encoded) + kept == len(whole.keys) == len(set(whole.keys))
     assert table.strip() == results.table()
     for name in rows:
@@ -101,8 +101,8 @@ def test_killed_and_continued(tmp_path):
         assert again.read_bytes() == once.read_bytes()
 
     expected = independent_accuracies(rows, tmp_path / "data/images")
-    assert {result.info.name: result.accuracy for result in results.datasets} == expected
-    infos = mmeb_data.MMEB_DATASETS
+    assert {result.info.name: result.score for result in results.tasks} == expected
+    infos = MMEB_DATASETS
     groups = {
         "IND": [expected[i.name] for i in infos if i.in_distribution],
         "OOD": [expected[i.name] for i in infos if not i.in_distribution],
@@ -119,9 +119,7 @@ def test_archive_and_folder_give_the_same(tmp_path):
     make_tree(tmp_path / "folder")
     make_tree(tmp_path / "archive", zipped=True)
     assert (tmp_path / "archive/images.zip").is_file()
-    tables = [
-        mmeb.evaluate_mmeb(HashEncoder(), tmp_path / name).table() for name in ("folder", "archive")
-    ]
+    tables = [score_mmeb(HashEncoder(), tmp_path / name).table() for name in ("folder", "archive")]
     assert tables[0] == tables[1]
 
 
@@ -132,7 +130,7 @@ def test_a_damaged_shard_is_encoded_again(tmp_path, damage, caplog):
     def evaluate(model="model"):
         encode = HashEncoder()
         cache = EmbeddingCache(tmp_path / "cache", model)
-        mmeb.evaluate_mmeb(encode, tmp_path / "data", ["GQA"], tmp_path / "out", cache=cache)
+        score_mmeb(encode, tmp_path / "data", ["GQA"], tmp_path / "out", cache=cache)
         return len(encode.keys), (tmp_path / "out/GQA_score.json").read_text()
 
     whole = evaluate()
@@ -178,7 +176,7 @@ def test_scores_are_kept_for_the_similarity_analysis(tmp_path, capsys):
 
     make_tree(tmp_path / "data")
     for label in ("a", "b"):
-        mmeb.evaluate_mmeb(HashEncoder(), tmp_path / "data", ["GQA", "CIRR"], tmp_path / label)
+        score_mmeb(HashEncoder(), tmp_path / "data", ["GQA", "CIRR"], tmp_path / label)
     runs = [f"{label}={tmp_path / label}" for label in ("a", "b")]
     similarity.main(["--evaluations", *runs, "--output", str(tmp_path / "out")])
     table = (tmp_path / "out/similarity.txt").read_text()
@@ -192,6 +190,8 @@ def test_scores_are_kept_for_the_similarity_analysis(tmp_path, capsys):
     capsys.readouterr()
     command = ["--evaluations", *runs, "--subsets", "EDIS", "--output", str(tmp_path / "out")]
     assert similarity.main(command) == 2
-    assert re.fullmatch(r"error: .*EDIS_scores\.npz does not exist.*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: .*EDIS_similarity\.npz does not exist.*\n", capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         similarity.main(["--evaluations", str(tmp_path / "a"), "--output", str(tmp_path / "out")])

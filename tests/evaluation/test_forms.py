@@ -9,11 +9,15 @@ import pytest
 
 from llave_jax import evaluate
 from llave_jax.embedding.precision import PRECISIONS, calibration_ranges, quantise
-from llave_jax.evaluation import mmeb, retrieval, video_retrieval
-from llave_jax.evaluation.cache import EmbeddingCache
+from llave_jax.evaluation import run
+from llave_jax.evaluation.benchmarks.corpus import Corpus
+from llave_jax.evaluation.benchmarks.mmeb import Mmeb
+from llave_jax.evaluation.cache import Embedded, EmbeddingCache
 from llave_jax.evaluation.forms import Form, read_forms, rows, to_json
+from llave_jax.evaluation.scoring import rank
 from llave_jax.training import benchmark
 from tests.evaluation.fake_encoder import HashEncoder
+from tests.evaluation.mmeb_eval_tree import score_mmeb
 from tests.evaluation.test_evaluate import model as model
 from tests.evaluation.test_retrieval import task as task
 
@@ -60,29 +64,29 @@ def test_binary_vectors_are_searched_by_hamming_distance_and_rescored():
     form = Form(12, "binary")
     stored = form.stored(documents)
     asked = queries[:, :12] / np.linalg.norm(queries[:, :12], axis=1, keepdims=True)
-    scores, indices = form.search(queries, documents, 10)
-    for query, found, places in zip(asked, scores, indices, strict=True):
+    scores = form.scores(asked, stored, 10)
+    for query, every in zip(asked, scores, strict=True):
         hamming = np.count_nonzero((query > 0) != (stored > 0), axis=1)
         nearest = np.argsort(hamming, kind="stable")[:40]
         cosines = stored @ query
-        np.testing.assert_array_equal(places, nearest[np.argsort(-cosines[nearest])][:10])
-        np.testing.assert_allclose(found, cosines[places], rtol=1e-5)
-        every = form.scores(query, stored)
+        np.testing.assert_allclose(every[nearest], cosines[nearest], rtol=1e-5, atol=1e-6)
         assert set(np.argsort(-every)[:40]) == set(nearest)
         assert every[np.setdiff1d(np.arange(300), nearest)].max() < -1
     # Rescoring finds what the bits alone do not.
     best = np.argmax(asked @ stored.T, axis=1)
-    assert (best == indices[:, 0]).sum() >= 4
+    assert (best == scores.argmax(1)).sum() >= 4
+    # More are rescored where more are looked at.
+    assert (form.scores(asked, stored, 20) > -1).sum() == 5 * 80
 
 
 def test_every_form_is_scored_from_the_same_embeddings(golden):
     encode, cache = HashEncoder(), EmbeddingCache()
-    results = mmeb.evaluate_mmeb(encode, golden / "eval", cache=cache, forms=FORMS)
+    results = score_mmeb(encode, golden / "eval", cache=cache, forms=FORMS)
     assert len(encode.keys) == len(set(encode.keys)) == len(cache)
     whole = Form(16)
-    for result in results.datasets:
+    for result in results.tasks:
         assert list(result.forms) == list(FORMS)
-        np.testing.assert_array_equal(result.forms[whole], result.predictions)
+        assert result.forms[whole] == result.metrics
     by_form = results.by_form()
     assert by_form[whole]["overall"] == results.averages()[-1].value
     assert len({scores["overall"] for scores in by_form.values()}) > 1
@@ -96,33 +100,28 @@ def test_every_form_is_scored_from_the_same_embeddings(golden):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_predictions_of_a_dataset_are_those_of_its_rows(golden, form):
-    dataset = mmeb.mmeb_data.read_dataset(golden / "eval", "TinyT2I")
-    embeddings = draw(0, len(dataset.contents), 16)
-    documents = np.unique(np.concatenate(dataset.target_ids))
-    stored = dict(zip(documents.tolist(), form.stored(embeddings[documents]), strict=True))
-    found = mmeb.form_predictions(embeddings, dataset, form)
-    for row, query in enumerate(dataset.query_ids):
-        asked = embeddings[query, : form.dim]
-        targets = dataset.target_ids[row]
-        scores = form.scores(
-            asked / np.linalg.norm(asked), np.stack([stored[int(t)] for t in targets])
+def test_rows_rank_their_own_stored_candidates(golden, form):
+    task = Mmeb(golden / "eval").read("TinyT2I")
+    queries, candidates = draw(0, len(task.queries), 16), draw(1, len(task.candidates), 16)
+    # int8 is calibrated on all candidates of the task, not on those of a row.
+    stored = form.stored(candidates)
+    embedded = (Embedded(vectors, np.arange(len(vectors))) for vectors in (queries, candidates))
+    _, answers = rank(task, *embedded, form)
+    for row, pool in enumerate(task.pools):
+        asked = queries[row, : form.dim] / np.linalg.norm(queries[row, : form.dim])
+        pool = np.array(list(dict.fromkeys(pool.tolist())))
+        scores = form.scores(asked[None], stored[pool], 10)[0]
+        assert scores[list(pool).index(answers.ranking[row, 0])] == pytest.approx(
+            scores.max(), abs=1e-6
         )
-        assert found[row] == np.argmax(np.round(scores, 6))
 
 
-def test_retrieval_and_videos(task, tmp_path):
-    found = retrieval.evaluate_retrieval(HashEncoder(), retrieval.read_task(task), forms=FORMS)
+def test_a_corpus_in_every_form(task):
+    results = run.evaluate(HashEncoder(), Corpus(task), forms=FORMS)
+    found = results["retrieval"]
     assert list(found.forms) == list(FORMS)
     assert found.forms[Form(16)] == found.metrics
-    assert "numbers  precision  bytes  recall@1" in found.table()
-    captions = draw(2, 6, 16)
-    owners = np.arange(6)
-    videos = 0.7 * captions + draw(3, 6, 16)
-    videos /= np.linalg.norm(videos, axis=1, keepdims=True)
-    forth, back = video_retrieval.both_directions(captions @ videos.T, owners)
-    whole = video_retrieval._form_recalls(captions, videos, owners, Form(16))
-    assert whole == {"text -> video R@1": forth["R@1"], "video -> text R@1": back["R@1"]}
+    assert "numbers  precision  bytes  recall@1" in results.table()
 
 
 def test_a_command_scores_dims_and_precisions(model, golden, tmp_path, capsys):
@@ -165,14 +164,16 @@ def test_what_is_no_form_is_refused(model, golden, tmp_path, capsys, flags, mess
 
 
 def test_a_run_scores_its_dims(golden, task, tmp_path):
-    opened = benchmark.open_benchmark(golden / "eval", (), None, (4, 8))
+    opened = benchmark.open_run_benchmark(str(golden / "eval"), (), None, (4, 8))
     found = opened.score(HashEncoder(), tmp_path / "mmeb")
     forms = [Form(4), Form(8)]
-    results = mmeb.evaluate_mmeb(HashEncoder(), golden / "eval", forms=forms)
+    results = score_mmeb(HashEncoder(), golden / "eval", forms=forms)
     for form in forms:
         assert found[f"average/overall@{form.dim}"] == results.by_form()[form]["overall"]
     assert found["average/overall"] == results.metrics()["average/overall"]
-    found = benchmark.open_benchmark(task, (), None, (4,)).score(HashEncoder(), tmp_path / "own")
+    found = benchmark.open_run_benchmark(str(task), (), None, (4,)).score(
+        HashEncoder(), tmp_path / "own"
+    )
     assert {"nDCG@10", "nDCG@10@4"} <= found.keys()
 
 

@@ -11,52 +11,61 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llave_jax.evaluation import mmeb, mmeb_data, published
+from llave_jax.evaluation import published
+from llave_jax.evaluation.benchmarks import mmeb
+from llave_jax.evaluation.benchmarks.mmeb import MMEB_DATASETS
 from llave_jax.evaluation.cache import EmbeddingCache
-from llave_jax.evaluation.mmeb_data import MMEB_DATASETS, DatasetInfo
-from llave_jax.evaluation.results import DatasetResult, Results
+from llave_jax.evaluation.output import read_scores
+from llave_jax.evaluation.results import Results
+from llave_jax.evaluation.scoring import Result
+from llave_jax.evaluation.task import TaskInfo
 from llave_jax.inputs.content import item_key
 from llave_jax.inputs.images import ImageError
 from llave_jax.inputs.item import Item
 from tests.evaluation.fake_encoder import HashEncoder, hash_vector
+from tests.evaluation.mmeb_eval_tree import predictions, score_mmeb
 
 
 def recorded_encoder(golden):
     """The authors' embeddings of golden/eval, by content."""
     arrays = np.load(golden / "eval/embeddings.npz")
-    store = mmeb_data.open_images(golden / "eval")
+    store = mmeb.open_images(golden / "eval")
     table = {}
     for name in ("TinyCls", "TinyT2I"):
-        dataset = mmeb_data.read_dataset(golden / "eval", name)
+        dataset = mmeb.read_rows(golden / "eval", name)
         for row in range(len(dataset)):
             ids = [dataset.query_ids[row], *dataset.target_ids[row]]
             vectors = [arrays[f"{name}/qry"][row], *arrays[f"{name}/tgt"][row]]
             for index, vector in zip(ids, vectors, strict=True):
-                table[item_key(mmeb_data.make_item(dataset, index, store))] = vector
+                table[item_key(mmeb.make_item(dataset, index, store))] = vector
     return lambda items: np.stack([table[item_key(item)] for item in items])
 
 
 def test_recorded_results_are_reproduced(golden, tmp_path):
-    results = mmeb.evaluate_mmeb(recorded_encoder(golden), golden / "eval", None, tmp_path)
+    results = score_mmeb(recorded_encoder(golden), golden / "eval", None, tmp_path)
     expected = json.loads((golden / "eval/results.json").read_text())["results"]
     scores = np.load(golden / "eval/embeddings.npz")
-    assert [result.info.name for result in results.datasets] == ["TinyCls", "TinyT2I"]
+    assert [result.info.name for result in results.tasks] == ["TinyCls", "TinyT2I"]
     for name, values in expected.items():
         result = results[name]
-        assert result.predictions.tolist() == values["pred_index"]
+        assert predictions(golden / "eval", result) == values["pred_index"]
         # A sum of 64 products of float32: a few units in the last place of 1.
-        np.testing.assert_allclose(np.stack(result.scores), scores[f"{name}/scores"], atol=5e-7)
+        np.testing.assert_allclose(
+            np.stack(result.answers.all_scores), scores[f"{name}/scores"], atol=5e-7
+        )
         written = json.loads((tmp_path / f"{name}_score.json").read_text())
         assert written == {key: values[key] for key in ("acc", "num_correct", "num_pred")}
         lines = (tmp_path / f"{name}_predictions.jsonl").read_text().splitlines()
         assert [json.loads(line)["predicted"] for line in lines] == values["pred"]
-        again = mmeb.read_scores(tmp_path / f"{name}_scores.npz")
-        assert all(np.array_equal(a, b) for a, b in zip(again, result.scores, strict=True))
+        again = read_scores(tmp_path / f"{name}_scores.npz")
+        assert all(
+            np.array_equal(a, b) for a, b in zip(again, result.answers.all_scores, strict=True)
+        )
 
 
 def test_recorded_unique_counts(golden):
     for name, values in json.loads((golden / "eval/results.json").read_text())["results"].items():
-        dataset = mmeb_data.read_dataset(golden / "eval", name)
+        dataset = mmeb.read_rows(golden / "eval", name)
         assert len(np.unique(dataset.query_ids)) == values["n_unique_queries"]
         assert len(np.unique(np.concatenate(dataset.target_ids))) == values["n_unique_targets"]
 
@@ -64,8 +73,8 @@ def test_recorded_unique_counts(golden):
 def test_parquet_and_json_are_the_same(golden, tmp_path):
     for name in ("TinyCls", "TinyT2I"):
         (tmp_path / f"{name}.json").write_bytes((golden / f"eval/{name}.json").read_bytes())
-        parquet = mmeb_data.read_dataset(golden / "eval", name)
-        as_json = mmeb_data.read_dataset(tmp_path, name)
+        parquet = mmeb.read_rows(golden / "eval", name)
+        as_json = mmeb.read_rows(tmp_path, name)
         assert parquet.contents == as_json.contents
         assert np.array_equal(parquet.query_ids, as_json.query_ids)
         assert all(map(np.array_equal, parquet.target_ids, as_json.target_ids))
@@ -79,8 +88,8 @@ def test_images_from_an_archive(golden, tmp_path, prefix):
     for name in ("TinyCls", "TinyT2I"):
         (tmp_path / f"{name}.json").write_bytes((golden / f"eval/{name}.json").read_bytes())
     encode = recorded_encoder(golden)
-    from_folder = mmeb.evaluate_mmeb(encode, golden / "eval")
-    from_archive = mmeb.evaluate_mmeb(encode, tmp_path)
+    from_folder = score_mmeb(encode, golden / "eval")
+    from_archive = score_mmeb(encode, tmp_path)
     assert from_archive.table() == from_folder.table()
 
 
@@ -103,13 +112,14 @@ def row(query, targets, query_image="", images=None):
 def test_first_maximum_wins_and_repeats_tie(tmp_path_factory, lists):
     root = tmp_path_factory.mktemp("rows")
     write_rows(root, "Own", [row(f"query {i}", texts) for i, texts in enumerate(lists)])
-    result = mmeb.evaluate_mmeb(HashEncoder(), root)["Own"]
+    result = score_mmeb(HashEncoder(), root)["Own"]
+    chosen = predictions(root, result)
     for number, texts in enumerate(lists):
         query = hash_vector(item_key(Item(f"query {number}")))
         score = {text: float(query @ hash_vector(item_key(Item(text)))) for text in set(texts)}
         best = max(score, key=score.get)
-        assert result.predictions[number] == texts.index(best)
-        ties = {text: result.scores[number][np.array(texts) == text] for text in texts}
+        assert chosen[number] == texts.index(best)
+        ties = {text: result.answers.all_scores[number][np.array(texts) == text] for text in texts}
         assert all(len(set(values.tolist())) == 1 for values in ties.values())
     expected = np.mean([1 / len(set(texts)) for texts in lists])
     assert result.chance == pytest.approx(expected)
@@ -123,7 +133,7 @@ def test_each_content_is_encoded_once_across_datasets(tmp_path):
     write_rows(tmp_path, "A", [row("q", ["x", "y", "x"], "A/one.png"), row("q2", ["y", "z"])])
     write_rows(tmp_path, "B", [row("q", ["y", "new"], "B/same.png")])
     encode = HashEncoder()
-    mmeb.evaluate_mmeb(encode, tmp_path)
+    score_mmeb(encode, tmp_path)
     # "q" with the red picture is one item in both, and "y" too.
     assert len(encode.keys) == len(set(encode.keys)) == 6
 
@@ -132,20 +142,20 @@ def test_a_marker_without_an_image_holds_the_zero_picture(tmp_path):
     """As in the queries of WebQA and EDIS."""
     rows = [row("<|image_1|>\nFind a Wikipedia image: who?", ["t", "<|image_1|>\nIt."])]
     write_rows(tmp_path, "WebQA", rows)
-    dataset = mmeb_data.read_dataset(tmp_path, "WebQA")
-    store = mmeb_data.open_images(tmp_path)
-    query, *targets = (mmeb_data.make_item(dataset, i, store) for i in range(3))
+    dataset = mmeb.read_rows(tmp_path, "WebQA")
+    store = mmeb.open_images(tmp_path)
+    query, *targets = (mmeb.make_item(dataset, i, store) for i in range(3))
     assert [item.images for item in (query, *targets)] == [(None,), (), (None,)]
     assert item_key(query) != item_key(Item(query.text))
-    result = mmeb.evaluate_mmeb(HashEncoder(), tmp_path)["WebQA"]
-    assert result.num_pred == 1
+    result = score_mmeb(HashEncoder(), tmp_path)["WebQA"]
+    assert result.queries == 1
 
 
 def test_one_text_for_a_list_of_images_and_null_cells(tmp_path):
     rows = [row("q", "", images=["a.png", "b.png"])]
     rows += [row(None, ["t", "u"], images=[None, None], query_image="a.png")]
     write_rows(tmp_path, "Own", rows)
-    dataset = mmeb_data.read_dataset(tmp_path, "Own")
+    dataset = mmeb.read_rows(tmp_path, "Own")
     assert [dataset.contents[i] for i in dataset.target_ids[0]] == [("", "a.png"), ("", "b.png")]
     assert dataset.contents[dataset.query_ids[1]] == ("", "a.png")
 
@@ -158,21 +168,21 @@ def test_what_is_empty_is_skipped_and_counted(tmp_path, caplog):
         row("q", ["a", "b"]),
     ]
     write_rows(tmp_path, "Own", rows)
-    dataset = mmeb_data.read_dataset(tmp_path, "Own")
+    dataset = mmeb.read_rows(tmp_path, "Own")
     assert dataset.row_numbers.tolist() == [1, 3]
     assert [[dataset.contents[i].text for i in ids] for ids in dataset.target_ids] == [
         ["a", "b"]
     ] * 2
-    results = mmeb.evaluate_mmeb(HashEncoder(), tmp_path, None, tmp_path / "out")
+    results = score_mmeb(HashEncoder(), tmp_path, None, tmp_path / "out")
     result = results["Own"]
-    assert (result.num_pred, result.skipped_rows, result.skipped_candidates) == (2, 2, 3)
+    assert (result.queries, result.skipped_queries, result.skipped_candidates) == (2, 2, 3)
     assert "Own: skipped 2 of 4 rows whose query or positive has neither text nor" in caplog.text
     assert "Skipped, with neither text nor image: Own 2 rows, 3 candidates." in results.table()
     lines = (tmp_path / "out/Own_predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == [1, 3]
     write_rows(tmp_path, "Own", rows[:1])
     with pytest.raises(ValueError, match=r"Own.json: has no rows whose query and positive are not"):
-        mmeb_data.read_dataset(tmp_path, "Own")
+        mmeb.read_rows(tmp_path, "Own")
 
 
 @pytest.mark.parametrize(
@@ -188,14 +198,14 @@ def test_what_is_empty_is_skipped_and_counted(tmp_path, caplog):
 def test_malformed_rows_are_named(tmp_path, rows, message):
     write_rows(tmp_path, "Own", rows)
     with pytest.raises(ValueError, match=message):
-        mmeb_data.read_dataset(tmp_path, "Own")
+        mmeb.read_rows(tmp_path, "Own")
 
 
 def test_missing_parquet_column_is_named(tmp_path):
     (tmp_path / "Own").mkdir()
     pq.write_table(pa.table({"qry_text": ["a"]}), tmp_path / "Own/test-0.parquet")
     with pytest.raises(ValueError, match=r"missing columns.*qry_img_path"):
-        mmeb_data.read_dataset(tmp_path, "Own")
+        mmeb.read_rows(tmp_path, "Own")
 
 
 def test_missing_data_is_named(tmp_path):
@@ -203,11 +213,11 @@ def test_missing_data_is_named(tmp_path):
     with pytest.raises(
         ImageError, match=r"Own.json: row 0 \(Own/lost.png\): the file does not exist"
     ):
-        mmeb.evaluate_mmeb(HashEncoder(), tmp_path)
+        score_mmeb(HashEncoder(), tmp_path)
     with pytest.raises(FileNotFoundError, match="present: Own"):
-        mmeb_data.read_dataset(tmp_path, "GQA")
+        mmeb.read_rows(tmp_path, "GQA")
     with pytest.raises(FileNotFoundError, match="no datasets"):
-        mmeb.evaluate_mmeb(HashEncoder(), tmp_path / "..", [])
+        score_mmeb(HashEncoder(), tmp_path / "..", [])
 
 
 def test_images_outside_the_root_are_refused(tmp_path):
@@ -215,7 +225,7 @@ def test_images_outside_the_root_are_refused(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"x")
     write_rows(tmp_path, "Own", [row("q", ["a"], "../secret.png")])
     with pytest.raises(ValueError, match=r"Own.json: row 0: image path '../secret.png' leaves"):
-        mmeb.evaluate_mmeb(HashEncoder(), tmp_path)
+        score_mmeb(HashEncoder(), tmp_path)
 
 
 def test_the_benchmark_is_complete():
@@ -239,10 +249,9 @@ def published_results() -> Results:
     """LLaVE-7B's published datasets as if they had been scored, 1000 rows each."""
     datasets = []
     for info in MMEB_DATASETS:
-        correct = round(10 * published.LLAVE_7B_DATASETS[info.name])
-        predictions = np.repeat(np.array([0, 1], np.int32), [correct, 1000 - correct])
-        datasets.append(DatasetResult(info, predictions, 0.001))
-    return Results(tuple(datasets))
+        score = round(10 * published.LLAVE_7B_DATASETS[info.name]) / 1000
+        datasets.append(Result(info, {"precision@1": score}, 1000, 0.001))
+    return Results(mmeb.SUITE, tuple(datasets))
 
 
 def test_averages_of_the_published_datasets_are_the_published_averages():
@@ -280,7 +289,7 @@ def test_all_published_rows_stand_beside_a_run():
 
 def test_a_partial_run_averages_nothing_it_does_not_have():
     full = published_results()
-    partial = Results(tuple(r for r in full.datasets if r.info.name != "EDIS"))
+    partial = Results(mmeb.SUITE, tuple(r for r in full.tasks if r.info.name != "EDIS"))
     values = {average.label: average.value for average in partial.averages()}
     assert {label for label, value in values.items() if value is None} == {
         "retrieval",
@@ -297,10 +306,10 @@ def test_a_partial_run_averages_nothing_it_does_not_have():
 
 def test_own_datasets_are_averaged_over_their_own_infos(tmp_path):
     write_rows(tmp_path, "Own", [row("q", ["a"])])
-    infos = (DatasetInfo("Own", "mine"), DatasetInfo("Other", "mine"))
-    alone = mmeb.evaluate_mmeb(HashEncoder(), tmp_path)
+    infos = (TaskInfo("Own", "mine"), TaskInfo("Other", "mine"))
+    alone = score_mmeb(HashEncoder(), tmp_path)
     assert [(a.label, a.value) for a in alone.averages()] == [("other", 1.0), ("overall", 1.0)]
-    partial = mmeb.evaluate_mmeb(HashEncoder(), tmp_path, infos=infos)
+    partial = score_mmeb(HashEncoder(), tmp_path, infos=infos)
     assert [(a.label, a.value) for a in partial.averages()] == [("mine", None), ("overall", None)]
 
 
@@ -309,13 +318,13 @@ def test_non_finite_embeddings_name_the_item(golden):
         return np.full((len(items), 4), np.nan, np.float32)
 
     with pytest.raises(ValueError, match="row 0: the embedding is not finite"):
-        mmeb.evaluate_mmeb(broken, golden / "eval", ["TinyCls"])
+        score_mmeb(broken, golden / "eval", ["TinyCls"])
 
 
 def test_a_second_run_encodes_nothing(golden, tmp_path):
     encoders = HashEncoder(), HashEncoder()
     tables = [
-        mmeb.evaluate_mmeb(encode, golden / "eval", cache=EmbeddingCache(tmp_path, "model")).table()
+        score_mmeb(encode, golden / "eval", cache=EmbeddingCache(tmp_path, "model")).table()
         for encode in encoders
     ]
     assert len(encoders[0].keys) == 12 + 62 + 12 + 23

@@ -7,8 +7,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from llave_jax.evaluation import mmeb, report, report_html, retrieval, video_data, video_retrieval
-from llave_jax.evaluation.mmeb_data import MMEB_DATASETS
+from llave_jax.evaluation import report, report_html, run
+from llave_jax.evaluation.benchmarks.base import Options
+from llave_jax.evaluation.benchmarks.corpus import Corpus
+from llave_jax.evaluation.benchmarks.mmeb import MMEB_DATASETS, Mmeb
+from llave_jax.evaluation.benchmarks.text_video import READERS
 from tests.evaluation.fake_encoder import HashEncoder
 from tests.evaluation.mmeb_eval_tree import make_tree
 
@@ -46,21 +49,23 @@ class Page(html.parser.HTMLParser):
 
 def test_mmeb(tmp_path):
     make_tree(tmp_path / "data", zipped=True)
-    results = mmeb.evaluate_mmeb(HashEncoder(), tmp_path / "data")
+    benchmark = Mmeb(tmp_path / "data")
+    results = run.evaluate(HashEncoder(), benchmark)
     path = tmp_path / "report.html"
-    report.write_mmeb_report(path, results, tmp_path / "data", title="MMEB", model="a/model")
+    report.write_report(path, [(benchmark, results)], model="a/model")
     page = Page(path)
     assert all(value.startswith("data:image/jpeg;base64,") for value in page.loads)
     assert page.loads
     # One gallery for each dataset, and the folded table of means.
     assert page.counts["details"] == len(MMEB_DATASETS) + 1
-    for result in results.datasets:
-        assert f"{result.info.name} {result.num_correct} of {result.num_pred} right" in page.text
+    for result in results.tasks:
+        right = f"{result.answers.right.sum()} of {result.queries} right"
+        assert f"{result.info.name} {right}" in page.text
     overall = results.averages()[-1]
     assert f"overall {100 * overall.value:.1f} chance {100 * overall.chance:.1f}" in page.text
     assert "LLaVE-7B 65.7 65.4 70.9 91.9 75.0 64.4 70.3" in page.text
     first = path.read_bytes()
-    report.write_mmeb_report(path, results, tmp_path / "data", title="MMEB", model="a/model")
+    report.write_report(path, [(benchmark, results)], model="a/model")
     assert path.read_bytes() == first
 
 
@@ -81,9 +86,9 @@ def test_texts_are_escaped_and_a_far_positive_is_shown(tmp_path):
         angles = [0.0] + [np.arccos(next(scores)) for _ in items[1:]]
         return np.array([[np.cos(angle), np.sin(angle)] for angle in angles], np.float32)
 
-    results = mmeb.evaluate_mmeb(encode, tmp_path)
+    benchmark = Mmeb(tmp_path)
     path = tmp_path / "report.html"
-    report.write_mmeb_report(path, results, tmp_path, title="<i>Own</i>", model="m")
+    report.write_report(path, [(benchmark, run.evaluate(encode, benchmark))], model="<i>m</i>")
     page = Page(path)
     assert "script" not in page.counts
     assert page.loads
@@ -99,8 +104,8 @@ def test_texts_are_escaped_and_a_far_positive_is_shown(tmp_path):
 def test_a_single_candidate_has_no_histogram(tmp_path):
     row = {"qry_text": "q", "qry_img_path": "", "tgt_text": ["a"], "tgt_img_path": [""]}
     rows_file(tmp_path / "Own.json", [row])
-    results = mmeb.evaluate_mmeb(HashEncoder(), tmp_path)
-    report.write_mmeb_report(tmp_path / "r.html", results, tmp_path, title="t", model="m")
+    entry = (Mmeb(tmp_path), run.evaluate(HashEncoder(), Mmeb(tmp_path)))
+    report.write_report(tmp_path / "r.html", [entry], model="m")
     assert "No query has a candidate besides its positive." in Page(tmp_path / "r.html").text
 
 
@@ -115,13 +120,12 @@ def test_retrieval(tmp_path):
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         (tmp_path / f"{name}.jsonl").write_text(text)
     (tmp_path / "qrels.tsv").write_text("q1\tp\t1\nq2\td1\t1\nq2\td2\t1\n")
-    pytest.importorskip("ir_measures")
-    task = retrieval.read_task(tmp_path)
-    result = retrieval.evaluate_retrieval(HashEncoder(), task)
-    report.write_retrieval_report(tmp_path / "r.html", task, result, title="own", model="m")
+    results = run.evaluate(HashEncoder(), Corpus(tmp_path))
+    result = results["retrieval"]
+    report.write_report(tmp_path / "r.html", [(Corpus(tmp_path), results)], model="m")
     page = Page(tmp_path / "r.html")
     assert f"nDCG@10 {100 * result.metrics['nDCG@10']:.1f}" in page.text
-    assert "2 queries, 9 documents" in page.text
+    assert "1 task, 2 queries" in page.text
     assert page.loads
 
 
@@ -132,12 +136,13 @@ def test_videos(tmp_path):
     (tmp_path / "t.csv").write_text("video_id,sentence\nv0,a\nv1,b\nv2,c\n")
     for number in range(3):
         write_video(tmp_path / f"v{number}.mp4", 4 + number)
-    dataset = video_data.read_msrvtt(tmp_path)
-    result = video_retrieval.evaluate_video(HashEncoder(), dataset)
-    report.write_video_report(tmp_path / "r.html", dataset, result, model="m")
+    benchmark = READERS["msrvtt"](tmp_path, Options())
+    entry = (benchmark, run.evaluate(HashEncoder(), benchmark))
+    report.write_report(tmp_path / "r.html", [entry], model="m")
     page = Page(tmp_path / "r.html")
-    assert "3 captions, 3 videos" in page.text
-    assert len(page.loads) == 9
+    assert "2 tasks, 6 queries" in page.text
+    # Three candidates of three captions, and three videos as queries.
+    assert len(page.loads) == 9 + 3
     assert page.counts["svg"] == 1
 
 

@@ -3,11 +3,12 @@
 import json
 import pickle
 
-import numpy as np
 import pytest
 
-from llave_jax.evaluation import video_data as V
-from llave_jax.evaluation import video_retrieval
+from llave_jax.evaluation import run
+from llave_jax.evaluation.benchmarks import text_video
+from llave_jax.evaluation.benchmarks import video_files as V
+from llave_jax.evaluation.benchmarks.base import Options
 from tests.evaluation.fake_encoder import HashEncoder
 
 
@@ -26,13 +27,15 @@ def test_msrvtt(tmp_path):
     assert [path.name for path in dataset.videos] == ["video2.mp4", "video1.mp4"]
     assert dataset.captions == ("a cat, a dog", "a car")
     encode = HashEncoder()
-    result = video_retrieval.evaluate_video(encode, dataset, tmp_path / "out")
+    benchmark = text_video.READERS["msrvtt"](tmp_path, Options())
+    results = run.evaluate(encode, benchmark, None, tmp_path / "out")
     assert len(encode.keys) == 4
-    assert "46.8" in result.table()
+    assert "46.8" in results.table()
     written = json.loads((tmp_path / "out/msrvtt_score.json").read_text())
-    assert written["video_to_text"] == result.video_to_text
-    similarity = np.load(tmp_path / "out/msrvtt_similarity.npy")
-    assert video_retrieval.both_directions(similarity, dataset.owners)[0] == result.text_to_video
+    assert written["video_to_text"] == results["msrvtt_v2t"].metrics
+    assert written["text_to_video"] == results["msrvtt_t2v"].metrics
+    lines = (tmp_path / "out/msrvtt_t2v_predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [["video2"], ["video1"]]
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
@@ -45,7 +48,8 @@ def test_msvd(tmp_path, protocol):
     assert [path.stem for path in dataset.videos] == ["b_1_9", "a_0_5"]
     assert dataset.captions == ("a bird", "a man", "someone")
     assert dataset.owners.tolist() == [0, 1, 1]
-    assert video_retrieval.evaluate_video(HashEncoder(), dataset).name == "msvd"
+    results = run.evaluate(HashEncoder(), text_video.READERS["msvd"](tmp_path, Options()))
+    assert [result.queries for result in results.tasks] == [3, 2]
 
 
 def test_python_2_captions(tmp_path):

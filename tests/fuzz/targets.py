@@ -25,8 +25,8 @@ from llave_jax.data.sources import open_source
 from llave_jax.embedding import check_vectors
 from llave_jax.embedding.item_sources import open_items
 from llave_jax.embedding.item_tables import Columns
-from llave_jax.evaluation import mmeb_data
-from llave_jax.evaluation.retrieval import read_task
+from llave_jax.evaluation.benchmarks import mmeb
+from llave_jax.evaluation.benchmarks.corpus import read_task
 from llave_jax.inputs import anyres, video_decode
 from llave_jax.inputs.config import InputConfig
 from llave_jax.inputs.images import ImageError, load_image
@@ -225,11 +225,11 @@ def _rows(base: Path, case: Path, rng: Rng) -> None:
     if kind == "train":
         _read_pairs(folder)
     else:
-        dataset = mmeb_data.read_dataset(folder, "Set")
-        images = mmeb_data.open_images(folder)
+        dataset = mmeb.read_rows(folder, "Set")
+        images = mmeb.open_images(folder)
         for index in range(len(dataset.contents)):
             try:
-                mmeb_data.make_item(dataset, index, images)
+                mmeb.make_item(dataset, index, images)
             except ImageError:
                 continue
 

@@ -1,6 +1,5 @@
 """Held-out pairs: scores against NumPy, the same on any devices, once a step, and what follows from them."""
 
-import importlib.util
 import json
 import logging
 import re
@@ -15,6 +14,7 @@ import pytest
 from llave_jax import Embedder, train
 from llave_jax.common.extras import MissingPackage
 from llave_jax.data.sources import open_source, split_held_out
+from llave_jax.inputs import video_decode
 from llave_jax.loss.focal import Focal
 from llave_jax.loss.hardness import Hardness
 from llave_jax.parallel import sharding
@@ -301,7 +301,7 @@ def test_files_of_ones_own_in_mmebs_form_are_a_benchmark(tmp_path):
     row = {"qry_img_path": "", "tgt_text": ["it is 0", "it is 1"], "tgt_img_path": ["", ""]}
     rows = [{**row, "qry_text": f"which is {i}?"} for i in range(6)]
     (tmp_path / "Mine.json").write_text(json.dumps(rows))
-    opened = benchmark.open_benchmark(tmp_path, ("Mine",), None)
+    opened = benchmark.open_run_benchmark(str(tmp_path), ("Mine",))
     scores = opened.score(HashEncoder(), tmp_path / "scores")
     (name,) = [name for name in scores if name.endswith("/Mine")]
     (picked,) = (tmp_path / "scores").glob("Mine_score.json")
@@ -309,16 +309,11 @@ def test_files_of_ones_own_in_mmebs_form_are_a_benchmark(tmp_path):
     table, _ = opened.report({"trained": tmp_path / "scores"}, tmp_path)
     assert re.search(rf"^Mine +\S+ +50\.0 +{100 * scores[name]:.1f}$", table, re.MULTILINE)
     with pytest.raises(ValueError, match=r"config\.eval\.datasets names \['Other'\]; .* has Mine"):
-        benchmark.open_benchmark(tmp_path, ("Other",), None)
+        benchmark.open_run_benchmark(str(tmp_path), ("Other",))
 
 
-def test_what_a_benchmark_needs_is_looked_for_before_the_first_step(
-    corpus, place, tmp_path, monkeypatch
-):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "ir_measures" else find(name)
-    )
-    with pytest.raises(MissingPackage, match=r"need ir-measures: pip install 'llave_jax\[retr"):
-        train.train(make_config(place, {"eval.benchmark": str(corpus)}), tmp_path)
+def test_what_a_benchmark_needs_is_looked_for_before_the_first_step(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(video_decode, "av", None)
+    with pytest.raises(MissingPackage, match=r"need PyAV: pip install 'llave_jax\[video"):
+        train.train(make_config(place, {"eval.benchmark": f"msvd:{tmp_path}"}), tmp_path)
     assert not read_metrics(tmp_path)

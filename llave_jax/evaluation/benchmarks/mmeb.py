@@ -92,8 +92,8 @@ class Mmeb(Benchmark):
         infos: Sequence[TaskInfo] | None = None,
     ):
         self._data = Path(data_dir)
-        self._images = open_images(data_dir, (options or Options()).images)
         self._there = dataset_names(data_dir, infos or MMEB_DATASETS)
+        self._images = open_images(data_dir, (options or Options()).images)
         self.suite = SUITE
         if infos is None and not {info.name for info in MMEB_DATASETS} & set(self._there):
             infos = tuple(TaskInfo(name, "other") for name in self._there)

@@ -1,6 +1,6 @@
 """MSR-VTT and MSVD as they are downloaded: captions, and the video each belongs to.
 
-Owns finding and reading the files; scoring is `video_retrieval.py`.
+Owns finding and reading the files; their tasks are `text_video.py`.
 """
 
 from __future__ import annotations
