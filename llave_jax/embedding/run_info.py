@@ -57,7 +57,7 @@ def record_run(
       file: in place of run.json.
     """
     path = Path(directory) / file
-    runs = _read(path)
+    runs = read_runs(directory, file)
     if settings is None and name not in runs:
         return
     runs.pop(name, None)
@@ -66,7 +66,17 @@ def record_run(
     write_text(path, json.dumps(runs, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_runs(directory: str | os.PathLike, file: str = FILE) -> dict[str, Any]:
+    """What `record_run` noted.
+
+    Args:
+      directory: of the results.
+      file: in place of run.json.
+
+    Returns:
+      Name of a result -> settings; {} where nothing was noted, or the file is damaged, with a warning.
+    """
+    path = Path(directory) / file
     if not path.exists():
         return {}
     try:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from llave_jax.evaluation import output
-from llave_jax.evaluation.results import Suite
+from llave_jax.evaluation.results import Results, Suite
 from llave_jax.evaluation.scoring import Result
 from llave_jax.evaluation.task import Task
 from llave_jax.parallel.processes import only_on_first
@@ -31,6 +31,20 @@ class Options:
     frames: int | None = None
 
 
+class Missing(NamedTuple):
+    """Something that a task lacks on disk.
+
+    Attributes:
+      task: its name.
+      what: is missing, and where it was looked for.
+      command: that fetches it; "" if there is none.
+    """
+
+    task: str
+    what: str
+    command: str
+
+
 class Benchmark(Protocol):
     """A benchmark whose files were found on disk. Nothing has been scored.
 
@@ -40,7 +54,7 @@ class Benchmark(Protocol):
     """
 
     suite: Suite
-    max_length: ClassVar[int | None] = None
+    max_length: int | None = None
 
     def names(self) -> list[str]:
         """The tasks that are on disk, in the order of the benchmark's tables.
@@ -49,6 +63,21 @@ class Benchmark(Protocol):
           FileNotFoundError: there are none.
         """
         ...
+
+    def missing(self, names: Sequence[str]) -> list[Missing]:
+        """What tasks lack on disk.
+
+        Args:
+          names: of the tasks.
+
+        Returns:
+          What is missing; nothing for a benchmark whose tasks are there if `names` has them.
+
+        Raises:
+          ValueError: there is no such task, or data is malformed.
+        """
+        del names
+        return []
 
     def read(self, name: str) -> Task:
         """Reads a task.
@@ -73,6 +102,34 @@ class Benchmark(Protocol):
           result: of it, with answers.
         """
         write(directory, task, result, dict(result.metrics))
+
+    def finish(self, directory: Path, results: Results, settings: Mapping[str, Any] | None) -> None:
+        """Writes what is of all tasks together, after the last one; nothing, if a benchmark has no such file.
+
+        Args:
+          directory: of the score files.
+          results: of this run.
+          settings: what computed them, as in `run.json`; None: unknown.
+        """
+
+
+def describe(missing: Iterable[Missing]) -> str:
+    """What is missing, each thing once with its tasks and its command.
+
+    Args:
+      missing: by task.
+
+    Returns:
+      Lines of text.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for task, what, command in missing:
+        groups.setdefault((what, command), []).append(task)
+    lines = []
+    for (what, command), tasks in groups.items():
+        lines += [f"{what}", f"  for {', '.join(tasks)}"]
+        lines += [f"  {command}"] if command else []
+    return "\n".join(lines)
 
 
 def write(directory: Path, task: Task, result: Result, score: Mapping[str, Any]) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from llave_jax.evaluation.benchmarks import corpus, mmeb, text_video
 from llave_jax.evaluation.benchmarks.base import Benchmark, Options
+from llave_jax.evaluation.benchmarks.mmeb_v2.benchmark import MmebV2
 
 # Name -> (its directory, options) -> the benchmark.
 BENCHMARKS: dict[str, Callable[[Path, Options], Benchmark]] = {
     "mmeb": mmeb.Mmeb,
+    "mmeb-v2": MmebV2,
     "retrieval": corpus.Corpus,
     **text_video.READERS,
 }
