@@ -7,34 +7,23 @@ MMEB (V1), in which a newline follows the marker.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from llave_jax.data.image_store import ImageStore
 from llave_jax.evaluation.benchmarks.base import Options
 from llave_jax.evaluation.benchmarks.builder import Make, TaskBuilder
-from llave_jax.evaluation.benchmarks.mmeb_v2.hub import HubData, Table
+from llave_jax.evaluation.benchmarks.mmeb_v2 import fields
+from llave_jax.evaluation.benchmarks.mmeb_v2.fields import Row
+from llave_jax.evaluation.benchmarks.mmeb_v2.hub import HubData
 from llave_jax.evaluation.benchmarks.mmeb_v2.pixels import Pixels
 from llave_jax.evaluation.benchmarks.mmeb_v2.tasks import METRICS, Spec
-from llave_jax.evaluation.benchmarks.mmeb_v2.words import IMAGE, compose
 from llave_jax.evaluation.task import Task
 from llave_jax.inputs.item import Item, missing_image
 
-# As the rows mark a picture.
-_MARKER = "<|image_1|>"
-_TEXTS = ("qry_inst", "qry_text", "qry_img_path", "tgt_inst")
-_LISTS = ("tgt_text", "tgt_img_path")
-
-
-class Row(NamedTuple):
-    """A row of the dataset; the first target is the right one."""
-
-    qry_inst: str
-    qry_text: str
-    qry_img_path: str
-    tgt_inst: str
-    tgt_text: list[str]
-    tgt_img_path: list[str]
+# As the rows mark a picture, and as LLaVE does.
+_MARKER, _IMAGE = "<|image_1|>", "<image>"
+_QUERY = ("qry_inst", "qry_text")
 
 
 class Side(NamedTuple):
@@ -51,70 +40,93 @@ class Side(NamedTuple):
     name: str = ""
 
 
-def _joined(text: str) -> str:
-    """Text whose marker is followed by a newline without a space, as in MMEB (V1)."""
-    return text.replace(" \n", "\n")
+class Parser(NamedTuple):
+    """How rows are read.
+
+    Attributes:
+      columns: that are read.
+      query: row -> query.
+      candidates: row -> candidates, the right one first.
+    """
+
+    columns: tuple[str, ...]
+    query: Callable[[Row], Side]
+    candidates: Callable[[Row], list[Side]]
 
 
-def _of_picture(row: Row) -> Side:
-    text = compose(IMAGE, row.qry_inst.replace(_MARKER, ""), row.qry_text)
-    return Side(_joined(text) + "\n", row.qry_img_path)
+def _joined(*parts: str) -> str:
+    """Parts with spaces between them, but none before a newline, as in MMEB (V1)."""
+    return fields.join(*parts).replace(" \n", "\n")
 
 
-def _of_picture_stripped(row: Row) -> Side:
-    instruction = "\n" + row.qry_inst.replace(_MARKER, "").strip()
-    return Side(_joined(compose(IMAGE, instruction, row.qry_text)) + "\n", row.qry_img_path)
+def _plain_query(row: Row) -> Side:
+    instruction = row.text("qry_inst").replace(_MARKER, "")
+    text = _joined(_IMAGE, instruction, row.text("qry_text"))
+    return Side(text + "\n", row.text("qry_img_path"))
 
 
-def _of_text(row: Row, newlines: str) -> Side:
-    return Side(f"{row.qry_inst.replace(_MARKER, IMAGE)} {row.qry_text}{newlines}")
+def _stripped_query(row: Row) -> Side:
+    instruction = row.text("qry_inst").replace(_MARKER, "").strip()
+    text = _joined(_IMAGE, "\n" + instruction, row.text("qry_text"))
+    return Side(text + "\n", row.text("qry_img_path"))
+
+
+def _text_query(row: Row, newlines: str = "\n") -> Side:
+    instruction = row.text("qry_inst").replace(_MARKER, _IMAGE)
+    return Side(f"{instruction} {row.text('qry_text')}{newlines}")
 
 
 def _texts(row: Row) -> list[Side]:
-    return [Side(text, "", text) for text in row.tgt_text]
+    return [Side(text, "", text) for text in row.texts("tgt_text")]
 
 
-def _pictures(row: Row, end: str) -> list[Side]:
-    """Pictures, with captions if the first one has one; `end` is for those without."""
-    instruction = row.tgt_inst.replace(_MARKER, "")
-    if row.tgt_text[0].strip():
-        texts = [
-            _joined(compose(IMAGE, f"{instruction} {caption}")) + "\n" for caption in row.tgt_text
-        ]
-    else:
-        texts = [_joined(compose(IMAGE, instruction)) + end] * len(row.tgt_text)
-    return [Side(text, path) for text, path in zip(texts, row.tgt_img_path, strict=True)]
+def _pictures(row: Row, end: str) -> Iterator[tuple[Side, str]]:
+    """Pictures and their captions. `end` follows the text of pictures without captions."""
+    paths, captions = row.texts("tgt_img_path"), row.texts("tgt_text")
+    has_captions = bool(captions[0].strip())
+    if len(captions) == 1 and not has_captions:
+        captions = captions * len(paths)
+    if len(captions) != len(paths):
+        raise row.wrong("tgt_text", f"{len(paths)} texts, one for each of tgt_img_path")
+    instruction = row.text("tgt_inst").replace(_MARKER, "")
+    for path, caption in zip(paths, captions, strict=True):
+        if has_captions:
+            text = _joined(_IMAGE, f"{instruction} {caption}") + "\n"
+        else:
+            text = _joined(_IMAGE, instruction) + end
+        yield Side(text, path), caption
 
 
-def _image_t2i(row: Row, newlines: str = "\n") -> tuple[Side, list[Side]]:
-    pictures = [side._replace(name=side.picture) for side in _pictures(row, "\n")]
-    return _of_text(row, newlines), pictures
+def _named_by_path(row: Row) -> list[Side]:
+    return [side._replace(name=side.picture) for side, _ in _pictures(row, "\n")]
 
 
-def _image_i2i_vg(row: Row) -> tuple[Side, list[Side]]:
-    pictures = [
-        side._replace(name=f"{side.picture}:{caption.strip(_QUOTE)}")
-        for side, caption in zip(_pictures(row, ""), row.tgt_text, strict=True)
+def _named_by_caption(row: Row) -> list[Side]:
+    quote = '"'
+    return [
+        side._replace(name=f"{side.picture}:{caption.strip(quote)}")
+        for side, caption in _pictures(row, "")
     ]
-    return _of_picture_stripped(row), pictures
 
 
-_QUOTE = '"'
-# Parser -> (row -> query, candidates).
-_PARSERS: Mapping[str, Callable[[Row], tuple[Side, list[Side]]]] = {
-    "image_cls": lambda row: (_of_picture(row), _texts(row)),
-    "image_qa": lambda row: (_of_picture_stripped(row), _texts(row)),
-    "image_i2t": lambda row: (_of_picture(row), _texts(row)),
-    "image_t2i": _image_t2i,
-    "image_i2i_vg": _image_i2i_vg,
+_TEXT_TARGETS = (*_QUERY, "qry_img_path", "tgt_text")
+_PICTURE_TARGETS = ("tgt_inst", "tgt_text", "tgt_img_path")
+_PARSERS: Mapping[str, Parser] = {
+    "image_cls": Parser(_TEXT_TARGETS, _plain_query, _texts),
+    "image_i2t": Parser(_TEXT_TARGETS, _plain_query, _texts),
+    "image_qa": Parser(_TEXT_TARGETS, _stripped_query, _texts),
+    "image_t2i": Parser((*_QUERY, *_PICTURE_TARGETS), _text_query, _named_by_path),
+    "image_i2i_vg": Parser(
+        (*_QUERY, "qry_img_path", *_PICTURE_TARGETS), _stripped_query, _named_by_caption
+    ),
 }
 
 
-def _parser(spec: Spec) -> Callable[[Row], tuple[Side, list[Side]]]:
+def _parser(spec: Spec) -> Parser:
+    parser = _PARSERS[spec.parser or ""]
     if spec.name == "VisDial":
-        return functools.partial(_image_t2i, newlines="\n\n")
-    assert spec.parser is not None
-    return _PARSERS[spec.parser]
+        return parser._replace(query=functools.partial(_text_query, newlines="\n\n"))
+    return parser
 
 
 def read(spec: Spec, data: HubData, pixels: Pixels, options: Options) -> Task:
@@ -133,15 +145,15 @@ def read(spec: Spec, data: HubData, pixels: Pixels, options: Options) -> Task:
       FileNotFoundError, ValueError: data is missing or malformed; it names file and row.
     """
     del options
-    table, parse = _table(spec, data), _parser(spec)
+    parser = _parser(spec)
     store = pixels.store(spec, first_picture(spec, data))
     builder = TaskBuilder(spec.info, METRICS, local=True)
-    for number, values in enumerate(table.rows(*_TEXTS, *_LISTS)):
-        where = table.where(number)
-        query, candidates = parse(_row(values, where))
-        pool = [builder.add_candidate(c.name, _make(c, store, where)) for c in candidates]
-        builder.add_query(str(number), _make(query, store, where), {candidates[0].name: 1}, pool)
-    return builder.task(where=str(table.source))
+    for number, row in enumerate(_rows(spec, data)):
+        candidates = parser.candidates(row)
+        pool = [builder.add_candidate(c.name, _make(c, store, row.where)) for c in candidates]
+        query = _make(parser.query(row), store, row.where)
+        builder.add_query(str(number), query, {candidates[0].name: 1}, pool)
+    return builder.task()
 
 
 def first_picture(spec: Spec, data: HubData) -> str:
@@ -157,33 +169,23 @@ def first_picture(spec: Spec, data: HubData) -> str:
     Raises:
       FileNotFoundError, ValueError: annotations are missing or malformed.
     """
-    table = _table(spec, data)
-    for values in table.rows(*_TEXTS, *_LISTS, first=1):
-        query, candidates = _parser(spec)(_row(values, table.where(0)))
-        return query.picture or candidates[0].picture
+    parser = _parser(spec)
+    for row in _rows(spec, data, first=1):
+        return parser.query(row).picture or parser.candidates(row)[0].picture
     return ""
 
 
-def _table(spec: Spec, data: HubData) -> Table:
-    return data.table(spec.repository, spec.configs[0], spec.split, spec.local)
+def _rows(spec: Spec, data: HubData, first: int | None = None) -> Iterator[Row]:
+    table = data.table(spec.repository, spec.configs[0], spec.split, spec.local)
+    for number, values in enumerate(table.rows(*_parser(spec).columns, first=first)):
+        yield Row({key: _without_nulls(values[key]) for key in values}, table.where(number))
 
 
-def _row(values: Mapping[str, Any], where: str) -> Row:
-    texts = {key: "" if values[key] is None else values[key] for key in _TEXTS}
-    lists = {key: values[key] for key in _LISTS}
-    for key, value in texts.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: {key} must be a text; found {value!r:.100}")
-    for key, value in lists.items():
-        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise ValueError(f"{where}: {key} must be a list of texts; found {value!r:.100}")
-    first, second = lists.values()
-    if len(first) != len(second) or not first:
-        raise ValueError(
-            f"{where}: {' and '.join(_LISTS)} must be lists of one length, at least 1; found lengths "
-            f"{len(first)} and {len(second)}"
-        )
-    return Row(**texts, **lists)
+def _without_nulls(value: object) -> object:
+    """Null is a blank text, as in MMEB (V1)."""
+    if isinstance(value, list):
+        return ["" if entry is None else entry for entry in value]
+    return "" if value is None else value
 
 
 def _make(side: Side, store: ImageStore, where: str) -> Make:

@@ -14,15 +14,15 @@ from typing import Any
 from llave_jax.data.image_store import ImageStore
 from llave_jax.evaluation.benchmarks.base import Options
 from llave_jax.evaluation.benchmarks.builder import TaskBuilder
+from llave_jax.evaluation.benchmarks.mmeb_v2 import fields
 from llave_jax.evaluation.benchmarks.mmeb_v2.hub import HubData, Table
 from llave_jax.evaluation.benchmarks.mmeb_v2.pixels import Pixels
 from llave_jax.evaluation.benchmarks.mmeb_v2.tasks import METRICS, Spec
-from llave_jax.evaluation.benchmarks.mmeb_v2.words import IMAGE, compose
 from llave_jax.evaluation.task import Task
 from llave_jax.inputs.item import Item, missing_image
 
 QUERY = "Find a document image that matches the given query:"
-TARGET = compose(IMAGE, "Understand the content of the provided document image.")
+TARGET = "<image> Understand the content of the provided document image."
 
 # As the tables have them: numbers or texts, which differ from each other.
 Id = int | str
@@ -71,7 +71,7 @@ def read(spec: Spec, data: HubData, pixels: Pixels, options: Options) -> Task:
                     f"{qrels.source}: corpus-id {page!r:.100} ({type(page).__name__}) is not in {corpus.source}, "
                     f"whose ids are as {pages[0] if pages else None!r:.100}"
                 )
-        make = functools.partial(_query, compose("", QUERY, query), where)
+        make = functools.partial(_query, fields.join(QUERY, query), where)
         builder.add_query(
             str(values["query-id"]), make, {str(page): gain for page, gain in labels.items()}
         )
