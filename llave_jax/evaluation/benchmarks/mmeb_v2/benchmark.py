@@ -18,7 +18,7 @@ from llave_jax.common.files import write_text
 from llave_jax.embedding.run_info import read_runs
 from llave_jax.evaluation import output
 from llave_jax.evaluation.benchmarks.base import Benchmark, Missing, Options
-from llave_jax.evaluation.benchmarks.mmeb_v2 import image, visdoc
+from llave_jax.evaluation.benchmarks.mmeb_v2 import image, video, visdoc
 from llave_jax.evaluation.benchmarks.mmeb_v2.hub import HubData
 from llave_jax.evaluation.benchmarks.mmeb_v2.pixels import Pixels
 from llave_jax.evaluation.benchmarks.mmeb_v2.tasks import (
@@ -37,12 +37,15 @@ SUBMISSION = "mmeb_v2_submission.json"
 # Tokens of a frame with its newlines, and of texts around a video; a video saved as frames has at most 64.
 _FRAME_TOKENS, _TEXT_TOKENS, _SAVED_FRAMES = 210, 512, 64
 
-Read = Callable[[Spec, HubData, Pixels, Options], Task]
-# (task, data) -> a picture or folder of frames of its first row, below its picture folder; "" if it needs none.
-FirstPicture = Callable[[Spec, HubData], str]
-_READERS: dict[str, tuple[Read, FirstPicture]] = {
-    "image": (image.read, image.first_picture),
-    "visdoc": (visdoc.read, visdoc.first_picture),
+_READERS: dict[str, Callable[[Spec, HubData, Pixels, Options], Task]] = {
+    "image": image.read,
+    "video": video.read,
+    "visdoc": visdoc.read,
+}
+# (task, data) -> a picture of its first row, below its picture folder; "" if it needs none.
+_FIRST_PICTURE: dict[str, Callable[[Spec, HubData], str]] = {
+    "image": image.first_picture,
+    "visdoc": visdoc.first_picture,
 }
 
 
@@ -76,7 +79,7 @@ class MmebV2(Benchmark):
     def missing(self, names: Sequence[str]) -> list[Missing]:
         """What tasks lack on disk: tables of annotations, the folder of pictures or frames.
 
-        Of the pictures the first row's are looked for.
+        Of pictures, the first row's are looked for; of frames, all folders.
 
         Args:
           names: of the tasks.
@@ -103,21 +106,24 @@ class MmebV2(Benchmark):
             found.append(Missing(spec.name, what, data.command(spec.repository)))
         picture = ""
         needs_pictures = spec.modality != "visdoc"
-        if not absent:
-            picture = _READERS[spec.modality][1](spec, data)
+        if not absent and spec.modality != "video":
+            picture = _FIRST_PICTURE[spec.modality](spec, data)
             needs_pictures = bool(picture)
-        there = self._pixels.find(spec, picture) or self._pixels.has_archive(spec)
-        if needs_pictures and not there:
+        folder = self._pixels.find(spec, picture)
+        if needs_pictures and folder is None and not self._pixels.has_archive(spec):
             kind = "frames" if spec.modality == "video" else "pictures"
             folders = " or ".join(spec.pictures)
             what = f"{kind} in {folders}" + (f", such as {picture}" if picture else "")
             found.append(Missing(spec.name, what, self._pixels.command(spec)))
+        elif spec.modality == "video" and folder is not None and not absent:
+            what = video.missing_frames(spec, data, folder)
+            found += [Missing(spec.name, what, self._pixels.command(spec))] if what else []
         return found
 
     def read(self, name: str) -> Task:
         """Reads a task. With several processes all call this alike: the first one unpacks archives."""
         spec = _spec(name)
-        return _READERS[spec.modality][0](spec, self._data, self._pixels, self._options)
+        return _READERS[spec.modality](spec, self._data, self._pixels, self._options)
 
     def write(self, directory: Path, task: Task, result: Result) -> None:
         """Writes `<modality>/<task>_score.json` and `<modality>/<task>_pred.jsonl`, as the leaderboard's code does."""

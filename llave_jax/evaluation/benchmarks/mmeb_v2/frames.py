@@ -21,21 +21,6 @@ from llave_jax.inputs.item import Item
 SUFFIXES = (".jpg", ".jpeg", ".png")
 # As in the runs whose scores VLM2Vec published.
 DEFAULT_FRAMES = 8
-# LLaVE makes 14 rows of 14 visual tokens and a newline of a frame. At most 64 frames of a video are saved. The rest
-# is for the longest questions.
-_TOKENS_PER_FRAME, _SAVED_FRAMES, _TEXT_TOKENS = 14 * 15, 64, 1024
-
-
-def max_length(frames: int) -> int:
-    """Tokens that the longest items of the video tasks need.
-
-    Args:
-      frames: of a video. Tasks that use all frames have up to 64.
-
-    Returns:
-      Tokens, the prompt included.
-    """
-    return _TOKENS_PER_FRAME * max(frames, _SAVED_FRAMES) + _TEXT_TOKENS
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -65,13 +50,14 @@ def sample(frames: Sequence[str], count: int | None) -> list[str]:
     """
     if count is None or len(frames) < count:
         return list(frames)
-    return [frames[place] for place in np.linspace(0, len(frames) - 1, count, dtype=int)]
+    places = np.linspace(0, len(frames) - 1, count, dtype=int)
+    return [frames[int(place)] for place in places]
 
 
 class FrameFolders:
     """The folders of frames of one task. Pictures are read when the model reads an item.
 
-    Folders that are missing or without frames are remembered, so that one message can count them (`check`).
+    Folders that are missing or without frames are remembered, so that one message can count them (`missing`).
 
     Args:
       root: the folder that holds the task's folders.
@@ -142,21 +128,23 @@ class FrameFolders:
             names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
         return sorted(names, key=natural_key)
 
-    def check(self) -> None:
-        """Refuses a task of which frames are missing.
+    def missing(self) -> str:
+        """What was asked for and is not there: the first folder or picture, and how many there are.
 
-        Raises:
-          FileNotFoundError: folders or pictures are missing, or folders have no frames; with their number and the first
-            of them.
+        Returns:
+          A text; "" if all is there.
         """
+        said = []
         for found, what in (
             (self._missing, "does not exist"),
             (self._empty, f"has no frames ({', '.join(SUFFIXES)})"),
         ):
             if found:
                 path, where = next(iter(found.items()))
-                others = f"; so it is with {len(found)} videos in all" if len(found) > 1 else ""
-                raise FileNotFoundError(f"{where}: {self.root / path} {what}{others}")
+                said.append(
+                    f"{len(found)} of its videos and pictures: {self.root / path} ({where}) {what}"
+                )
+        return "; ".join(said)
 
     def _path(self, path: str, where: str) -> Path:
         try:

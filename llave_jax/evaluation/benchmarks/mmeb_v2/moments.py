@@ -6,19 +6,20 @@ Owns wording and folders. Which frames of a folder are used is `frames.py`.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from llave_jax.evaluation.benchmarks.builder import Make, TaskBuilder
 from llave_jax.evaluation.benchmarks.mmeb_v2.fields import Row, join, text_item
 from llave_jax.evaluation.benchmarks.mmeb_v2.frames import FrameFolders
+from llave_jax.inputs.chat import IMAGE_MARKER
 
-QUERY = "<image> Find the clip that corresponds to the described scene in the given video:"
-TARGET = "<image> Understand the content of the provided video."
+QUERY = "Find the clip that corresponds to the described scene in the given video:"
+TARGET = join(IMAGE_MARKER, "Understand the content of the provided video.")
 
-SEEKER_VIDEO = "<image> Find the clip that corresponds to the given sentence and video segment:"
-SEEKER_PICTURE = "<image> Select the video clip that aligns with the given text and image:"
+SEEKER_VIDEO = "Find the clip that corresponds to the given sentence and video segment:"
+SEEKER_PICTURE = "Select the video clip that aligns with the given text and image:"
 SEEKER_TEXT = "Find the clip that corresponds to the given text:"
-SEEKER_TARGET = "<image> Understand the content of the provided video clip."
+SEEKER_TARGET = join(IMAGE_MARKER, "Understand the content of the provided video clip.")
 
 
 def clips_of_a_video(builder: TaskBuilder, rows: Iterable[Row], frames: FrameFolders) -> None:
@@ -49,7 +50,7 @@ def clips_of_a_video(builder: TaskBuilder, rows: Iterable[Row], frames: FrameFol
         pool = [
             builder.add_candidate(clip, frames.video(TARGET, clip, row.where)) for clip in clips
         ]
-        text = join(QUERY, row.text("query"))
+        text = join(IMAGE_MARKER, QUERY, row.text("query"))
         video = frames.video(text, f"{folder}/query", row.where)
         builder.add_query(row.where, video, dict.fromkeys(right, 1), pool)
 
@@ -80,13 +81,11 @@ def moment_seeker(builder: TaskBuilder, rows: Iterable[Row], frames: FrameFolder
 
 def _query(row: Row, frames: FrameFolders) -> Make:
     query, shown = row.text("query"), row.values["input_frames"] or ""
-    kinds: dict[str, tuple[str, Callable[[str, str, str], Make], str]] = {
-        ".mp4": (SEEKER_VIDEO, frames.video, _clip_folder(shown)),
-        ".jpg": (SEEKER_PICTURE, frames.picture, f"query_{shown}"),
-    }
-    for suffix, (instruction, make, place) in kinds.items():
-        if shown.endswith(suffix):
-            return make(join(instruction, query), place, row.where)
+    if shown.endswith(".mp4"):
+        return frames.video(join(IMAGE_MARKER, SEEKER_VIDEO, query), _clip_folder(shown), row.where)
+    if shown.endswith(".jpg"):
+        text = join(IMAGE_MARKER, SEEKER_PICTURE, query)
+        return frames.picture(text, f"query_{shown}", row.where)
     return text_item(join(SEEKER_TEXT, query), row.where)
 
 

@@ -11,8 +11,9 @@ import functools
 import json
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
-from importlib import resources
+from pathlib import Path
 
+from llave_jax.evaluation.benchmarks.base import Options
 from llave_jax.evaluation.benchmarks.builder import TaskBuilder
 from llave_jax.evaluation.benchmarks.mmeb_v2 import moments, video_qa
 from llave_jax.evaluation.benchmarks.mmeb_v2.fields import Row, join, text_item
@@ -24,6 +25,7 @@ from llave_jax.evaluation.benchmarks.mmeb_v2.hub import HubData
 from llave_jax.evaluation.benchmarks.mmeb_v2.pixels import Pixels
 from llave_jax.evaluation.benchmarks.mmeb_v2.tasks import METRICS, Spec
 from llave_jax.evaluation.task import Task
+from llave_jax.inputs.chat import IMAGE_MARKER
 
 Parse = Callable[[TaskBuilder, Iterable[Row], FrameFolders], None]
 
@@ -47,45 +49,67 @@ class Parser:
     rows: int | None = None
 
 
-def read(spec: Spec, data: HubData, pixels: Pixels, frames: int | None = None) -> Task:
-    """Reads a task.
+def read(spec: Spec, data: HubData, pixels: Pixels, options: Options) -> Task:
+    """Reads a task. With several processes all call this alike.
 
     Args:
-      spec: of the task.
-      data: where the annotations are.
-      pixels: where the frames are.
-      frames: to use of a video; None: 8.
+      spec: the task.
+      data: where its annotations are.
+      pixels: where its frames are.
+      options: `frames` to use of a video; None: 8.
 
     Returns:
       The task; no picture is read yet. `settings` has the number of frames.
 
     Raises:
-      FileNotFoundError: annotations or frames are missing; it says how many, and what fetches them.
+      FileNotFoundError: annotations or frames are missing; it says how many.
       ValueError: a row is malformed; it names row and field.
     """
+    builder, folders = _parse(spec, data, pixels.open(spec), options)
+    if missing := folders.missing():
+        raise FileNotFoundError(f"{spec.name}: {missing}. {pixels.advice(spec)}")
+    settings = {"frames": "all" if folders.count is None else folders.count}
+    return builder.task(settings, spec.name)
+
+
+def missing_frames(spec: Spec, data: HubData, root: Path) -> str:
+    """What a task lacks of its frames.
+
+    Args:
+      spec: the task.
+      data: where its annotations are, all of them.
+      root: the folder of its frames.
+
+    Returns:
+      How many folders are missing or without frames, and the first of them; "" if there are none.
+
+    Raises:
+      ValueError: a row is malformed; it names row and field.
+    """
+    return _parse(spec, data, root, Options())[1].missing()
+
+
+def _parse(
+    spec: Spec, data: HubData, root: Path, options: Options
+) -> tuple[TaskBuilder, FrameFolders]:
     parser = PARSERS[spec.name.removesuffix("_1k8")]
-    count = parser.frames and (frames or parser.frames)
-    rows = list(_rows(spec, data, parser))
-    folders = FrameFolders(pixels.open(spec), count)
+    if options.frames is not None and options.frames < 1:
+        raise ValueError(f"the number of frames is {options.frames}; expected at least 1")
+    folders = FrameFolders(root, parser.frames and (options.frames or parser.frames))
     builder = TaskBuilder(spec.info, METRICS, local=parser.local)
-    parser.parse(builder, rows, folders)
-    try:
-        folders.check()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. {pixels.advice(spec)}") from error
-    return builder.task({"frames": "all" if count is None else count}, spec.name)
+    parser.parse(builder, _rows(spec, data, parser), folders)
+    return builder, folders
 
 
 def _rows(spec: Spec, data: HubData, parser: Parser) -> Iterator[Row]:
-    configs = video_qa.MVBENCH if spec.name == "MVBench" else (spec.config,)
-    for config in configs:
+    for config in spec.configs:
         table = data.table(spec.repository, config, spec.split, spec.local)
         for number, values in enumerate(table.rows(*parser.columns, first=parser.rows)):
             yield Row({**values, video_qa.SUBSET: config}, table.where(number))
 
 
 def _class_names(dataset: str) -> list[str]:
-    path = resources.files(__package__) / "class_names.json"
+    path = Path(__file__).with_name("class_names.json")
     return json.loads(path.read_text(encoding="utf-8"))[dataset]
 
 
@@ -100,7 +124,7 @@ def _classify(
     for row in rows:
         name = row.text("pos_text")
         builder.add_candidate(name, text_item(name, row.where))
-        video = frames.video(f"<image> {instruction}", row.id("video_id"), row.where)
+        video = frames.video(join(IMAGE_MARKER, instruction), row.id("video_id"), row.where)
         builder.add_query(row.where, video, {name: 1})
     for name in _class_names(dataset):
         builder.add_candidate(name, text_item(name, f"class names of {dataset}"))
@@ -115,7 +139,7 @@ def _classify_by_row(
         if name not in names:
             raise row.wrong("neg_text", f"the right answer {name!r} among the names")
         pool = [builder.add_candidate(name, text_item(name, row.where)) for name in names]
-        video = frames.video(f"<image> {instruction}", row.id("video_id"), row.where)
+        video = frames.video(join(IMAGE_MARKER, instruction), row.id("video_id"), row.where)
         builder.add_query(row.where, video, {name: 1}, pool)
 
 

@@ -9,22 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from llave_jax.evaluation.benchmarks.builder import TaskBuilder
-from llave_jax.evaluation.benchmarks.mmeb_v2.fields import Row, text_item
+from llave_jax.evaluation.benchmarks.mmeb_v2.fields import Row, join, text_item
 from llave_jax.evaluation.benchmarks.mmeb_v2.frames import FrameFolders
+from llave_jax.inputs.chat import IMAGE_MARKER
 
 PROMPT = (
-    "<image> Given a video and a question, select the most accurate answer from the provided candidates. Return only "
-    "the exact text of your chosen answer. Question:  "
+    "Given a video and a question, select the most accurate answer from the provided candidates. Return only "
+    "the exact text of your chosen answer. Question: "
 )
-_MVBENCH = """
-episodic_reasoning action_sequence action_prediction action_antonym fine_grained_action unexpected_action
-object_existence object_interaction object_shuffle moving_direction action_localization scene_transition action_count
-moving_count moving_attribute state_change fine_grained_pose character_order egocentric_navigation
-counterfactual_inference
-"""
-# The configs of MVBench, whose rows follow one another in this order.
-MVBENCH = tuple(_MVBENCH.split())
-# The field that says which config a row of MVBench is of.
+# The field that says which config a row of MVBench is of: the folder of its frames.
 SUBSET = "subset"
 
 
@@ -187,5 +180,5 @@ def _ask(
         builder.add_candidate(option, text_item(candidates[option], row.where))
         for option in options
     ]
-    video = frames.video(PROMPT + question, folder, row.where)
+    video = frames.video(join(IMAGE_MARKER, PROMPT, question), folder, row.where)
     builder.add_query(row.where, video, {right: 1}, pool)
