@@ -300,7 +300,7 @@ def _retrieval(mini: Miniature, task: str) -> None:
         )
         mini.frames(task, stem, frame_names(count))
         caption = f"somebody does the thing {number}"
-        row = {"video_id": stem, "video": f"{stem}.mp4", "caption": caption}
+        row: dict = {"video_id": stem, "video": f"{stem}.mp4", "caption": caption}
         if task == "MSVD":
             row["caption"] = [caption, "another caption"]
         elif task == "DiDeMo":

@@ -37,11 +37,6 @@ SUBMISSION = "mmeb_v2_submission.json"
 # Tokens of a frame with its newlines, and of texts around a video; a video saved as frames has at most 64.
 _FRAME_TOKENS, _TEXT_TOKENS, _SAVED_FRAMES = 210, 512, 64
 
-_READERS: dict[str, Callable[[Spec, HubData, Pixels, Options], Task]] = {
-    "image": image.read,
-    "video": video.read,
-    "visdoc": visdoc.read,
-}
 # (task, data) -> a picture of its first row, below its picture folder; "" if it needs none.
 _FIRST_PICTURE: dict[str, Callable[[Spec, HubData], str]] = {
     "image": image.first_picture,
@@ -123,7 +118,10 @@ class MmebV2(Benchmark):
     def read(self, name: str) -> Task:
         """Reads a task. With several processes all call this alike: the first one unpacks archives."""
         spec = _spec(name)
-        return _READERS[spec.modality](spec, self._data, self._pixels, self._options)
+        if spec.modality == "video":
+            return video.read(spec, self._data, self._pixels, self._options.frames)
+        reader = image if spec.modality == "image" else visdoc
+        return reader.read(spec, self._data, self._pixels)
 
     def write(self, directory: Path, task: Task, result: Result) -> None:
         """Writes `<modality>/<task>_score.json` and `<modality>/<task>_pred.jsonl`, as the leaderboard's code does."""

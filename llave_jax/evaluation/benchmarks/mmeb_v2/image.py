@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from llave_jax.data.image_store import ImageStore
-from llave_jax.evaluation.benchmarks.base import Options
 from llave_jax.evaluation.benchmarks.builder import Make, TaskBuilder
 from llave_jax.evaluation.benchmarks.mmeb_v2 import fields
 from llave_jax.evaluation.benchmarks.mmeb_v2.fields import Row
@@ -129,14 +128,13 @@ def _parser(spec: Spec) -> Parser:
     return parser
 
 
-def read(spec: Spec, data: HubData, pixels: Pixels, options: Options) -> Task:
+def read(spec: Spec, data: HubData, pixels: Pixels) -> Task:
     """Reads a task. With several processes all call this alike.
 
     Args:
       spec: the task.
       data: where its annotations are.
       pixels: where its pictures are.
-      options: none concern it.
 
     Returns:
       The task: each row ranks its own candidates.
@@ -144,7 +142,6 @@ def read(spec: Spec, data: HubData, pixels: Pixels, options: Options) -> Task:
     Raises:
       FileNotFoundError, ValueError: data is missing or malformed; it names file and row.
     """
-    del options
     parser = _parser(spec)
     store = pixels.store(spec, first_picture(spec, data))
     builder = TaskBuilder(spec.info, METRICS, local=True)

@@ -13,7 +13,6 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from llave_jax.evaluation.benchmarks.base import Options
 from llave_jax.evaluation.benchmarks.builder import TaskBuilder
 from llave_jax.evaluation.benchmarks.mmeb_v2 import moments, video_qa
 from llave_jax.evaluation.benchmarks.mmeb_v2.fields import Row, join, text_item
@@ -49,14 +48,14 @@ class Parser:
     rows: int | None = None
 
 
-def read(spec: Spec, data: HubData, pixels: Pixels, options: Options) -> Task:
+def read(spec: Spec, data: HubData, pixels: Pixels, frames: int | None = None) -> Task:
     """Reads a task. With several processes all call this alike.
 
     Args:
       spec: the task.
       data: where its annotations are.
       pixels: where its frames are.
-      options: `frames` to use of a video; None: 8.
+      frames: to use of a video; None: 8.
 
     Returns:
       The task; no picture is read yet. `settings` has the number of frames.
@@ -65,7 +64,7 @@ def read(spec: Spec, data: HubData, pixels: Pixels, options: Options) -> Task:
       FileNotFoundError: annotations or frames are missing; it says how many.
       ValueError: a row is malformed; it names row and field.
     """
-    builder, folders = _parse(spec, data, pixels.open(spec), options)
+    builder, folders = _parse(spec, data, pixels.open(spec), frames)
     if missing := folders.missing():
         raise FileNotFoundError(f"{spec.name}: {missing}. {pixels.advice(spec)}")
     settings = {"frames": "all" if folders.count is None else folders.count}
@@ -86,16 +85,16 @@ def missing_frames(spec: Spec, data: HubData, root: Path) -> str:
     Raises:
       ValueError: a row is malformed; it names row and field.
     """
-    return _parse(spec, data, root, Options())[1].missing()
+    return _parse(spec, data, root)[1].missing()
 
 
 def _parse(
-    spec: Spec, data: HubData, root: Path, options: Options
+    spec: Spec, data: HubData, root: Path, frames: int | None = None
 ) -> tuple[TaskBuilder, FrameFolders]:
     parser = PARSERS[spec.name.removesuffix("_1k8")]
-    if options.frames is not None and options.frames < 1:
-        raise ValueError(f"the number of frames is {options.frames}; expected at least 1")
-    folders = FrameFolders(root, parser.frames and (options.frames or parser.frames))
+    if frames is not None and frames < 1:
+        raise ValueError(f"the number of frames is {frames}; expected at least 1")
+    folders = FrameFolders(root, parser.frames and (frames or parser.frames))
     builder = TaskBuilder(spec.info, METRICS, local=parser.local)
     parser.parse(builder, _rows(spec, data, parser), folders)
     return builder, folders

@@ -12,7 +12,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from llave_jax.data.image_store import ImageStore
-from llave_jax.evaluation.benchmarks.base import Options
 from llave_jax.evaluation.benchmarks.builder import TaskBuilder
 from llave_jax.evaluation.benchmarks.mmeb_v2 import fields
 from llave_jax.evaluation.benchmarks.mmeb_v2.hub import HubData, Table
@@ -28,14 +27,13 @@ TARGET = "<image> Understand the content of the provided document image."
 Id = int | str
 
 
-def read(spec: Spec, data: HubData, pixels: Pixels, options: Options) -> Task:
+def read(spec: Spec, data: HubData, pixels: Pixels) -> Task:
     """Reads a task. With several processes all call this alike.
 
     Args:
       spec: the task.
       data: where its tables are.
       pixels: where its pictures are, if the corpus table has none.
-      options: none concern it.
 
     Returns:
       The task. No page is read yet.
@@ -43,7 +41,6 @@ def read(spec: Spec, data: HubData, pixels: Pixels, options: Options) -> Task:
     Raises:
       FileNotFoundError, ValueError: data is missing or malformed; it names file and row.
     """
-    del options
     queries, qrels, corpus = (
         data.table(spec.repository, config, spec.split, spec.local) for config in spec.configs
     )
