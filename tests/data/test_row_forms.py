@@ -290,6 +290,20 @@ def test_rest_keeps_sides_apart():
     assert Rest().to_text() == ""
 
 
+def test_each_target_has_its_own_score(tmp_path):
+    row = mmeb(pos_text=["good", "fine"], neg_text=["bad"]) | {
+        "pos_scores": [0.9, 0.7],
+        "neg_scores": [0.1],
+    }
+    (tmp_path / "Set.json").write_text(json.dumps([row]))
+    source = open_source(tmp_path)
+    drawn = [source.draw(0, number) for number in (0, 1)]
+    assert [(pair.target.text, pair.scores) for pair in drawn] == [
+        ("good", (0.9, 0.1)),
+        ("fine", (0.7, 0.1)),
+    ]
+
+
 class TestTargetsInTurn:
     """Rows of 1 to 3 targets in every order: which target comes when."""
 

@@ -35,6 +35,10 @@ def draw(seed, count, dim):
 )
 def test_stored_vectors_are_what_their_bits_say(seed, count, dim, precision):
     vectors = draw(seed, count, 24)
+    if precision == "int8":
+        # A dimension that dwarfs the others: without calibration it would take their steps.
+        vectors[:, 0] += 30 * dim**-0.5
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     form = Form(dim, precision)
     stored = form.stored(vectors)
     cut = vectors[:, :dim] / np.linalg.norm(vectors[:, :dim], axis=1, keepdims=True)

@@ -17,7 +17,7 @@ from llave_jax.models.llave import Llave, example_batch
 from llave_jax.models.lora import AdaptedLlave, Lora
 from llave_jax.parallel import sharding
 from llave_jax.training import adapters, optim, run_files, setup, train_step
-from llave_jax.training.step_loss import LossConfig
+from llave_jax.training.step_loss import LossConfig, make_loss
 from llave_jax.weights import adapted, model_dir, run_params
 from llave_jax.weights.fingerprint import model_fingerprint, weights_fingerprint
 from llave_jax.weights.safetensors_io import CheckpointError
@@ -95,6 +95,24 @@ def test_meshes_and_recomputation_change_nothing(golden_model, pairs, single, me
     assert found.loss == pytest.approx(single.loss, rel=SUMMATION_TOLERANCE)
     for path, array in single.gradient.items():
         assert relative_error(found.gradient[path], array) < 10 * SUMMATION_TOLERANCE, path
+
+
+def test_each_micro_batch_draws_its_own_dropout(golden_model, pairs):  # noqa: F811
+    """Two micro-batches of the same pair: without dropout, the other's target is as similar as its own."""
+    own = Lora(lora.find_modules("language_model/.*"), rank=2, alpha=4.0, dropout=0.4)
+    model = AdaptedLlave(golden_model.config, lora=own)
+    drawn = {path: x + 0.1 for path, x in lora.init_adapters(own, model.config).items()}
+    params = sharding.unflatten(sharding.flatten(golden_model.params) | drawn)
+    batch = make_batch([pairs[0], pairs[0]], golden_model.config, 1, micro_batches=2)
+    loss = make_loss(model, mesh_of("single"), LossConfig())
+    _, kept = loss(params, batch)
+    _, dropped = loss(params, batch, None, jax.random.key(0))
+    gaps = [
+        float(jnp.abs(found["positive_similarity"] - found["hard_negative_similarity"]))
+        for found in (kept, dropped)
+    ]
+    assert gaps[0] < 1e-5
+    assert gaps[1] > 1e-3
 
 
 # Runs.
