@@ -26,11 +26,18 @@ from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.precision import PRECISIONS
 from llave_jax.embedding.run_info import settings_of
-from llave_jax.evaluation import report, run
+from llave_jax.evaluation import comparison, report, run
 from llave_jax.evaluation.benchmarks.base import Benchmark, Options
 from llave_jax.evaluation.benchmarks.mmeb import Mmeb
 from llave_jax.evaluation.benchmarks.registry import BENCHMARKS, open_benchmark
 from llave_jax.evaluation.cache import EmbeddingCache
+from llave_jax.evaluation.comparison import (
+    SUMMARY,
+    Evaluation,
+    check_shared,
+    from_summary,
+    read_evaluations,
+)
 from llave_jax.evaluation.forms import read_forms, to_json
 from llave_jax.evaluation.results import Results
 from llave_jax.parallel import peers, processes
@@ -87,6 +94,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         help=f"score vectors stored in these too, as int8,binary; of {', '.join(PRECISIONS)}",
+    )
+    parser.add_argument(
+        "--baseline",
+        nargs="+",
+        default=[],
+        metavar="[LABEL=]DIR",
+        help="--output of earlier evaluations; scores and differences are shown beside this run's",
     )
     command_line.add_dtype_argument(parser)
     processes.add_arguments(parser)
@@ -150,6 +164,8 @@ def evaluate(args: argparse.Namespace) -> str:
       ValueError, OSError: model or data are not what they should be.
     """
     first, output = jax.process_index() == 0, Path(args.output)
+    baselines: list[Evaluation] = []
+    processes.on_first_process(lambda: baselines.extend(_baselines(args)))
     model = resolve_model(args.model)
     benchmarks = {name: _open(name, args) for name in args.benchmark}
     tasks = _chosen_tasks(benchmarks, _names(args.tasks))
@@ -187,14 +203,29 @@ def evaluate(args: argparse.Namespace) -> str:
         )
     several = len(found) > 1
     tables = [f"{n}\n\n{r.table()}" if several else r.table() for n, r in found.items()]
+    tables = [
+        "\n\n".join(filter(None, (table, _compared(name, results, baselines))))
+        for table, (name, results) in zip(tables, found.items(), strict=True)
+    ]
     if settings is None:
         return "\n\n".join(tables)
     computed_by = _computed_by(settings)
     for name, results in found.items():
-        _write(_folder(output, name, benchmarks), results, settings)
+        _write(_folder(output, name, benchmarks), name, results, settings)
     entries = [(benchmarks[name], results) for name, results in found.items()]
     report.write_report(output / "report.html", entries, model=computed_by)
     return "\n\n".join([*tables, f"Model: {computed_by}."])
+
+
+def _baselines(args: argparse.Namespace) -> list[Evaluation]:
+    baselines = read_evaluations(args.baseline)
+    check_shared(baselines, args.benchmark)
+    return baselines
+
+
+def _compared(name: str, results: Results, baselines: Sequence[Evaluation]) -> str:
+    own = from_summary(results.summary())
+    return comparison.compared(own, comparison.of_benchmark(baselines, name))
 
 
 def _open(name: str, args: argparse.Namespace) -> Benchmark:
@@ -240,9 +271,9 @@ def _chosen_tasks(
     return {name: [t for t in chosen if t in tasks] for name, tasks in there.items()}
 
 
-def _write(output: Path, results: Results, settings: Mapping[str, Any]) -> None:
-    summary = {"model": dict(settings), "benchmark": results.suite.name, **results.summary()}
-    write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+def _write(output: Path, name: str, results: Results, settings: Mapping[str, Any]) -> None:
+    summary = {"model": dict(settings), "benchmark": name, **results.summary()}
+    write_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if by_form := results.by_form():
         write_text(output / "forms.json", json.dumps(to_json(by_form), indent=2) + "\n")
 

@@ -160,6 +160,7 @@ class Results:
                 for r in self.tasks
             },
             "averages": {a.label: a.value for a in self.averages() if a.value is not None},
+            "averages_of": {label: list(names) for label, names in self.suite.averages.items()},
         }
 
     def table(self) -> str:

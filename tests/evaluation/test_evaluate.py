@@ -110,6 +110,25 @@ def test_mmeb_writes_scores_and_a_table(model, golden, tmp_path, capsys):
     assert (output / "table.txt").read_text() in capsys.readouterr().out
 
 
+def test_a_baseline(model, golden, tmp_path, capsys):
+    directory, encoder = model
+    command = ["--model", directory, "--benchmark", "mmeb", "--data", str(golden / "eval")]
+    command += ["--cache", str(tmp_path / "cache")]
+    assert evaluate.main([*command, "--subsets", "TinyT2I", "--output", str(tmp_path / "a")]) == 0
+    capsys.readouterr()
+    flags = ["--output", str(tmp_path / "b"), "--baseline", f"base={tmp_path / 'a'}"]
+    assert evaluate.main([*command, *flags]) == 0
+    score = json.loads((tmp_path / "a/summary.json").read_text())["tasks"]["TinyT2I"]["score"]
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["TinyT2I", "precision@1", *2 * [f"{100 * score:.1f}"], "0.0"] in table
+    assert next(row for row in table if row[:2] == ["TinyCls", "precision@1"])[-2:] == ["-", "-"]
+    # Before the model is loaded.
+    asked = len(encoder.keys)
+    assert evaluate.main([*command, *flags[:2], "--baseline", str(tmp_path)]) == 2
+    assert "two of its summary.json are of mmeb" in capsys.readouterr().err
+    assert len(encoder.keys) == asked
+
+
 def test_another_model_does_not_use_the_same_embeddings(model, golden, tmp_path):
     directory, encoder = model
     command = ["--model", directory, "--benchmark", "mmeb", "--data", str(golden / "eval")]
