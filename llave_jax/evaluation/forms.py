@@ -42,6 +42,11 @@ class Form(NamedTuple):
         bits = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}[self.precision]
         return -(-self.dim * bits // 8)
 
+    @property
+    def rescores(self) -> bool:
+        """Whether scores depend on which others are searched, as the best of them are rescored."""
+        return self.precision == "binary"
+
     def stored(self, documents: np.ndarray) -> np.ndarray:
         """What the stored vectors of documents stand for.
 
@@ -74,7 +79,7 @@ class Form(NamedTuple):
           float32 [b, m]: cosines; of binary vectors that are not rescored, numbers below -1 by Hamming distance.
         """
         cosines = queries @ stored.T
-        if self.precision != "binary":
+        if not self.rescores:
             return cosines
         equal = _signs(queries) @ _signs(stored).T
         best = np.argsort(-equal, axis=1, kind="stable")

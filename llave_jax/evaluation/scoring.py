@@ -25,6 +25,8 @@ from llave_jax.parallel.processes import from_first_process
 _BLOCK_SCORES = 1 << 26
 # A video takes as long to encode as many texts. With small shards a killed run loses less.
 _VIDEO_SHARD_ITEMS = 64
+# Copying a vector out of a matrix takes about as long as multiplying so many.
+_COPY_COST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,11 +217,18 @@ def _score_rows(
         return asked @ stored.T if form is None else form.scores(asked, stored, task.depth)
 
     if task.pools is not None:
+        whole = _is_cheaper_whole(task.pools, len(stored)) and (form is None or not form.rescores)
+        block = max(1, _BLOCK_SCORES // max(1, len(stored)))
         for query, pool in enumerate(task.pools):
-            # A matrix product may round equal rows differently, depending on their position. Each content is
-            # multiplied once, so that repeated candidates tie exactly.
-            contents, places = np.unique(candidates.rows[pool], return_inverse=True)
-            found = scores(asked[queries.rows[query]][None], stored[contents])[0, places]
+            if whole:
+                if query % block == 0:
+                    products = scores(asked[queries.rows[query : query + block]], stored)
+                found = products[query % block, candidates.rows[pool]]
+            else:
+                # A matrix product may round equal rows differently, depending on their position. Each content is
+                # multiplied once, so that repeated candidates tie exactly.
+                contents, places = np.unique(candidates.rows[pool], return_inverse=True)
+                found = scores(asked[queries.rows[query]][None], stored[contents])[0, places]
             _, first = np.unique(pool, return_index=True)
             first.sort()
             yield query, pool[first], found[first], found
@@ -235,6 +244,11 @@ def _score_rows(
                 np.maximum.at(best, task.groups, row)
                 row = best
             yield query, answers, row, row
+
+
+def _is_cheaper_whole(pools: Sequence[np.ndarray], contents: int) -> bool:
+    """Whether one product of all queries with all contents takes less time than each pool's vectors put together."""
+    return _COPY_COST * sum(map(len, pools)) >= len(pools) * contents
 
 
 def _rank_one(

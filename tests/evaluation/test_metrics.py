@@ -8,7 +8,7 @@ import pytest
 import sklearn.metrics
 from ir_measures import RR, P, R, Success, nDCG
 
-from llave_jax.evaluation import metrics
+from llave_jax.evaluation import metrics, scoring
 from llave_jax.evaluation.cache import Embedded
 from llave_jax.evaluation.scoring import rank
 from llave_jax.evaluation.task import Task, TaskInfo
@@ -84,10 +84,18 @@ def test_average_precision_and_f1_are_their_definitions(relevances, seed):
         assert found[f"f1@{k}"] == pytest.approx(np.mean(f1))
 
 
-@hypothesis.settings(max_examples=50)
+@pytest.mark.parametrize("copy_cost", [0, 1 << 30], ids=["each pool", "all at once"])
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(st.integers(1, 60), st.integers(1, 4), st.integers(0, 10**6), st.booleans())
-def test_the_first_of_equal_scores_wins_at_any_size(candidates, values, seed, local):
+def test_the_first_of_equal_scores_wins_at_any_size(copy_cost, candidates, values, seed, local):
     """A pool that repeats candidates ranks each of them once, at its first place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "_COPY_COST", copy_cost)
+        patch.setattr(scoring, "_BLOCK_SCORES", 2 * candidates)
+        check_first_of_equal_scores(candidates, values, seed, local)
+
+
+def check_first_of_equal_scores(candidates, values, seed, local):
     rng = np.random.default_rng(seed)
     similarity = rng.integers(0, values, (3, candidates)) / 8
     pools = [rng.integers(0, candidates, rng.integers(1, 90)) for _ in range(3)] if local else None
