@@ -138,7 +138,7 @@ class Recipes:
             f"--output={results}",
         )
         summary = json.loads((results / "summary.json").read_text())
-        return {"average/overall": summary["average"]["overall"]}
+        return {"average/overall": summary["averages"]["overall"]}
 
 
 def last_scores(run: Path) -> dict[str, float]:
