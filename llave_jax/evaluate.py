@@ -212,8 +212,8 @@ def evaluate(args: argparse.Namespace) -> str:
     computed_by = _computed_by(settings)
     for name, results in found.items():
         _write(_folder(output, name, benchmarks), name, results, settings)
-    entries = [(benchmarks[name], results) for name, results in found.items()]
-    report.write_report(output / "report.html", entries, model=computed_by)
+    entries = {name: (benchmarks[name], results) for name, results in found.items()}
+    report.write_report(output / "report.html", entries, model=computed_by, baselines=baselines)
     return "\n\n".join([*tables, f"Model: {computed_by}."])
 
 

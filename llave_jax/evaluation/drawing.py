@@ -1,4 +1,4 @@
-"""Histograms of similarities, as in the paper's Fig. 1: one drawing, as a PNG and for an HTML page.
+"""Histograms of similarities, as in the paper's Fig. 1, as a PNG.
 
 Owns how they look. The numbers are `similarity.py`. Matplotlib is imported when something is drawn.
 """
@@ -41,21 +41,6 @@ def write_histograms(stats: Mapping[str, SimilarityStats], path: str | os.PathLi
     Reference: LLaVE (arXiv 2503.04812), Fig. 1.
     """
     write_png(_draw(stats), path)
-
-
-def histograms_svg(stats: Mapping[str, SimilarityStats]) -> str:
-    """The picture of `write_histograms` as an <svg> element. Equal numbers give equal text.
-
-    Args:
-      stats: by label, as for `write_histograms`.
-
-    Returns:
-      The element, with its texts as text; it loads nothing.
-
-    Raises:
-      ValueError: `stats` is empty.
-    """
-    return figure_svg(_draw(stats))
 
 
 def write_png(figure: Figure, path: str | os.PathLike) -> None:

@@ -191,22 +191,25 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def _page(runs: Sequence[Run]) -> str:
-    charts = "".join(f"<div>{figure_svg(_panel(runs, panel))}</div>" for panel in _drawn(runs))
+    charts = "".join(
+        f'<div class="sheet">{figure_svg(_panel(runs, panel))}</div>' for panel in _drawn(runs)
+    )
     columns = "repeat(auto-fit,minmax(min(100%,330px),1fr))"
     sections = [
-        ("Runs", "".join(_legend(number, run) for number, run in enumerate(runs))),
-        (
+        html.Section("Runs", "".join(_legend(number, run) for number, run in enumerate(runs))),
+        html.Section(
             "Curves",
             f'<div style="display:grid;gap:1.2rem;grid-template-columns:{columns}">{charts}</div>',
         ),
     ]
-    return html.page("Training curves", f"{len(runs)} runs" if len(runs) > 1 else "", sections)
+    subtitle = f"{len(runs)} runs" if len(runs) > 1 else ""
+    return html.page("Training curves", subtitle, [html.Chapter("", sections)])
 
 
 def _legend(number: int, run: Run) -> str:
     """The colour of a run, its label, and its scores in one line that wraps."""
     return (
-        '<p style="overflow-wrap:anywhere"><svg width="26" height="12" style="display:inline-block;'
+        '<p style="overflow-wrap:anywhere"><svg class="sheet" width="26" height="12" style="display:inline-block;'
         'vertical-align:middle" aria-hidden="true"><line x1="0" y1="6" x2="26" y2="6" '
         f'stroke="{_colour(number)}" stroke-width="3"/></svg> <b>{escape(run.label)}</b><br>'
         f'<span class="soft">{escape(_scores(run))}</span></p>\n'

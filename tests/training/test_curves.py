@@ -13,7 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from llave_jax import plot
 from llave_jax.common.extras import MissingPackage
 from llave_jax.evaluation import drawing, report_html
-from llave_jax.evaluation.drawing import histograms_svg
 from llave_jax.training.curves import PANELS
 from llave_jax.training.metrics import MetricsWriter
 from llave_jax.training.weights_and_biases import WandbLog
@@ -63,7 +62,7 @@ def smallest_text(svg):
 def test_the_page_has_every_run_and_panel_in_readable_size(drawn):
     folder, labels = drawn
     page = (folder / "curves.html").read_text()
-    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page).replace("!DOCTYPE", "")
+    assert "://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     for label in labels:
         assert report_html.escape(label) in page
     for panel in PANELS:
@@ -112,16 +111,6 @@ def test_what_cannot_be_drawn_is_named(runs, message, tmp_path, capsys):
     assert plot.main([run.format(tmp_path) for run in runs]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_pictures_of_a_report_can_be_read_on_a_phone():
-    svg = histograms_svg({"all datasets": stats_like(0.7, 0.5, 0.1)})
-    assert smallest_text(svg) >= READABLE
-    # The bars are boxes with text, whose size does not depend on the screen.
-    bars = report_html.bars({"vqa": [report_html.Bar("OK-VQA", 50.0, 10.0, 71.1)]})
-    assert "<svg" not in bars
-    for text in ("OK-VQA", "50.0", "71.1", "this run", "published", 'style="width:50.0%"'):
-        assert text in bars
 
 
 def test_the_legend_of_the_similarity_figure_is_whole_with_one_run(monkeypatch, tmp_path):
