@@ -3,7 +3,8 @@
     python -m llave_jax.evaluate --model DIR --benchmark mmeb --data DIR --output DIR
 
 Writes scores, predictions, a table and a page to look at (report.html). Running the same command
-again continues where it was stopped. Owns the sequence of steps; each benchmark is a module of
+again continues where it was stopped. With --check-data nothing is scored: what the chosen tasks lack
+on disk is listed. Owns the sequence of steps; each benchmark is a module of
 `llave_jax.evaluation.benchmarks`.
 """
 
@@ -27,7 +28,7 @@ from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.precision import PRECISIONS
 from llave_jax.embedding.run_info import settings_of
 from llave_jax.evaluation import comparison, report, run
-from llave_jax.evaluation.benchmarks.base import Benchmark, Options
+from llave_jax.evaluation.benchmarks.base import Benchmark, Options, describe
 from llave_jax.evaluation.benchmarks.mmeb import Mmeb
 from llave_jax.evaluation.benchmarks.registry import BENCHMARKS, open_benchmark
 from llave_jax.evaluation.cache import EmbeddingCache
@@ -58,23 +59,36 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       The flags' values.
     """
     parser = command_line.Parser("llave_jax.evaluate", __doc__)
-    command_line.add_model_argument(parser)
+    given = sys.argv[1:] if argv is None else argv
+    scores = not {"--check-data", "--check_data"} & set(given)
+    command_line.add_model_argument(parser, required=scores)
     command_line.add_adapter_argument(parser)
     parser.add_argument(
         "--benchmark", required=True, help=f"one or several, with commas, of {', '.join(NAMES)}"
     )
-    parser.add_argument("--output", required=True, help="where scores and tables are written")
+    parser.add_argument("--output", required=scores, help="where scores and tables are written")
     parser.add_argument(
         "--data",
         nargs="+",
         help="the benchmark's directory (digits: built there if absent); of several benchmarks NAME=DIR NAME=DIR, "
         "or a directory with a folder for each",
     )
-    parser.add_argument("--images", help="mmeb: image folder or zip archive, if not in --data")
+    parser.add_argument(
+        "--images", help="mmeb, mmeb-v2: image folder or zip archive, if not in --data"
+    )
+    parser.add_argument(
+        "--frames", type=int, help="mmeb-v2: saved frames of a video that are used; default: 8"
+    )
     parser.add_argument(
         "--tasks",
         "--subsets",
-        help="comma-separated tasks (datasets); default: all in --data",
+        help="comma-separated tasks (datasets); default: all in --data, or all of mmeb-v2",
+    )
+    parser.add_argument(
+        "--check-data",
+        action="store_true",
+        help="list what the tasks lack on disk, with the commands that fetch it, and score nothing; no --model and "
+        "no --output then",
     )
     parser.add_argument(
         "--cache", help="directory of embeddings to reuse; default: <output>/embeddings"
@@ -118,7 +132,9 @@ def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def _command(args: argparse.Namespace) -> None:
+def _command(args: argparse.Namespace) -> int | None:
+    if args.check_data:
+        return _check_data(args)
     processes.initialize(args)
     interrupts.take_again()
     first = jax.process_index() == 0
@@ -129,6 +145,21 @@ def _command(args: argparse.Namespace) -> None:
         if first:
             print(table)
             write_text(Path(args.output) / "table.txt", table + "\n")
+    return None
+
+
+def _check_data(args: argparse.Namespace) -> int:
+    """Prints what tasks lack on disk. Returns the exit status: 0 if they lack nothing."""
+    benchmarks = {name: _open(name, args) for name in args.benchmark if name != DIGITS}
+    tasks = _chosen_tasks(benchmarks, _names(args.tasks))
+    missing = [
+        entry for n, benchmark in benchmarks.items() for entry in benchmark.missing(tasks[n])
+    ]
+    lacking, total = len({entry.task for entry in missing}), sum(map(len, tasks.values()))
+    if missing:
+        print(describe(missing), end="\n\n")
+    print(f"{total - lacking} of {total} tasks have all data that was looked for.")
+    return command_line.USER_ERROR if missing else 0
 
 
 @contextlib.contextmanager
@@ -169,6 +200,8 @@ def evaluate(args: argparse.Namespace) -> str:
     model = resolve_model(args.model)
     benchmarks = {name: _open(name, args) for name in args.benchmark}
     tasks = _chosen_tasks(benchmarks, _names(args.tasks))
+    for name, benchmark in benchmarks.items():
+        run.require_data(benchmark, tasks[name])
     max_length = args.max_length or max(b.max_length or 0 for b in benchmarks.values()) or None
     embedder = Embedder.from_pretrained(
         model, adapter=args.adapter, dtype=args.dtype, max_length=max_length
@@ -187,6 +220,7 @@ def evaluate(args: argparse.Namespace) -> str:
             truncate_dim=args.truncate_dim,
         )
         settings = settings_of(args.model, embedder, fingerprint, args.adapter)
+        settings["dimension"] = args.truncate_dim or width
         if args.truncate_dim is not None:
             settings["truncate_dim"] = args.truncate_dim
 
@@ -229,11 +263,12 @@ def _compared(name: str, results: Results, baselines: Sequence[Evaluation]) -> s
 
 
 def _open(name: str, args: argparse.Namespace) -> Benchmark:
-    data, output = _data(name, args.data), _folder(Path(args.output), name, args.benchmark)
+    data = _data(name, args.data)
     if name == DIGITS:
+        output = _folder(Path(args.output), name, args.benchmark)
         return Mmeb(digits.build(data or output / "digits") / "eval", infos=digits.INFOS)
     assert data is not None
-    return open_benchmark(name, data, Options(images=args.images))
+    return open_benchmark(name, data, Options(images=args.images, frames=args.frames))
 
 
 def _data(name: str, places: Sequence[str] | None) -> Path | None:
@@ -263,6 +298,8 @@ def _chosen_tasks(
     there = {name: benchmark.names() for name, benchmark in benchmarks.items()}
     if not chosen:
         return there
+    for name, benchmark in benchmarks.items():
+        there[name] = [*there[name], *benchmark.variants]
     known = {task for tasks in there.values() for task in tasks}
     if unknown := [task for task in chosen if task not in known]:
         raise ValueError(

@@ -254,15 +254,16 @@ def _may_be_none(config: Any, path: Sequence[str], name: str) -> bool:
     return isinstance(fields.get(name), FieldReference)
 
 
-def add_model_argument(parser: argparse.ArgumentParser) -> None:
+def add_model_argument(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds `--model` to a command line.
 
     Args:
       parser: of the command.
+      required: whether it has to be given.
     """
     parser.add_argument(
         "--model",
-        required=True,
+        required=required,
         help="a model directory, a training run's directory, a Hugging Face checkpoint's directory, or "
         "a name on the hub: org/name or org/name@revision",
     )

@@ -14,14 +14,46 @@ from typing import Any
 import jax
 
 from llave_jax.embedding.run_info import record_run
-from llave_jax.evaluation.benchmarks.base import Benchmark
+from llave_jax.evaluation.benchmarks.base import Benchmark, describe
 from llave_jax.evaluation.cache import EmbeddingCache, Encode
 from llave_jax.evaluation.forms import Form
 from llave_jax.evaluation.output import write_similarity
 from llave_jax.evaluation.results import Results
 from llave_jax.evaluation.scoring import score_task
+from llave_jax.parallel.processes import on_first_process
 
 log = logging.getLogger(__name__)
+
+# Things that an error about missing data names; a screen has room for them.
+_NAMED = 4
+
+
+def require_data(benchmark: Benchmark, tasks: Sequence[str]) -> None:
+    """Checks that tasks lack nothing on disk. With several processes all call this alike, and the first one looks.
+
+    Args:
+      benchmark: whose files were found.
+      tasks: names.
+
+    Raises:
+      FileNotFoundError: something is missing; it says what, and what fetches it.
+      ValueError: there is no such task, or data is malformed.
+    """
+
+    def check() -> None:
+        missing = benchmark.missing(tasks)
+        if not missing:
+            return
+        lacking = {entry.task for entry in missing}
+        things = list(dict.fromkeys((entry.what, entry.command) for entry in missing))
+        named = [entry for entry in missing if (entry.what, entry.command) in things[:_NAMED]]
+        more = len(things) - _NAMED
+        raise FileNotFoundError(
+            f"{len(lacking)} of {len(tasks)} tasks lack data on disk; --tasks scores others, --check-data lists "
+            f"everything:\n{describe(named)}" + (f"\nand {more} more" if more > 0 else "")
+        )
+
+    on_first_process(check)
 
 
 def evaluate(
@@ -42,7 +74,7 @@ def evaluate(
     Args:
       encode: items -> float32 [n, D], L2-normalised.
       benchmark: from `benchmarks.open_benchmark`.
-      tasks: names; None or empty: all that are there.
+      tasks: names; None or empty: those of `Benchmark.names`.
       output_dir: where scores and predictions go; nothing is written if None.
       cache: embeddings of earlier runs; None: kept in memory. Contents that tasks share are encoded once in
         either case.
@@ -87,4 +119,7 @@ def evaluate(
             record_run(
                 output_dir, name, None if settings is None else {**settings, **task.settings}
             )
-    return Results(benchmark.suite, tuple(results))
+    found = Results(benchmark.suite, tuple(results))
+    if output_dir is not None and jax.process_index() == 0:
+        benchmark.finish(Path(output_dir), found, settings)
+    return found

@@ -43,12 +43,14 @@ class RunBenchmark:
         self, benchmark: Benchmark, datasets: Sequence[str] = (), dims: Sequence[int] = ()
     ):
         there = benchmark.names()
-        if missing := [name for name in datasets if name not in there]:
+        known = (*there, *benchmark.variants)
+        if missing := [name for name in datasets if name not in known]:
             raise ValueError(
-                f"config.eval.datasets names {missing}; {benchmark.suite.name} has {', '.join(there)}"
+                f"config.eval.datasets names {missing}; {benchmark.suite.name} has {', '.join(known)}"
             )
         self._benchmark, self._tasks = benchmark, list(datasets) or there
         self._forms = [Form(dim) for dim in dims]
+        run.require_data(benchmark, self._tasks)
         benchmark.read(self._tasks[0])
 
     def score(self, encode: Encode, directory: Path) -> dict[str, float]:

@@ -50,14 +50,16 @@ class Benchmark(Protocol):
 
     Attributes:
       suite: all tasks, averages, published scores.
+      variants: further tasks, which are scored if they are named, and enter no average.
       max_length: tokens that its longest items need; None: the model's own limit suffices.
     """
 
     suite: Suite
+    variants: Sequence[str] = ()
     max_length: int | None = None
 
     def names(self) -> list[str]:
-        """The tasks that are on disk, in the order of the benchmark's tables.
+        """The tasks that are scored if none are named, in the order of the benchmark's tables.
 
         Raises:
           FileNotFoundError: there are none.

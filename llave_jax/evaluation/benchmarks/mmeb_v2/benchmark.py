@@ -19,6 +19,7 @@ from llave_jax.embedding.run_info import read_runs
 from llave_jax.evaluation import output
 from llave_jax.evaluation.benchmarks.base import Benchmark, Missing, Options
 from llave_jax.evaluation.benchmarks.mmeb_v2 import image, video, visdoc
+from llave_jax.evaluation.benchmarks.mmeb_v2.frames import DEFAULT_FRAMES
 from llave_jax.evaluation.benchmarks.mmeb_v2.hub import HubData
 from llave_jax.evaluation.benchmarks.mmeb_v2.pixels import Pixels
 from llave_jax.evaluation.benchmarks.mmeb_v2.tasks import (
@@ -34,6 +35,8 @@ from llave_jax.evaluation.task import Task
 from llave_jax.parallel.processes import only_on_first
 
 SUBMISSION = "mmeb_v2_submission.json"
+# Settings of a run on which scores depend.
+_SAME = ("fingerprint", "dtype", "max_length", "truncate_dim")
 # Tokens of a frame with its newlines, and of texts around a video; a video saved as frames has at most 64.
 _FRAME_TOKENS, _TEXT_TOKENS, _SAVED_FRAMES = 210, 512, 64
 
@@ -59,6 +62,7 @@ class MmebV2(Benchmark):
     """
 
     suite = SUITE
+    variants = tuple(VARIANTS)
 
     def __init__(self, data_dir: str | os.PathLike, options: Options | None = None):
         self._options = options or Options()
@@ -139,12 +143,9 @@ class MmebV2(Benchmark):
           results: of this run.
           settings: what computed them; None: only this run's tasks are in the submission.
         """
-        runs = read_runs(directory)
         scored = {result.info.name for result in results.tasks}
-        for name in (*TASKS, *VARIANTS):
-            run = runs.get(name)
-            if settings is not None and run is not None:
-                scored |= {name} if all(run.get(k) == v for k, v in settings.items()) else set()
+        if settings is not None:
+            scored |= self._scored_alike(read_runs(directory), settings)
         metrics: dict[str, dict[str, Any]] = {modality: {} for modality in MODALITIES}
         for spec in (*TASKS.values(), *VARIANTS.values()):
             path = directory / spec.modality / f"{spec.name}_score.json"
@@ -154,16 +155,29 @@ class MmebV2(Benchmark):
         metadata = {
             "model_name": Path(str(known["model"])).name if "model" in known else None,
             "model_backbone": None,
-            "model_size": known.get("billions"),
-            "embedding_dimension": known.get("truncate_dim", known.get("dimension")),
+            "model_size": None,
+            "embedding_dimension": known.get("dimension"),
             "max_length_tokens": known.get("max_length"),
             "model_release_date": None,
             "data_source": "Self-Reported",
             "url": None,
             "report_generated_date": datetime.datetime.now().isoformat(),
         }
+        # What is null here, the user fills in.
         submission = {"metadata": metadata, "metrics": metrics}
         write_text(directory / SUBMISSION, json.dumps(submission, indent=4) + "\n")
+
+    def _scored_alike(
+        self, runs: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+    ) -> set[str]:
+        """Tasks that earlier runs scored with the same model, precision, length and number of frames."""
+        names = set()
+        for name in runs.keys() & (TASKS.keys() | VARIANTS.keys()):
+            alike = all(runs[name].get(key) == settings.get(key) for key in _SAME)
+            frames = runs[name].get("frames", "all")
+            if alike and frames in ("all", self._options.frames or DEFAULT_FRAMES):
+                names.add(name)
+        return names
 
 
 def _spec(name: str) -> Spec:
