@@ -16,7 +16,7 @@ import numpy as np
 
 from llave_jax.common.files import write_text
 from llave_jax.evaluation import output, published
-from llave_jax.evaluation.benchmarks import video_files
+from llave_jax.evaluation.benchmarks import activitynet, didemo, lsmdc, msrvtt, msvd
 from llave_jax.evaluation.benchmarks.base import Benchmark, Options
 from llave_jax.evaluation.benchmarks.video_files import VideoDataset
 from llave_jax.evaluation.results import Reference, Suite
@@ -87,6 +87,7 @@ class TextVideo(Benchmark):
         videos = Items(len(dataset.videos), self._video)
         stems = [video.stem for video in dataset.videos]
         one_each = len(captions) == len(videos)
+        settings = {"missing_videos": dataset.missing} if dataset.missing else {}
         forth, back = self.suite.tasks
         if name == forth.name:
             return Task(
@@ -96,6 +97,7 @@ class TextVideo(Benchmark):
                 relevant=[np.array([owner], np.int32) for owner in owners],
                 metrics=METRICS,
                 all_tied=one_each,
+                settings=settings,
                 query_names=dataset.captions,
                 candidate_names=stems,
             )
@@ -107,6 +109,7 @@ class TextVideo(Benchmark):
             groups=owners,
             metrics=METRICS,
             all_tied=True,
+            settings=settings,
             query_names=stems,
             candidate_names=[f"captions of {stem}" for stem in stems],
         )
@@ -131,5 +134,12 @@ class TextVideo(Benchmark):
 
 
 READERS: dict[str, Callable[[str | os.PathLike, Options], TextVideo]] = {
-    name: functools.partial(TextVideo, read) for name, read in video_files.READERS.items()
+    name: functools.partial(TextVideo, read)
+    for name, read in {
+        "msrvtt": msrvtt.read,
+        "msvd": msvd.read,
+        "didemo": didemo.read,
+        "activitynet": activitynet.read,
+        "lsmdc": lsmdc.read,
+    }.items()
 }
