@@ -38,11 +38,13 @@ class Missing(NamedTuple):
       task: its name.
       what: is missing, and where it was looked for.
       command: that fetches it; "" if there is none.
+      example: a file of it, if it has many.
     """
 
     task: str
     what: str
     command: str
+    example: str = ""
 
 
 class Benchmark(Protocol):
@@ -124,12 +126,13 @@ def describe(missing: Iterable[Missing]) -> str:
     Returns:
       Lines of text.
     """
-    groups: dict[tuple[str, str], list[str]] = {}
-    for task, what, command in missing:
-        groups.setdefault((what, command), []).append(task)
+    groups: dict[tuple[str, str], list[Missing]] = {}
+    for entry in missing:
+        groups.setdefault((entry.what, entry.command), []).append(entry)
     lines = []
-    for (what, command), tasks in groups.items():
-        lines += [f"{what}", f"  for {', '.join(tasks)}"]
+    for (what, command), entries in groups.items():
+        example = f", such as {entries[0].example}" if entries[0].example else ""
+        lines += [f"{what}{example}", f"  for {', '.join(entry.task for entry in entries)}"]
         lines += [f"  {command}"] if command else []
     return "\n".join(lines)
 

@@ -112,8 +112,8 @@ class MmebV2(Benchmark):
         if needs_pictures and folder is None and not self._pixels.has_archive(spec):
             kind = "frames" if spec.modality == "video" else "pictures"
             folders = " or ".join(spec.pictures)
-            what = f"{kind} in {folders}" + (f", such as {picture}" if picture else "")
-            found.append(Missing(spec.name, what, self._pixels.command(spec)))
+            what = f"{kind} in {folders}"
+            found.append(Missing(spec.name, what, self._pixels.command(spec), picture))
         elif spec.modality == "video" and folder is not None and not absent:
             what = video.missing_frames(spec, data, folder)
             found += [Missing(spec.name, what, self._pixels.command(spec))] if what else []
