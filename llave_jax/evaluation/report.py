@@ -237,11 +237,12 @@ def _averages(part: _Part) -> str:
         value, missing = part.average(label, own), [name for name in tasks if name not in own.tasks]
         absent = missing
         if value is None:
-            tiles.append((label, "-", [f"{len(tasks) - len(missing)} of {len(tasks)} scored"]))
+            scored = f"{len(tasks) - len(missing)} of {len(tasks)}"
+            tiles.append((label, "-", [("scored", scored)]))
             continue
-        notes = [f"{o} {_against(value, part.average(label, s))}" for o, s in part.others.items()]
+        notes = [(o, _against(value, part.average(label, s))) for o, s in part.others.items()]
         chance = _chance(part, label)
-        notes += [] if chance is None else [f"chance {percent(chance)}"]
+        notes += [] if chance is None else [("chance", percent(chance))]
         tiles.append((label, percent(value), notes))
     content = html.tiles(tiles)
     if part.others:

@@ -69,7 +69,8 @@ class Gallery:
     def __init__(self, tasks: int):
         cards = CANDIDATES + 2
         self.each = min(_MOST, max(_LEAST, _CARDS // (cards * max(1, tasks))))
-        self.pictures = Reader(tasks * self.each * cards)
+        # The query counts twice: it may be a video, of which several frames are shown.
+        self.pictures = Reader(tasks * self.each * (cards + 1))
 
     def examples(self, task: Task, answers: Answers) -> dict[str, list[Example]]:
         """Queries with their best answers, and each with its best right one at any rank.

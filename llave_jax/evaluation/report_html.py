@@ -179,18 +179,21 @@ def folded(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{content}</details>\n"
 
 
-def tiles(values: Sequence[tuple[str, str, Sequence[str]]]) -> str:
+def tiles(values: Sequence[tuple[str, str, Sequence[tuple[str, str]]]]) -> str:
     """Headline numbers.
 
     Args:
-      values: (label, value, notes), plain text.
+      values: (label, value, what it compares with as names and values), plain text.
 
     Returns:
       HTML.
     """
     parts = []
     for label, value, notes in values:
-        lines = "".join(f'<span class="soft small">{_isolated(note)}</span>' for note in notes)
+        lines = "".join(
+            f'<span class="soft small">{_isolated(name)} <span class="whole">{escape(text)}</span></span>'
+            for name, text in notes
+        )
         parts.append(
             f'<div class="tile"><span class="soft">{_isolated(label)}</span> <b>{escape(value)}</b> {lines}</div>'
         )

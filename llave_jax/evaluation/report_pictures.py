@@ -69,7 +69,7 @@ class Reader:
     """Reads the pictures of a page.
 
     Args:
-      count: items with pictures that there may be.
+      count: items with pictures that there may be; those of which several frames are shown count twice.
       total_bytes: of all pictures together.
       seconds: for all of them together.
 
@@ -119,7 +119,7 @@ class Reader:
 
     def _small(self, picture: PIL.Image.Image, share: int) -> Picture:
         """One of `share` pictures of an item, in its part of the bytes."""
-        limit = self._bytes // share
+        limit = self._bytes if share == 1 else 2 * self._bytes // share
         longest = max(picture.size)
         if longest <= _TINY:
             encoded = _encode(picture, "PNG")

@@ -34,6 +34,7 @@ nav li { margin: .15rem 0; } nav a { margin-right: .9rem; } nav b { margin-right
 .tile { border: 1px solid var(--line); border-radius: 8px; padding: .5rem .8rem; min-width: 0; overflow-wrap: anywhere; }
 .tile b { display: block; font-size: 1.45rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tile .small { display: block; font-variant-numeric: tabular-nums; }
+.whole { white-space: nowrap; }
 .scroll { overflow-x: auto; margin: .5rem 0; max-width: 100%; }
 table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .65rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llave_jax.evaluation import comparison
+from tools import compare_evaluations
 
 
 def summary(benchmark="mmeb", model="a/model", averages=None, **scores):
@@ -108,3 +109,23 @@ def test_labels_differ(tmp_path):
         comparison.read_evaluations([first, second])
     labels = [e.label for e in comparison.read_evaluations([first, f"b={second}"])]
     assert labels == ["out", "b"]
+
+
+def test_the_tool(tmp_path, capsys):
+    mine = write(tmp_path / "mine/mmeb", summary(A=0.5, B=0.25))
+    write(tmp_path / "mine/digits", summary("digits", C=0.5))
+    base = write(tmp_path / "base", summary(A=0.25, B=0.75))
+    command = ["--evaluation", str(tmp_path / "mine"), "--baseline", base]
+    assert compare_evaluations.main([*command, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out/table.txt").read_text() == printed
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["B", "precision@1", "25.0", "75.0", "-50.0"] in rows
+    assert ["overall", "37.5", "50.0", "-12.5"] in rows
+    page = (tmp_path / "out/report.html").read_text()
+    assert ">-50.0</td>" in page
+    assert "<h2><bdi>digits</bdi></h2>" in page
+    assert compare_evaluations.main([*command, mine, "--output", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert compare_evaluations.main([*command[:3], str(tmp_path), "--output", "out"]) == 2
+    assert "two of its summary.json are of mmeb" in capsys.readouterr().err
