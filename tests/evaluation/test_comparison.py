@@ -127,5 +127,7 @@ def test_the_tool(tmp_path, capsys):
     assert "<h2><bdi>digits</bdi></h2>" in page
     assert compare_evaluations.main([*command, mine, "--output", str(tmp_path / "out")]) == 0
     capsys.readouterr()
-    assert compare_evaluations.main([*command[:3], str(tmp_path), "--output", "out"]) == 2
-    assert "two of its summary.json are of mmeb" in capsys.readouterr().err
+    command = [*command[:3], str(tmp_path / "nothing"), "--output", str(tmp_path / "none")]
+    assert compare_evaluations.main(command) == 2
+    assert "nothing: no summary.json here" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
