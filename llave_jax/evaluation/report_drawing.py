@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 
 import numpy as np
 
+from llave_jax.evaluation.report_html import escape
 from llave_jax.evaluation.similarity import EDGES, KINDS, NEGATIVES, SimilarityStats
 
 LABELS = {

@@ -11,7 +11,6 @@ import dataclasses
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -211,8 +210,8 @@ def _legend(number: int, run: Run) -> str:
     return (
         '<p style="overflow-wrap:anywhere"><svg class="sheet" width="26" height="12" style="display:inline-block;'
         'vertical-align:middle" aria-hidden="true"><line x1="0" y1="6" x2="26" y2="6" '
-        f'stroke="{_colour(number)}" stroke-width="3"/></svg> <b>{escape(run.label)}</b><br>'
-        f'<span class="soft">{escape(_scores(run))}</span></p>\n'
+        f'stroke="{_colour(number)}" stroke-width="3"/></svg> <b>{html.escape(run.label)}</b><br>'
+        f'<span class="soft">{html.escape(_scores(run))}</span></p>\n'
     )
 
 

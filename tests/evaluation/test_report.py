@@ -276,6 +276,10 @@ def test_baselines(tmp_path):
     for name, score, other in zip("AB", own, (75.0, 0.0), strict=True):
         row = f"{name} precision@1 {100 * score:.1f} {other} {100 * score - other:+.1f} "
         assert row.replace("+0.0", "0.0") in page.text
+    # Gains are green, losses red.
+    markup = path.read_text()
+    assert f'<td class="bad">{100 * own[0] - 75:+.1f}</td>' in markup
+    assert f'<td class="good">{100 * own[1]:+.1f}</td>' in markup
     # Histograms of both, over the datasets that both have.
     assert page.counts["figure"] == 2
     (tmp_path / "base/A_similarity.npz").unlink()
@@ -373,7 +377,7 @@ def test_long_texts_are_cut():
     assert 300 < card.count("x") < 400
 
 
-def test_scores_by_size_are_drawn_where_they_are():
+def test_scores_by_size_are_drawn_where_they_are(tmp_path):
     sizes = [64, 128, 256, 1024]
     svg = report_drawing.lines({"float32": [(n, n / 20) for n in sizes]}, "overall")
     points = re.search(r'points="([^"]*)" *[/>]', svg)[1].split()
@@ -383,6 +387,11 @@ def test_scores_by_size_are_drawn_where_they_are():
     slopes = np.diff(down) / np.diff([n / 20 for n in sizes])
     assert slopes == pytest.approx([slopes[0]] * 3, rel=0.05)
     assert slopes[0] < 0
+    # Names of series and of the score are text here too.
+    (tmp_path / "x.html").write_text(report_drawing.lines({HOSTILE: [(64, 1.0)]}, HOSTILE))
+    assert Page(tmp_path / "x.html").alts == [
+        f"{SHOWN} in percent by the numbers of a vector: {SHOWN}"
+    ]
     # A single value, and equal ones, have axes too.
     for values in ([(64, 50.0)], [(64, 0.0), (128, 0.0)]):
         assert "nan" not in report_drawing.lines({"a": values}, "b")
