@@ -282,14 +282,17 @@ def _task_table(part: _Part) -> str:
     """Scores and differences with chance, numbers of queries and published scores."""
     own, published = part.own, part.detailed
     head, *body = task_rows(own, part.others, part.label)
-    found = [[*head, "chance", "queries", *(f"{r.model} published" for r in published)]]
+    with_chance = any(task.chance is not None for task in own.tasks.values())
+    names = [*(["chance"] if with_chance else []), "queries"]
+    found = [[*head, *names, *(f"{r.model} published" for r in published)]]
     for row in body:
         name, metric = row[:2]
         task = own.tasks.get(name)
         chance = task.chance if task is not None and metric == task.metric else None
         queries = "-" if task is None else str(task.queries)
         references = [percent(r.tasks.get((name, metric)), 1) for r in published]
-        found.append([*row, percent(chance), queries, *references])
+        chances = [percent(chance)] if with_chance else []
+        found.append([*row, *chances, queries, *references])
     return html.table(_coloured(found, 1), name="Scores of all datasets", left=2)
 
 

@@ -135,9 +135,11 @@ def _item(task: Task, answer: int) -> Item:
 
 
 def _captions(task: Task, answer: int) -> str:
-    """The first texts of a group, and how many more there are."""
+    """The first texts of a group, and how many more there are; a single one as it is."""
     members = _members(task, answer)
     texts = [readable(task.candidates[int(member)].text) for member in members[:_CAPTIONS]]
+    if len(members) == 1:
+        return texts[0]
     more = len(members) - len(texts)
     return "\n".join([*(f"• {text}" for text in texts), *([f"and {more} more"] if more else [])])
 

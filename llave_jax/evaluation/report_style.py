@@ -40,6 +40,7 @@ table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabu
 th, td { padding: .22rem .65rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 tbody th { color: inherit; font-weight: 400; }
+tbody th, td { vertical-align: baseline; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); padding-left: 0;
   max-width: 17rem; overflow-wrap: break-word; }
 th.long { min-width: 12rem; white-space: normal; }
