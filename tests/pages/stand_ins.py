@@ -17,6 +17,7 @@ import sklearn.datasets
 from llave_jax.weights.from_hf import convert_from_hf
 from tests.data import mmeb_tree
 from tests.evaluation import mmeb_eval_tree
+from tests.evaluation.mmeb_v2.miniature import Miniature
 from tests.pages.blocks import ROOT, Block
 from tests.weights.convert_checkpoints import write_hf
 
@@ -74,6 +75,7 @@ def _makers() -> dict[str, Callable[[Path], object]]:
         "runs/quickstart": _quickstart,
         "data/MMEB-train": lambda path: mmeb_tree.make_tree(path, 6),
         "data/MMEB-eval": _mmeb_eval,
+        "data/MMEB-V2": lambda path: Miniature(path).write(),
         "data/MSRVTT": _msrvtt,
         "data/MSVD": _msvd,
     }
