@@ -29,6 +29,7 @@ from llave_jax.weights.from_hf import convert_from_hf
 from llave_jax.weights.hf_names import LAYOUTS
 from llave_jax.weights.model_dir import load_config
 from llave_jax.weights.peft_format import write_peft
+from llave_jax.weights.prompts import SETS, read_prompt_set
 from llave_jax.weights.resolve import find_checkpoint, resolve_model
 from llave_jax.weights.to_hf import CHECK_VECTORS, convert_to_hf
 
@@ -75,10 +76,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="with --to-hf, of a run that trained adapters: write those alone, for the peft library",
     )
+    parser.add_argument(
+        "--prompts",
+        metavar="SET",
+        help=f"named prompts to put into the model directory: {', '.join(SETS)}, or a JSON file of names and texts; "
+        "default: those of --input",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in --output")
     args = parser.parse_args(argv)
     if args.to_hf and args.vision_config:
         parser.error("--vision-config is of use only without --to-hf")
+    if args.prompts and args.to_hf:
+        parser.error(
+            "--prompts is of use only without --to-hf; an export has the model directory's"
+        )
     if args.base_model and not args.to_hf:
         parser.error("--base-model is of use only with --to-hf")
     if args.adapter_only and (not args.to_hf or args.overwrite or args.no_check_vectors):
@@ -112,6 +123,7 @@ def _convert(args: argparse.Namespace) -> None:
                 find_checkpoint(args.input),
                 args.output,
                 vision_config=args.vision_config,
+                prompts=read_prompt_set(args.prompts) if args.prompts else None,
                 overwrite=args.overwrite,
             )
     print(f"written to {args.output}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from llave_jax.digits import dataset as digits
 from llave_jax.embedding.embedder import Embedder
 from llave_jax.embedding.precision import PRECISIONS
 from llave_jax.embedding.run_info import settings_of
-from llave_jax.evaluation import comparison, report, run
+from llave_jax.evaluation import comparison, mteb_run, report, run
 from llave_jax.evaluation.benchmarks.base import Benchmark, Options, describe
 from llave_jax.evaluation.benchmarks.mmeb import Mmeb
 from llave_jax.evaluation.benchmarks.registry import BENCHMARKS, open_benchmark
@@ -42,7 +43,9 @@ from llave_jax.evaluation.comparison import (
 from llave_jax.evaluation.forms import read_forms, to_json
 from llave_jax.evaluation.results import Results
 from llave_jax.parallel import peers, processes
+from llave_jax.weights import model_dir
 from llave_jax.weights.fingerprint import model_fingerprint
+from llave_jax.weights.prompts import side_prompts
 from llave_jax.weights.resolve import resolve_model
 
 DIGITS = "digits"
@@ -64,7 +67,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command_line.add_model_argument(parser, required=scores)
     command_line.add_adapter_argument(parser)
     parser.add_argument(
-        "--benchmark", required=True, help=f"one or several, with commas, of {', '.join(NAMES)}"
+        "--benchmark",
+        required=True,
+        help=f"one or several, with commas, of {', '.join(NAMES)}, and mteb:NAME for a task or a benchmark of mteb",
     )
     parser.add_argument("--output", required=scores, help="where scores and tables are written")
     parser.add_argument(
@@ -72,6 +77,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         help="the benchmark's directory (digits: built there if absent); of several benchmarks NAME=DIR NAME=DIR, "
         "or a directory with a folder for each",
+    )
+    parser.add_argument(
+        "--query-prompt",
+        help="retrieval: put before each query's text; default: the model's prompt `query`, if it has one",
+    )
+    parser.add_argument(
+        "--document-prompt", help="retrieval: put before each document's text, in the same way"
     )
     parser.add_argument(
         "--images", help="mmeb, mmeb-v2: image folder or zip archive, if not in --data"
@@ -120,16 +132,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     processes.add_arguments(parser)
     args = parser.parse_args(argv)
     args.benchmark = _names(args.benchmark)
+    args.mteb = [n.removeprefix(mteb_run.PREFIX) for n in args.benchmark if _is_mteb(n)]
+    args.benchmark = [name for name in args.benchmark if not _is_mteb(name)]
     for name in args.benchmark:
         if name not in NAMES:
-            parser.error(f"--benchmark {name!r} is none of {', '.join(NAMES)}")
+            parser.error(f"--benchmark {name!r} is none of {', '.join(NAMES)}, mteb:TASK")
         if args.data is None and name != DIGITS:
             parser.error(f"--benchmark {name} needs --data")
     return args
 
 
 def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+    """Names between commas; not those in brackets, as mteb's "MTEB(eng, v2)" has them."""
+    return [name.strip() for name in re.split(r",(?![^()]*\))", text or "") if name.strip()]
+
+
+def _is_mteb(name: str) -> bool:
+    return name.startswith(mteb_run.PREFIX)
 
 
 def _command(args: argparse.Namespace) -> int | None:
@@ -198,11 +217,17 @@ def evaluate(args: argparse.Namespace) -> str:
     baselines: list[Evaluation] = []
     processes.on_first_process(lambda: baselines.extend(_baselines(args)))
     model = resolve_model(args.model)
-    benchmarks = {name: _open(name, args) for name in args.benchmark}
+    prompts = model_dir.load_prompts(model)
+    benchmarks = {name: _open(name, args, prompts) for name in args.benchmark}
+    if args.mteb:
+        mteb_run.check_installed()
+    mteb_tasks = mteb_run.find_tasks(args.mteb) if args.mteb else []
     tasks = _chosen_tasks(benchmarks, _names(args.tasks))
     for name, benchmark in benchmarks.items():
         run.require_data(benchmark, tasks[name])
-    max_length = args.max_length or max(b.max_length or 0 for b in benchmarks.values()) or None
+    max_length = (
+        args.max_length or max((b.max_length or 0 for b in benchmarks.values()), default=0) or None
+    )
     embedder = Embedder.from_pretrained(
         model, adapter=args.adapter, dtype=args.dtype, max_length=max_length
     )
@@ -211,6 +236,7 @@ def evaluate(args: argparse.Namespace) -> str:
         raise ValueError(f"--truncate-dim is {args.truncate_dim}; expected 1 to {width}")
     forms = read_forms(args.dims, args.precision, args.truncate_dim or width)
     cache, settings = EmbeddingCache(), None
+    fingerprint = ""
     if first:
         fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config, args.adapter)
         cache = EmbeddingCache(
@@ -235,19 +261,33 @@ def evaluate(args: argparse.Namespace) -> str:
             settings=settings,
             forms=forms,
         )
+    mteb_tables = []
+    if mteb_tasks:
+        table = mteb_run.evaluate_mteb(
+            embedder,
+            mteb_tasks,
+            _folder(output, "mteb", [*benchmarks, "mteb"]),
+            name=f"llave_jax/{Path(model).resolve().name}",
+            settings={"fingerprint": fingerprint, "truncate_dim": args.truncate_dim},
+            cache=cache,
+            batch_size=args.batch_size,
+        )
+        mteb_tables.append(table)
     several = len(found) > 1
     tables = [f"{n}\n\n{r.table()}" if several else r.table() for n, r in found.items()]
     tables = [
         "\n\n".join(filter(None, (table, _compared(name, results, baselines))))
         for table, (name, results) in zip(tables, found.items(), strict=True)
     ]
+    tables += mteb_tables
     if settings is None:
         return "\n\n".join(tables)
     computed_by = _computed_by(settings)
     for name, results in found.items():
         _write(_folder(output, name, benchmarks), name, results, settings)
     entries = {name: (benchmarks[name], results) for name, results in found.items()}
-    report.write_report(output / "report.html", entries, model=computed_by, baselines=baselines)
+    if entries:
+        report.write_report(output / "report.html", entries, model=computed_by, baselines=baselines)
     return "\n\n".join([*tables, f"Model: {computed_by}."])
 
 
@@ -262,13 +302,22 @@ def _compared(name: str, results: Results, baselines: Sequence[Evaluation]) -> s
     return comparison.compared(own, comparison.of_benchmark(baselines, name))
 
 
-def _open(name: str, args: argparse.Namespace) -> Benchmark:
+def _open(
+    name: str, args: argparse.Namespace, prompts: Mapping[str, str] | None = None
+) -> Benchmark:
     data = _data(name, args.data)
     if name == DIGITS:
         output = _folder(Path(args.output), name, args.benchmark)
         return Mmeb(digits.build(data or output / "digits") / "eval", infos=digits.INFOS)
     assert data is not None
-    return open_benchmark(name, data, Options(images=args.images, frames=args.frames))
+    query, document = side_prompts(prompts or {})
+    options = Options(
+        images=args.images,
+        frames=args.frames,
+        query_prompt=query if args.query_prompt is None else args.query_prompt,
+        document_prompt=document if args.document_prompt is None else args.document_prompt,
+    )
+    return open_benchmark(name, data, options)
 
 
 def _data(name: str, places: Sequence[str] | None) -> Path | None:

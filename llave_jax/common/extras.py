@@ -12,6 +12,7 @@ class MissingPackage(ImportError, ValueError):
 # Module -> (name of its package, the extra that brings it).
 _PACKAGES = {
     "av": ("PyAV", "video"),
+    "mteb": ("mteb", "mteb"),
     "lancedb": ("LanceDB", "search"),
     "prometheus_client": ("prometheus-client", "serve"),
     "starlette": ("Starlette", "serve"),

@@ -34,7 +34,7 @@ from llave_jax.models.llave import Llave, attention_cases
 from llave_jax.ops.attention_choice import choose
 from llave_jax.parallel import sharding
 from llave_jax.weights import model_dir
-from llave_jax.weights.prompts import find_prompt
+from llave_jax.weights.prompts import DOCUMENT_NAMES, find_prompt
 from llave_jax.weights.resolve import resolve_model
 
 log = logging.getLogger(__name__)
@@ -348,7 +348,7 @@ class Embedder:
         Returns:
           As `encode`.
         """
-        return self.encode(items, **self._with_prompt(options, ("document", "passage", "corpus")))
+        return self.encode(items, **self._with_prompt(options, DOCUMENT_NAMES))
 
     def _with_prompt(self, options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         if options.get("prompt") is None and options.get("prompt_name") is None:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -96,6 +97,7 @@ def convert_from_hf(
     output: str | os.PathLike,
     *,
     vision_config: str | os.PathLike | None = None,
+    prompts: Mapping[str, str] | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> LlaveConfig:
@@ -105,6 +107,7 @@ def convert_from_hf(
       source: directory with config.json, tokenizer and safetensors weights.
       output: the model directory to make; appears when it is complete.
       vision_config: the vision tower's config.json, if the checkpoint does not have its sizes.
+      prompts: named ones to give the model; None: those of the checkpoint.
       overwrite: replace a model directory that exists.
       show_progress: show a progress bar.
 
@@ -137,7 +140,7 @@ def convert_from_hf(
         _copy_source_files(source, staged / model_dir.SOURCE, weights)
         _write_layout(staged / model_dir.LAYOUT, weights, model.layout, plan.tied)
         model_dir.write_config(staged, model.config)
-        write_prompts(staged, read_hf_prompts(source))
+        write_prompts(staged, read_hf_prompts(source) if prompts is None else prompts)
     return model.config
 
 

@@ -1,7 +1,8 @@
 """The named prompts of a model: `prompts.json` in a model directory, {"query": "...", "document": "..."}.
 
-A prompt is an instruction that goes in front of an item's text. A model directory without the file has none. A
-Hugging Face checkpoint has them in the settings of sentence-transformers.
+A prompt is an instruction that goes in front of an item's text. Names are those of sentence-transformers and mteb: a
+side ("query", "document"), a task, or both ("CIRR-query"). A model directory without the file has none. A Hugging Face
+checkpoint has them in the settings of sentence-transformers. `mmeb_prompts.json` is MMEB's set.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from llave_jax.weights.safetensors_io import CheckpointError
 from llave_jax.weights.sentence_transformers import SETTINGS
 
 PROMPTS = Path("prompts.json")
+# Sets that come with the package, by the names that commands take.
+SETS = {"mmeb": Path(__file__).with_name("mmeb_prompts.json")}
+DOCUMENT_NAMES = ("document", "passage", "corpus")
 
 
 def read_prompts(directory: Path) -> dict[str, str]:
@@ -31,6 +35,40 @@ def read_prompts(directory: Path) -> dict[str, str]:
     """
     file = directory / PROMPTS
     return _checked(read_json(file), file) if file.exists() else {}
+
+
+def read_prompt_set(name: str) -> dict[str, str]:
+    """A set of prompts that is put into a model directory.
+
+    Args:
+      name: one of SETS, or a JSON file of {name: text}.
+
+    Returns:
+      name -> text.
+
+    Raises:
+      FileNotFoundError: there is no such set and no such file.
+      CheckpointError: the file is not an object of strings.
+    """
+    file = SETS.get(name, Path(name))
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"prompts {name!r:.100}: neither a file nor one of the sets {', '.join(SETS)}"
+        )
+    return _checked(read_json(file), file)
+
+
+def side_prompts(prompts: Mapping[str, str]) -> tuple[str, str]:
+    """The prompts of queries and of documents, whatever the task.
+
+    Args:
+      prompts: of the model.
+
+    Returns:
+      (query, document); "" for each that the model has not.
+    """
+    document = next((prompts[name] for name in DOCUMENT_NAMES if name in prompts), "")
+    return prompts.get("query", ""), document
 
 
 def write_prompts(directory: Path, prompts: Mapping[str, str]) -> None:

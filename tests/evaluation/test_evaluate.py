@@ -173,3 +173,29 @@ def test_missing_data_are_one_line(model, tmp_path, capsys):
     command = ["--model", model[0], "--benchmark", "mmeb", "--data", str(tmp_path / "none")]
     assert evaluate.main([*command, "--output", str(tmp_path / "out")]) == 2
     assert re.search(r"^error: .*none does not exist", capsys.readouterr().err, flags=re.M)
+
+
+def test_a_models_prompts_are_used_for_a_corpus(model, tmp_path):
+    directory, encoder = model
+    (tmp_path / "model/prompts.json").write_text('{"query": "Q: ", "passage": "D: "}')
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "text": "found"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "asked"}\n')
+    (tmp_path / "qrels.tsv").write_text("q\td\t1\n")
+    command = ["--model", directory, "--benchmark", "retrieval", "--data", str(tmp_path)]
+
+    def recorded(*flags):
+        assert evaluate.main([*command, "--output", str(tmp_path / "out"), *flags]) == 0
+        run = json.loads((tmp_path / "out/run.json").read_text())["retrieval"]
+        return run.get("query_prompt"), run.get("document_prompt")
+
+    assert recorded() == ("Q: ", "D: ")
+    assert len(encoder.keys) == 2
+    assert recorded("--query-prompt=", "--document-prompt=X: ") == (None, "X: ")
+    assert len(encoder.keys) == 4
+
+
+def test_names_in_brackets_are_not_divided():
+    args = evaluate.parse_args(
+        ["--model", "m", "--output", "o", "--benchmark", "mteb:MTEB(eng, v2),digits, mteb:STS12"]
+    )
+    assert (args.mteb, args.benchmark) == (["MTEB(eng, v2)", "STS12"], ["digits"])

@@ -1,7 +1,14 @@
-"""mteb's own evaluation on tasks made here: retrieval over texts and images, no downloads."""
+"""mteb's own evaluation on tasks made here: retrieval over texts, images and videos, no downloads."""
 
 import doctest
+import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -10,14 +17,22 @@ import pytest
 pytest.importorskip("mteb")
 
 import datasets
+import jax
 import mteb
+import torch
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from safetensors.numpy import load_file, save_file
 
+from llave_jax import evaluate
 from llave_jax.embedding.embedder import Embedder
-from llave_jax.evaluation import mteb_model
+from llave_jax.evaluation import mteb_model, mteb_run
+from llave_jax.evaluation.benchmarks import corpus
+from llave_jax.evaluation.cache import EmbeddingCache
 from llave_jax.evaluation.mteb_model import MtebEncoder
+from llave_jax.evaluation.scoring import score_task
+from llave_jax.evaluation.task import TaskInfo
+from llave_jax.inputs.item import Item
 from tests.evaluation.fake_encoder import hash_vector
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -65,32 +80,103 @@ class ColourRetrieval(AbsTaskRetrieval):
         self.data_loaded = True
 
 
+class Shades(AbsTaskRetrieval):
+    """Videos by texts; frames are columns of numbers, as a data set without torchcodec has them."""
+
+    metadata = metadata("ShadesT2V", "t2v", ["text", "video"])
+
+    def load_data(self, **kwargs):
+        clips = [np.full((5, 3, 4, 4), 40 * n, np.uint8).tolist() for n in range(4)]
+        ids = [f"d{n}" for n in range(4)]
+        corpus = datasets.Dataset.from_dict({"id": ids, "video": clips})
+        queries = datasets.Dataset.from_dict(
+            {"id": [f"q{n}" for n in range(4)], "text": [f"shade {40 * n}" for n in range(4)]}
+        )
+        self.dataset = {
+            "default": {
+                "test": {
+                    "corpus": corpus,
+                    "queries": queries,
+                    "relevant_docs": {f"q{n}": {f"d{n}": 1} for n in range(4)},
+                    "top_ranked": None,
+                }
+            }
+        }
+        self.data_loaded = True
+
+
+class Words(AbsTaskRetrieval):
+    """Texts with graded relevance, several right ones, and a query that finds little."""
+
+    metadata = TaskMetadata(
+        name="Words",
+        description="Words that share letters.",
+        dataset={"path": "nowhere/words", "revision": "1"},
+        type="Retrieval",
+        category="t2t",
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score="ndcg_at_10",
+    )
+
+    def load_data(self, **kwargs):
+        rng = np.random.default_rng(0)
+        corpus = {"id": [f"d{n}" for n in range(40)], "title": [""] * 40}
+        corpus["text"] = [f"word {n}" for n in range(40)]
+        queries = {"id": [f"q{n}" for n in range(9)], "text": [f"ask {n}" for n in range(9)]}
+        relevant = {
+            query: {
+                f"d{document}": int(rng.integers(1, 4))
+                for document in rng.choice(40, rng.integers(1, 9), replace=False)
+            }
+            for query in queries["id"]
+        }
+        self.dataset = {
+            "default": {
+                "test": {
+                    "corpus": datasets.Dataset.from_dict(corpus),
+                    "queries": datasets.Dataset.from_dict(queries),
+                    "relevant_docs": relevant,
+                    "top_ranked": None,
+                }
+            }
+        }
+        self.data_loaded = True
+
+
 class ColourEncoder:
     """Knows colours in texts and pictures; remembers the items."""
 
     def __init__(self):
-        self.items = []
+        self.items, self.options = [], []
 
-    def __call__(self, items):
+    def __call__(self, items, **options):
         self.items += items
+        self.options.append(options)
         return np.stack([hash_vector(self.colour(item).encode()) for item in items])
 
     @staticmethod
     def colour(item):
+        if item.video is not None:
+            return str(item.video[0].getpixel((0, 0))[0])
         if item.images:
             pixel = item.images[0].convert("RGB").getpixel((0, 0))
             return next(name for name, value in COLOURS.items() if value == pixel)
         return item.text.rsplit(" ", 1)[-1]
 
 
-def make_model(encode):
-    return MtebEncoder(encode, name="llave_jax/test", revision="1", dimension=16, max_length=512)
+META = mteb_model.model_meta("llave_jax/test", "1", dimension=16, max_length=512)
+
+
+def run(encoder, task, **options):
+    results = mteb.evaluate(encoder, task, cache=None, co2_tracker=False, **options)
+    return results.task_results[0].scores["test"][0]
 
 
 def test_retrieval_of_images_by_text():
     encode = ColourEncoder()
-    results = mteb.evaluate(make_model(encode), ColourRetrieval(), cache=None, co2_tracker=False)
-    (scores,) = results.task_results[0].scores["test"]
+    scores = run(MtebEncoder(encode, META), ColourRetrieval())
     assert scores["ndcg_at_10"] == 1.0
     texts = {item.text for item in encode.items}
     assert "Find an image of this colour: red" in texts
@@ -98,16 +184,104 @@ def test_retrieval_of_images_by_text():
     assert len(encode.items) == 6
 
 
+def test_retrieval_of_videos_by_text():
+    encode = ColourEncoder()
+    assert run(MtebEncoder(encode, META, frames=(1, 3)), Shades())["ndcg_at_10"] == 1.0
+    clips = [item for item in encode.items if item.video is not None]
+    assert [len(clip.video) for clip in clips] == [3] * 4
+    assert {clip.text for clip in clips} == {"<image>\nRepresent the given video."}
+
+
 def test_a_wrong_model_scores_low():
-    def encode(items):
+    def encode(items, **options):
         return np.stack([hash_vector(f"{i}{item.text}".encode()) for i, item in enumerate(items)])
 
-    results = mteb.evaluate(make_model(encode), ColourRetrieval(), cache=None, co2_tracker=False)
-    assert results.task_results[0].scores["test"][0]["ndcg_at_10"] < 1.0
+    assert run(MtebEncoder(encode, META), ColourRetrieval())["ndcg_at_10"] < 1.0
 
 
-def test_models_of_one_name_share_no_results(golden_model, tmp_path, monkeypatch):
-    """Two models in folders called alike, scored into one --output."""
+@pytest.mark.parametrize(
+    ("prompts", "query", "document"),
+    [
+        ({}, "Find an image of this colour: red", "<image>\nRepresent the given image."),
+        ({"query": "Q: ", "document": "D: "}, "Q: red", "<image>\nD: Represent the given image."),
+        ({"query": "Q: ", "ColourRetrieval": "T: "}, "T: red", "<image>\nT: Represent the"),
+        ({"Any2AnyRetrieval-query": "A: ", "query": "Q: "}, "A: red", "<image>\nRepresent the"),
+        ({"ColourRetrieval-query": "C: ", "ColourRetrieval": "T: "}, "C: red", "<image>\nT: "),
+    ],
+)
+def test_prompts_in_mtebs_order(prompts, query, document):
+    encode = ColourEncoder()
+    run(MtebEncoder(encode, META, prompts=prompts), ColourRetrieval())
+    texts = [item.text for item in encode.items]
+    assert query in texts
+    assert any(text.startswith(document) for text in texts)
+
+
+def test_batch_size_and_progress_are_passed_on():
+    encode = ColourEncoder()
+    asked = {"batch_size": 2, "show_progress_bar": True}
+    run(MtebEncoder(encode, META), ColourRetrieval(), encode_kwargs=dict(asked))
+    assert encode.options == [{"batch_size": 2, "show_progress": True}] * 2
+    encode = ColourEncoder()
+    run(MtebEncoder(encode, META, automatic_batches=True), ColourRetrieval())
+    assert {options["batch_size"] for options in encode.options} == {None}
+    with pytest.raises(ValueError, match="precision is 'int8'"):
+        MtebEncoder(encode, META).encode(
+            [], task_metadata=None, hf_split="", hf_subset="", precision="int8"
+        )
+
+
+def test_our_scorer_agrees_with_mtebs():
+    """The same embeddings: rankings with graded relevance, in mteb's way and in ours."""
+
+    def encode(items, **options):
+        # mteb's texts have an instruction before these two words.
+        return np.stack([hash_vector(" ".join(item.text.split()[-2:]).encode()) for item in items])
+
+    theirs = run(MtebEncoder(encode, META), Words())
+    task = Words()
+    task.load_data()
+    data = task.dataset["default"]["test"]
+    names = ("nDCG@10", "nDCG@5", "recall@10", "recall@100", "precision@1", "MRR@10", "hit@5")
+    ours = score_task(
+        encode,
+        corpus.make_task(
+            TaskInfo("Words", "t", metric="nDCG@10"),
+            {row["id"]: Item(row["text"]) for row in data["queries"]},
+            {row["id"]: Item(row["text"]) for row in data["corpus"]},
+            data["relevant_docs"],
+            names,
+        ),
+        EmbeddingCache(),
+    ).metrics
+    pairs = {
+        "nDCG@10": "ndcg_at_10",
+        "nDCG@5": "ndcg_at_5",
+        "recall@10": "recall_at_10",
+        "recall@100": "recall_at_100",
+        "precision@1": "precision_at_1",
+        "MRR@10": "mrr_at_10",
+        "hit@5": "hit_rate_at_5",
+    }
+    for our, their in pairs.items():
+        # mteb rounds to five places.
+        assert ours[our] == pytest.approx(theirs[their], abs=1e-5), our
+    assert 0 < ours["nDCG@10"] < 1
+
+
+@pytest.fixture
+def local_tasks(monkeypatch):
+    """mteb's own tasks are fetched from the hub."""
+    tasks = {"ColourRetrieval": ColourRetrieval, "ShadesT2V": Shades}
+
+    def get_task(name):
+        return tasks[name]()
+
+    monkeypatch.setattr(mteb, "get_task", get_task)
+
+
+def test_the_command_keeps_and_continues(golden_model, tmp_path, capsys, monkeypatch, local_tasks):
+    """Two models in folders called alike, scored into one --output; a task that is there is not scored again."""
     folders = [tmp_path / which / "model" for which in "ab"]
     for scale, folder in enumerate(folders, 1):
         shutil.copytree(golden_model.directory, folder)
@@ -121,24 +295,116 @@ def test_models_of_one_name_share_no_results(golden_model, tmp_path, monkeypatch
         "encode",
         lambda self, items, **k: encoded.append(len(items)) or encode(self, items),
     )
-    monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [ColourRetrieval()])
     counts = []
-    for folder in [*folders, folders[0]]:
-        mteb_model.main(["--model", str(folder), "--tasks", "x", "--output", str(tmp_path / "out")])
+    for folder, names in [
+        (0, "mteb:ColourRetrieval"),
+        (1, "mteb:ColourRetrieval"),
+        (0, "mteb:ColourRetrieval,mteb:ShadesT2V"),
+    ]:
+        command = ["--model", str(folders[folder]), "--benchmark", names]
+        assert evaluate.main([*command, "--output", str(tmp_path / "out")]) == 0
         counts.append(sum(encoded))
-    assert counts == [6, 12, 12]
+    assert counts == [6, 12, 20]
+    table = capsys.readouterr().out
+    assert "ShadesT2V" in table
+    assert (tmp_path / "out/table.txt").read_text() in table
     assert len(list((tmp_path / "out").rglob("ColourRetrieval.json"))) == 2
+    (meta, *_) = (tmp_path / "out").rglob("model_meta.json")
+    known = json.loads(meta.read_text())
+    assert known["framework"] == ["JAX", "safetensors"]
+    assert known["n_parameters"] == sum(x.size for x in jax.tree.leaves(golden_model.params))
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(golden_model, tmp_path):
+    program = (
+        "import sys, mteb\nfrom llave_jax import evaluate\nfrom tests.evaluation import test_mteb_model as t\n"
+        "mteb.get_task = lambda name: t.ColourRetrieval()\nsys.exit(evaluate.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", program, "--model", str(golden_model.directory)]
+    command += ["--benchmark", "mteb:ColourRetrieval"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(output, *flags):
+        return subprocess.Popen(
+            [*command, "--output", str(tmp_path / output), *flags],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    flags = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", "2", "--process_id"]
+    together = [start("two", *flags, str(number)) for number in range(2)]
+    outputs = [process.communicate(timeout=500) for process in together]
+    assert [process.returncode for process in together] == [0, 0], outputs
+    alone = start("one").communicate(timeout=500)[0]
+    # Before it gloo says that it is connected.
+    assert outputs[0][0].endswith(alone)
+    assert "ColourRetrieval" in alone
+    assert "ColourRetrieval" not in outputs[1][0]
 
 
 def test_wording():
     assert doctest.testmod(mteb_model).failed == 0
     picture = PIL.Image.new("RGB", (4, 4))
-    batch = {"text": ["a dog", None], "image": [picture, None], "id": ["1", "2"]}
-    first, second = mteb_model.batch_items(batch, "", "task")
+    batch = {"text": ["a dog", None, "both"], "image": [picture, None, [picture, picture]]}
+    first, second, third = mteb_model.batch_items(batch, "", "task")
     assert (first.text, first.images) == ("<image>\na dog", (picture,))
     assert (second.text, second.images) == ("", ())
+    assert (third.text, third.images) == ("<image>\n<image>\nboth", (picture, picture))
 
 
-def test_other_modalities_are_refused():
+class Decoder:
+    """What torchcodec's VideoDecoder has: a length, a rate, and frames by index."""
+
+    def __init__(self, frames, rate):
+        self._frames, self.metadata = frames, SimpleNamespace(average_fps=rate)
+
+    def __len__(self):
+        return len(self._frames)
+
+    def get_frames_at(self, indices):
+        return SimpleNamespace(data=torch.from_numpy(self._frames[indices]))
+
+
+@pytest.mark.parametrize("form", ["decoder", "tensor", "floats", "one channel"])
+def test_forms_of_videos(form):
+    frames = (10 * np.arange(12, dtype=np.uint8))[:, None, None, None] + np.zeros(
+        (12, 3, 4, 6), np.uint8
+    )
+    video = {
+        "decoder": lambda: Decoder(frames, 6.0),
+        "tensor": lambda: torch.from_numpy(frames),
+        "floats": lambda: torch.from_numpy(frames / 255.0),
+        "one channel": lambda: frames[:, :1],
+    }[form]()
+    (item,) = mteb_model.batch_items({"video": [video], "text": ["a clip"]}, "Find", "task", (3, 4))
+    assert item.text == "<image>\nFind: a clip"
+    # Three of a second are six frames, of which four are taken.
+    assert [picture.getpixel((0, 0)) for picture in item.video] == [
+        (v, v, v) for v in (0, 30, 70, 110)
+    ]
+    assert item.video[0].size == (6, 4)
+
+
+def test_what_is_no_input_is_refused():
     with pytest.raises(ValueError, match=r"task: inputs have columns \['audio'\]"):
         mteb_model.batch_items({"audio": [1]}, "", "task")
+    with pytest.raises(ValueError, match=r"task: a video must be frames"):
+        mteb_model.batch_items({"video": [np.zeros((2, 4, 4))]}, "", "task")
+    with pytest.raises(
+        ValueError, match=r"mteb has no task and no benchmark 'CIRRIT2IRetriev'.*CIRRIT2IRetrieval"
+    ):
+        mteb_run.find_tasks(["CIRRIT2IRetriev"])
+
+
+def test_tasks_and_benchmarks_are_found_without_data():
+    (task,) = mteb_run.find_tasks(["CIRRIT2IRetrieval"])
+    assert task.metadata.name == "CIRRIT2IRetrieval"
+    assert len(mteb_run.find_tasks(["MIEB(lite)", "CIRRIT2IRetrieval"])) > 40
+    known = {task.metadata.name for task in mteb.get_tasks()}
+    assert known >= mteb_model.TRAINING_DATASETS

@@ -6,6 +6,7 @@ import pytest
 
 from llave_jax.evaluation import run
 from llave_jax.evaluation.benchmarks import corpus
+from llave_jax.evaluation.benchmarks.base import Options
 from llave_jax.evaluation.benchmarks.corpus import Corpus
 from llave_jax.inputs.content import item_key
 from tests.evaluation.fake_encoder import HashEncoder, hash_vector
@@ -70,6 +71,19 @@ def test_equal_documents_rank_in_corpus_order(tmp_path):
     result = run.evaluate(HashEncoder(), Corpus(root))["retrieval"]
     assert result.answers.ranking[0, :3].tolist() == [0, 1, 2]
     assert result.metrics["MRR@100"] == 0.5
+
+
+def test_prompts_go_before_texts_and_are_recorded(task, tmp_path):
+    options = Options(query_prompt="Q: ", document_prompt="D: ")
+    read = corpus.read_task(task, options)
+    assert [item.text for item in read.queries] == ["<image>\nQ: find it", "Q: a clip"]
+    assert read.candidates[0].text == "D: A title and its text"
+    settings = {"fingerprint": "f"}
+    results = run.evaluate(HashEncoder(), Corpus(task, options), None, tmp_path, settings=settings)
+    recorded = json.loads((tmp_path / "run.json").read_text())["retrieval"]
+    assert recorded == {"fingerprint": "f", "query_prompt": "Q: ", "document_prompt": "D: "}
+    assert results["retrieval"].settings == {"query_prompt": "Q: ", "document_prompt": "D: "}
+    assert corpus.read_task(task).settings == {}
 
 
 def test_qrels_in_beirs_folder_without_header(task):

@@ -16,7 +16,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.model_implementations.openai_models import OpenAIModel
 
 from llave_jax import Embedder
-from llave_jax.evaluation.mteb_model import MtebEncoder
+from llave_jax.evaluation.mteb_model import MtebEncoder, model_meta
 from tests.serving.threaded import served
 
 SENTENCE = "a red cat sat on the green mat and looked at seven small birds in the tree"
@@ -60,9 +60,8 @@ def scores_of(model):
 def test_the_same_score_through_the_server(golden_model, monkeypatch):
     embedder = Embedder.from_pretrained(golden_model.directory)
     dimension, length = embedder.config.text.hidden_size, embedder.config.inputs.max_length
-    adapter = MtebEncoder(
-        embedder.encode, name="llave_jax/test", revision="1", dimension=dimension, max_length=length
-    )
+    meta = model_meta("llave_jax/test", "1", dimension=dimension, max_length=length)
+    adapter = MtebEncoder(embedder.encode, meta)
     # The wrapper counts OpenAI's tokens to cut long texts, which these are not; its vocabulary is a download.
     words = SimpleNamespace(encode=str.split, decode=" ".join)
     stand_in = SimpleNamespace(get_encoding=lambda name: words, Encoding=SimpleNamespace)

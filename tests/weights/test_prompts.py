@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 
+from llave_jax import Embedder, convert
+from llave_jax.evaluation.benchmarks.mmeb import MMEB_DATASETS
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf
-from llave_jax.weights.prompts import PROMPTS
+from llave_jax.weights.prompts import PROMPTS, read_prompts, side_prompts
 from llave_jax.weights.safetensors_io import CheckpointError
 from llave_jax.weights.sentence_transformers import SETTINGS
 from llave_jax.weights.to_hf import convert_to_hf
@@ -43,3 +45,31 @@ def test_broken_prompts_are_named(text, message, golden_model, tmp_path):
     with pytest.raises(CheckpointError, match=message) as raised:
         model_dir.load_prompts(tmp_path)
     assert str(tmp_path / PROMPTS) in str(raised.value)
+
+
+def test_a_set_is_put_into_a_model_directory(golden, golden_model, tmp_path):
+    command = ["--input", str(golden / "checkpoint"), "--output"]
+    assert convert.main([*command, str(tmp_path / "mmeb"), "--prompts", "mmeb"]) == 0
+    prompts = Embedder.from_pretrained(tmp_path / "mmeb").prompts
+    assert prompts["MSCOCO_t2i-query"].startswith("Find me an everyday image that matches")
+    # MMEB's names, or mteb's, of a task and a side.
+    names = {name.rpartition("-")[0] for name in prompts}
+    assert {info.name for info in MMEB_DATASETS} & names == {
+        n for n in names if "Retrieval" not in n
+    }
+    assert {name.rpartition("-")[2] for name in prompts} == {"query", "document"}
+    (tmp_path / "own.json").write_text('{"query": "Find: "}')
+    convert.main([*command, str(tmp_path / "own"), "--prompts", str(tmp_path / "own.json")])
+    assert read_prompts(tmp_path / "own") == {"query": "Find: "}
+
+
+def test_sets_that_there_are_not(golden, tmp_path, capsys):
+    command = ["--input", str(golden / "checkpoint"), "--output", str(tmp_path / "out")]
+    assert convert.main([*command, "--prompts", "nothing"]) == 2
+    assert "prompts 'nothing': neither a file nor one of the sets mmeb" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sides():
+    assert side_prompts({}) == ("", "")
+    assert side_prompts({"query": "q", "corpus": "c", "passage": "p"}) == ("q", "p")

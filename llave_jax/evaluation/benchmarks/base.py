@@ -25,10 +25,14 @@ class Options:
     Attributes:
       images: image folder or archive, if it is not where the benchmark looks.
       frames: of a video that is saved as frames, so many are used; None: the benchmark's own number.
+      query_prompt: put before the texts of queries, where a benchmark has no words of its own.
+      document_prompt: the same of documents.
     """
 
     images: str | os.PathLike | None = None
     frames: int | None = None
+    query_prompt: str = ""
+    document_prompt: str = ""
 
 
 class Missing(NamedTuple):

@@ -26,7 +26,7 @@ from llave_jax.evaluation.benchmarks.base import Benchmark, Options
 from llave_jax.evaluation.results import Suite
 from llave_jax.evaluation.scoring import Result
 from llave_jax.evaluation.task import Task, TaskInfo
-from llave_jax.inputs.item import Item, as_item
+from llave_jax.inputs.item import Item, as_item, with_prompt
 from llave_jax.parallel.processes import only_on_first
 
 NAME = "retrieval"
@@ -45,13 +45,13 @@ class Corpus(Benchmark):
 
     Args:
       data_dir: with the three files.
-      options: none concern it.
+      options: prompts go before the texts of queries and documents.
     """
 
     suite = Suite(NAME, (INFO,))
 
     def __init__(self, data_dir: str | os.PathLike, options: Options | None = None):
-        self._data = Path(data_dir)
+        self._data, self._options = Path(data_dir), options or Options()
 
     def names(self) -> list[str]:
         """The one task."""
@@ -59,7 +59,7 @@ class Corpus(Benchmark):
 
     def read(self, name: str) -> Task:
         """Reads the files. See `read_task`."""
-        return read_task(self._data)
+        return read_task(self._data, self._options)
 
     def write(self, directory: Path, task: Task, result: Result) -> None:
         """Writes `retrieval_score.json` and `retrieval_run.tsv` (TREC's form)."""
@@ -117,26 +117,31 @@ def make_task(
     )
 
 
-def read_task(data_dir: str | os.PathLike) -> Task:
+def read_task(data_dir: str | os.PathLike, options: Options | None = None) -> Task:
     """Read a corpus of one's own. Queries without judgements are left out.
 
     Args:
       data_dir: with the three files.
+      options: prompts go before the texts of queries and documents, behind the image markers at their start.
 
     Returns:
-      Queries, corpus and judgements.
+      The task; `settings` has the prompts that were used.
 
     Raises:
       FileNotFoundError, ValueError: data is missing or malformed; it names file and line.
     """
-    data_dir = Path(data_dir)
+    data_dir, options = Path(data_dir), options or Options()
     qrels_path = data_dir / "qrels.tsv"
     if not qrels_path.is_file():
         qrels_path = data_dir / "qrels" / "test.tsv"
     queries = _read_items(data_dir / "queries.jsonl", data_dir)
     documents = _read_items(data_dir / "corpus.jsonl", data_dir)
     qrels = _read_qrels(qrels_path, queries, documents)
-    return make_task(INFO, queries, documents, qrels)
+    prompts = {"query_prompt": options.query_prompt, "document_prompt": options.document_prompt}
+    queries = {key: with_prompt(item, options.query_prompt) for key, item in queries.items()}
+    documents = {key: with_prompt(item, options.document_prompt) for key, item in documents.items()}
+    used = {name: prompt for name, prompt in prompts.items() if prompt}
+    return make_task(INFO, queries, documents, qrels, settings=used)
 
 
 def _read_items(path: Path, root: Path) -> dict[str, Item]:
