@@ -49,6 +49,11 @@ from llave_jax.weights.prompts import side_prompts
 from llave_jax.weights.resolve import resolve_model
 
 DIGITS = "digits"
+# Flags of the other benchmarks; mteb has its own data, and prompts of its tasks are the model's.
+_NOT_OF_MTEB = (
+    *("data", "tasks", "check_data", "images", "frames", "query_prompt", "document_prompt"),
+    *("dims", "precision", "baseline"),
+)
 NAMES = ("mmeb", DIGITS, *(name for name in BENCHMARKS if name != "mmeb"))
 
 
@@ -139,6 +144,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--benchmark {name!r} is none of {', '.join(NAMES)}, mteb:TASK")
         if args.data is None and name != DIGITS:
             parser.error(f"--benchmark {name} needs --data")
+    if args.mteb and not args.benchmark:
+        for flag in _NOT_OF_MTEB:
+            if getattr(args, flag):
+                parser.error(f"--{flag.replace('_', '-')} does not concern mteb's tasks")
     return args
 
 
@@ -221,13 +230,13 @@ def evaluate(args: argparse.Namespace) -> str:
     benchmarks = {name: _open(name, args, prompts) for name in args.benchmark}
     if args.mteb:
         mteb_run.check_installed()
-    mteb_tasks = mteb_run.find_tasks(args.mteb) if args.mteb else []
+    chosen = mteb_run.find_tasks(args.mteb) if args.mteb else None
     tasks = _chosen_tasks(benchmarks, _names(args.tasks))
     for name, benchmark in benchmarks.items():
         run.require_data(benchmark, tasks[name])
-    max_length = (
-        args.max_length or max((b.max_length or 0 for b in benchmarks.values()), default=0) or None
-    )
+    lengths = [benchmark.max_length or 0 for benchmark in benchmarks.values()]
+    lengths += [] if chosen is None else [chosen.max_length]
+    max_length = args.max_length or max(lengths, default=0) or None
     embedder = Embedder.from_pretrained(
         model, adapter=args.adapter, dtype=args.dtype, max_length=max_length
     )
@@ -236,7 +245,6 @@ def evaluate(args: argparse.Namespace) -> str:
         raise ValueError(f"--truncate-dim is {args.truncate_dim}; expected 1 to {width}")
     forms = read_forms(args.dims, args.precision, args.truncate_dim or width)
     cache, settings = EmbeddingCache(), None
-    fingerprint = ""
     if first:
         fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config, args.adapter)
         cache = EmbeddingCache(
@@ -262,13 +270,14 @@ def evaluate(args: argparse.Namespace) -> str:
             forms=forms,
         )
     mteb_tables = []
-    if mteb_tasks:
+    if chosen is not None:
         table = mteb_run.evaluate_mteb(
             embedder,
-            mteb_tasks,
+            chosen,
             _folder(output, "mteb", [*benchmarks, "mteb"]),
-            name=f"llave_jax/{Path(model).resolve().name}",
-            settings={"fingerprint": fingerprint, "truncate_dim": args.truncate_dim},
+            model=args.model,
+            directory=model,
+            settings=settings,
             cache=cache,
             batch_size=args.batch_size,
         )

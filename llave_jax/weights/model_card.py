@@ -93,14 +93,17 @@ similarity = query @ target
 ## Citation
 
 ```bibtex
-@article{{lan2025llave,
-  title={{LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive Learning}},
-  author={{Lan, Zhibin and Niu, Liqiang and Meng, Fandong and Zhou, Jie and Su, Jinsong}},
-  journal={{arXiv preprint arXiv:2503.04812}},
-  year={{2025}}
-}}
+{citation}
 ```
 """
+
+CITATION = """\
+@article{lan2025llave,
+  title={LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive Learning},
+  author={Lan, Zhibin and Niu, Liqiang and Meng, Fandong and Zhou, Jie and Su, Jinsong},
+  journal={arXiv preprint arXiv:2503.04812},
+  year={2025}
+}"""
 
 
 def write_card(
@@ -130,8 +133,8 @@ def write_card(
       The file written: README.md, or MODEL_CARD.md beside one.
     """
     known = _metadata(source_card)
-    base_model = base_model or known.get("base_model") or _published_name(source_config or {})
-    licence = known.get("license") or LICENSE
+    licence, known_base = licence_and_base(source_card, source_config)
+    base_model = base_model or known_base
     data = ModelCardData(
         license=licence,
         # A licence that is not on the hub's list has a name and a link of its own.
@@ -158,10 +161,29 @@ def write_card(
         max_length=inputs.max_length,
         loading=_LOADING[layout].format(title=title),
         licence=_licence_text(licence, bool(known.get("license")), base_model),
+        citation=CITATION,
     )
     path = target / (BESIDE_README if (target / README).exists() else README)
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
     return path
+
+
+def licence_and_base(
+    source_card: Path | None, source_config: dict[str, Any] | None
+) -> tuple[str, Any]:
+    """What a checkpoint says of its licence, and of the model that it was trained from.
+
+    Args:
+      source_card: its README.md; None, or a file that is missing: it has none.
+      source_config: content of its config.json; None: it has none.
+
+    Returns:
+      The licence, that of the LLaVE models where nothing is said; and the hub's id of the base, or a list of them, or
+      None.
+    """
+    known = _metadata(source_card)
+    base = known.get("base_model") or _published_name(source_config or {})
+    return known.get("license") or LICENSE, base
 
 
 def _metadata(card: Path | None) -> dict[str, Any]:

@@ -101,6 +101,19 @@ def find_checkpoint(name: str | os.PathLike) -> Path:
     return _download(named["repo"], named["revision"])
 
 
+def hub_name(model: str | os.PathLike) -> str | None:
+    """The name on the hub by which a user calls a model.
+
+    Args:
+      model: as for `resolve_model`.
+
+    Returns:
+      "org/name", without a revision; None for what is on the disk.
+    """
+    named = _HUB_NAME.fullmatch(os.fspath(model))
+    return None if named is None or Path(model).expanduser().exists() else named["repo"]
+
+
 # The cache of conversions.
 
 

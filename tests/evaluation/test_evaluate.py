@@ -199,3 +199,12 @@ def test_names_in_brackets_are_not_divided():
         ["--model", "m", "--output", "o", "--benchmark", "mteb:MTEB(eng, v2),digits, mteb:STS12"]
     )
     assert (args.mteb, args.benchmark) == (["MTEB(eng, v2)", "STS12"], ["digits"])
+
+
+def test_flags_that_are_not_of_mteb(capsys):
+    command = ["--model", "m", "--output", "o", "--benchmark", "mteb:STS12"]
+    assert evaluate.parse_args([*command, "--truncate-dim", "64"]).truncate_dim == 64
+    for flags in (["--dims", "64"], ["--check-data"], ["--query-prompt", "Find: "]):
+        with pytest.raises(SystemExit):
+            evaluate.parse_args([*command, *flags])
+        assert f"{flags[0]} does not concern mteb's tasks" in capsys.readouterr().err
