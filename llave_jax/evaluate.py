@@ -228,9 +228,9 @@ def evaluate(args: argparse.Namespace) -> str:
     model = resolve_model(args.model)
     prompts = model_dir.load_prompts(model)
     benchmarks = {name: _open(name, args, prompts) for name in args.benchmark}
-    if args.mteb:
-        mteb_run.check_installed()
     chosen = mteb_run.find_tasks(args.mteb) if args.mteb else None
+    if chosen is not None:
+        mteb_run.require_decoder(chosen)
     tasks = _chosen_tasks(benchmarks, _names(args.tasks))
     for name, benchmark in benchmarks.items():
         run.require_data(benchmark, tasks[name])

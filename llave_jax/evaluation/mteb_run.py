@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import json
 import os
 import tempfile
@@ -62,15 +63,6 @@ class Chosen(NamedTuple):
         return _VIDEO_LENGTH if videos else 0
 
 
-def check_installed() -> None:
-    """Looks for mteb.
-
-    Raises:
-      MissingPackage: it is not installed.
-    """
-    extras.require("mteb", "mteb's tasks")
-
-
 def find_tasks(names: Sequence[str]) -> Chosen:
     """Tasks of mteb by their names.
 
@@ -81,8 +73,10 @@ def find_tasks(names: Sequence[str]) -> Chosen:
       The tasks; no data is fetched.
 
     Raises:
+      MissingPackage: mteb is not installed.
       ValueError: mteb has no such task or benchmark; it names those that are spelled alike.
     """
+    extras.require("mteb", "mteb's tasks")
     import mteb
 
     found: dict[str, Any] = {}
@@ -102,6 +96,22 @@ def find_tasks(names: Sequence[str]) -> Chosen:
             benchmarks[name] = [task.metadata.name for task in tasks]
         found |= {task.metadata.name: task for task in tasks}
     return Chosen(list(found.values()), benchmarks)
+
+
+def require_decoder(chosen: Chosen) -> None:
+    """Checks that videos can be decoded, without fetching any.
+
+    Args:
+      chosen: of `find_tasks`.
+
+    Raises:
+      MissingPackage: there are videos, and datasets has no decoder for them.
+    """
+    names = [t.metadata.name for t in chosen.tasks if "video" in t.metadata.modalities]
+    if names and importlib.util.find_spec("torchcodec") is None:
+        raise extras.MissingPackage(
+            f"videos of {names[0]} need torchcodec: pip install 'mteb[video]'"
+        )
 
 
 def evaluate_mteb(

@@ -15,7 +15,7 @@ import jax
 from llave_jax.common.files import write_text
 from llave_jax.common.tables import align, percent
 from llave_jax.evaluation import drawing, metrics, run
-from llave_jax.evaluation.benchmarks.base import Benchmark
+from llave_jax.evaluation.benchmarks.base import Benchmark, Options
 from llave_jax.evaluation.benchmarks.corpus import Corpus
 from llave_jax.evaluation.benchmarks.mmeb import Mmeb
 from llave_jax.evaluation.benchmarks.registry import BENCHMARKS, open_benchmark
@@ -23,6 +23,7 @@ from llave_jax.evaluation.cache import Encode
 from llave_jax.evaluation.forms import Form
 from llave_jax.evaluation.similarity_comparison import has_similarity, read_similarity
 from llave_jax.evaluation.task import TaskInfo
+from llave_jax.weights.prompts import side_prompts
 
 _SUMMARY = "summary.json"
 
@@ -134,6 +135,7 @@ def open_run_benchmark(
     datasets: Sequence[str],
     infos: Sequence[TaskInfo] | None = None,
     dims: Sequence[int] = (),
+    prompts: Mapping[str, str] | None = None,
 ) -> RunBenchmark:
     """The benchmark that `config.eval.benchmark` names.
 
@@ -143,6 +145,7 @@ def open_run_benchmark(
       datasets: names of its tasks; empty: all that are there.
       infos: the tasks of MMEB's form with their meta-tasks, where they are not MMEB.
       dims: prefixes of the embeddings that are scored too.
+      prompts: of the model that is trained; a benchmark without words of its own takes those of queries and documents.
 
     Returns:
       The benchmark; nothing has been scored.
@@ -152,11 +155,13 @@ def open_run_benchmark(
         should be, or a package that it needs is not installed.
     """
     kind, colon, place = name.partition(":")
+    query, document = side_prompts(prompts or {})
+    options = Options(query_prompt=query, document_prompt=document)
     if colon and kind in BENCHMARKS:
-        return RunBenchmark(open_benchmark(kind, Path(place)), datasets, dims)
+        return RunBenchmark(open_benchmark(kind, Path(place), options), datasets, dims)
     directory = Path(name)
     if (directory / "queries.jsonl").is_file():
-        return RunBenchmark(Corpus(directory), datasets, dims)
+        return RunBenchmark(Corpus(directory, options), datasets, dims)
     benchmark = Mmeb(directory, infos=infos)
     try:
         benchmark.names()

@@ -609,7 +609,9 @@ def make_evaluation(
         directory = str(workdir / DIGITS / "eval")
         benchmark = open_run_benchmark(directory, config.eval.datasets, digits.INFOS, dims)
     elif name:
-        benchmark = open_run_benchmark(name, config.eval.datasets, None, dims)
+        path = config.model.path
+        prompts = {} if path is None else model_dir.load_prompts(path)
+        benchmark = open_run_benchmark(name, config.eval.datasets, None, dims, prompts)
     if held_out is not None and len(held_out) < 2:
         log.warning("%d pairs are held out: too few to validate (data.held_out)", len(held_out))
     elif held_out is not None:

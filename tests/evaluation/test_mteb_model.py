@@ -1,6 +1,8 @@
 """mteb's own evaluation on tasks made here: retrieval over texts, images, both and videos, classification; no downloads."""
 
 import doctest
+import importlib.util
+import io
 import json
 import os
 import shutil
@@ -8,7 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -23,6 +25,7 @@ import torch
 from mteb.abstasks.classification import AbsTaskClassification
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.results.task_result import TaskError
 from safetensors.numpy import load_file, save_file
 
 from llave_jax import evaluate
@@ -36,7 +39,7 @@ from llave_jax.evaluation.scoring import score_task
 from llave_jax.evaluation.task import TaskInfo
 from llave_jax.inputs.item import Item
 from llave_jax.weights.prompts import read_prompt_set
-from tests.evaluation.fake_encoder import hash_vector
+from tests.evaluation.fake_encoder import HashEncoder, hash_vector
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 INSTRUCTION = "Find an image of this colour."
@@ -415,9 +418,40 @@ def test_other_prompts_are_another_revision(golden_model, tmp_path, local_tasks)
     assert scores == [1, 2, 3]
 
 
+def test_what_was_encoded_before_a_kill_is_not_encoded_again(tmp_path):
+    encode = ColourEncoder()
+
+    def killed_at_the_second_call(items, **options):
+        if encode.items:
+            raise KeyboardInterrupt
+        return encode(items)
+
+    def start(encoder):
+        cache = EmbeddingCache(tmp_path, "1")
+        return run(MtebEncoder(encoder, META, cache=cache), ColourRetrieval())
+
+    with pytest.raises(KeyboardInterrupt):
+        start(killed_at_the_second_call)
+    assert len(encode.items) == 3
+    assert start(encode)["ndcg_at_10"] == 1.0
+    assert len(encode.items) == 6
+    start(encode)
+    assert len(encode.items) == 6
+
+
 def test_videos_have_room(golden_model, local_tasks):
     assert mteb_run.find_tasks(["ColourRetrieval"]).max_length == 0
     assert mteb_run.find_tasks(["ColourRetrieval", "ShadesT2V"]).max_length == 8192
+
+
+def test_a_decoder_is_asked_for(local_tasks, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torchcodec" else find(name)
+    )
+    mteb_run.require_decoder(mteb_run.find_tasks(["ColourRetrieval"]))
+    with pytest.raises(ValueError, match=r"videos of ShadesT2V need torchcodec: .*mteb\[video\]"):
+        mteb_run.require_decoder(mteb_run.find_tasks(["ShadesT2V"]))
 
 
 def test_means_of_a_benchmark(monkeypatch):
@@ -514,6 +548,52 @@ class Decoder:
                 "Requested next frame while there are no more frames left to decode."
             )
         return SimpleNamespace(data=torch.from_numpy(self._frames[indices]))
+
+
+class PyavDecoder(Decoder):
+    """The same of a video file; torchcodec itself needs a PyTorch and an FFmpeg that suit it."""
+
+    def __init__(self, source, **options):
+        av = pytest.importorskip("av")
+        with av.open(io.BytesIO(source)) as container:
+            rate = container.streams.video[0].average_rate
+            frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        super().__init__(np.stack(frames).transpose(0, 3, 1, 2), float(rate))
+
+
+@pytest.fixture
+def torchcodec(monkeypatch):
+    """datasets takes PyavDecoder for torchcodec's decoder."""
+    decoders = ModuleType("torchcodec.decoders")
+    vars(decoders).update(VideoDecoder=PyavDecoder, AudioDecoder=type("AudioDecoder", (), {}))
+    package = ModuleType("torchcodec")
+    vars(package).update(decoders=decoders)
+    monkeypatch.setitem(sys.modules, "torchcodec", package)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    monkeypatch.setattr(datasets.config, "TORCHCODEC_AVAILABLE", True)
+
+
+@pytest.mark.slow
+def test_mtebs_own_trial_of_encoders(torchcodec):
+    """A small task of every type that mteb has, of texts, images and videos."""
+    encode = HashEncoder()
+    lengths = []
+
+    def counted(items, **options):
+        lengths.extend(len(item.video) for item in items if item.video is not None)
+        return encode(items)
+
+    results = mteb.mock_run(MtebEncoder(counted, META, cache=EmbeddingCache()))
+    assert [name for name, r in results.items() if isinstance(r, TaskError)] == []
+    done = {name for name, result in results.items() if result is not None}
+    assert len(done) >= 50
+    assert {name for name in done if "Video" in name} >= {
+        "MockVideoRetrievalT2V",
+        "MockVideoClassification",
+        "MockVideoPairClassification",
+    }
+    # A second of 24 frames.
+    assert set(lengths) == {3}
 
 
 @pytest.mark.parametrize("form", ["decoder", "tensor", "floats", "one channel"])

@@ -312,6 +312,22 @@ def test_files_of_ones_own_in_mmebs_form_are_a_benchmark(tmp_path):
         benchmark.open_run_benchmark(str(tmp_path), ("Other",))
 
 
+@pytest.mark.parametrize("form", ["{}", "retrieval:{}"])
+def test_a_corpus_gets_the_prompts_of_the_model(tmp_path, form):
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "ask"}\n')
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "text": "answer"}\n')
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    prompts, texts = {"query": "Q: ", "document": "D: ", "other": "no"}, set()
+
+    def encode(items):
+        texts.update(item.text for item in items)
+        return HashEncoder()(items)
+
+    opened = benchmark.open_run_benchmark(form.format(tmp_path), (), prompts=prompts)
+    opened.score(encode, tmp_path / "scores")
+    assert texts == {"Q: ask", "D: answer"}
+
+
 def test_what_a_benchmark_needs_is_looked_for_before_the_first_step(place, tmp_path, monkeypatch):
     monkeypatch.setattr(video_decode, "av", None)
     with pytest.raises(MissingPackage, match=r"need PyAV: pip install 'llave_jax\[video"):
