@@ -249,7 +249,7 @@ def test_a_wrong_model_scores_low():
     ("prompts", "query", "document"),
     [
         ({}, "Find an image of this colour: red", "<image>\nRepresent the given image."),
-        ({"query": "Q: ", "document": "Show it."}, "Q: red", "<image>\nShow it."),
+        ({"query": "Q>", "document": "Show it."}, "Q>red", "<image>\nShow it."),
         ({"query": "Q: ", "ColourRetrieval": "T: "}, "T: red", "<image>\nT:"),
         (
             {"Any2AnyRetrieval-query": "A: ", "Any2AnyRetrieval": "B: ", "query": "Q: "},
