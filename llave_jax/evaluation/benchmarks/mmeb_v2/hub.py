@@ -27,6 +27,8 @@ from llave_jax.common.paths import OutsideRoot, below
 _SUFFIXES = (".parquet", ".jsonl", ".json")
 # Files beside the data that are no data.
 _FACTS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+# Rows that become Python values at a time.
+_ROWS = 256
 # Rows of pictures that are in memory at a time.
 _BATCH = 8
 _MAX_README = 1 << 20
@@ -152,8 +154,9 @@ class _Parquet(Table):
             if left <= 0:
                 return
             try:
-                for batch in self._open(number).iter_batches(1024, columns=columns):
-                    yield from batch.to_pylist()[:left]
+                size = min(_ROWS, left)
+                for batch in self._open(number).iter_batches(size, columns=columns):
+                    yield from batch.slice(0, left).to_pylist()
                     left -= batch.num_rows
                     if left <= 0:
                         return
@@ -204,7 +207,7 @@ class _Arrow(Table):
 
     def _read(self, columns: list[str], first: int | None) -> Iterator[dict[str, Any]]:
         table = self._table.select(columns)
-        for batch in (table if first is None else table.slice(0, first)).to_batches(1024):
+        for batch in (table if first is None else table.slice(0, first)).to_batches(_ROWS):
             try:
                 yield from batch.to_pylist()
             except UnicodeDecodeError as error:
