@@ -232,6 +232,7 @@ def evaluate(args: argparse.Namespace) -> str:
     if chosen is not None:
         mteb_run.require_decoder(chosen)
     tasks = _chosen_tasks(benchmarks, _names(args.tasks))
+    benchmarks = {name: benchmark for name, benchmark in benchmarks.items() if tasks[name]}
     for name, benchmark in benchmarks.items():
         run.require_data(benchmark, tasks[name])
     lengths = [benchmark.max_length or 0 for benchmark in benchmarks.values()]

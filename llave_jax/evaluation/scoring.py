@@ -19,7 +19,7 @@ from llave_jax.evaluation.metrics import Ranking, measure
 from llave_jax.evaluation.similarity import NEGATIVES, SimilarityStats
 from llave_jax.evaluation.task import Items, Task, TaskInfo
 from llave_jax.inputs.item import Item
-from llave_jax.parallel.processes import from_first_process
+from llave_jax.parallel.processes import json_from_first_process
 
 # Scores that are in memory at a time: 256 MiB.
 _BLOCK_SCORES = 1 << 26
@@ -123,8 +123,9 @@ def score_task(
         for index, form in enumerate(forms, 1):
             found, _ = rank(task, queries, candidates, form)
             values[index] = list(found.values())
-    values = from_first_process(values)
-    whole, *smaller = (dict(zip(task.metrics, row.tolist(), strict=True)) for row in values)
+    # As text: arrays would lose bits on their way, as JAX has float32.
+    sent = json_from_first_process(values.tolist())
+    whole, *smaller = (dict(zip(task.metrics, row, strict=True)) for row in sent)
     return Result(
         info=task.info,
         metrics=whole,

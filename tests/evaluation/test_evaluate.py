@@ -208,3 +208,12 @@ def test_flags_that_are_not_of_mteb(capsys):
         with pytest.raises(SystemExit):
             evaluate.parse_args([*command, *flags])
         assert f"{flags[0]} does not concern mteb's tasks" in capsys.readouterr().err
+
+
+def test_tasks_of_one_of_two_benchmarks(model, golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(digits.Sizes, "__init__", _small_sizes(digits.Sizes.__init__))
+    command = ["--model", model[0], "--benchmark", "digits,mmeb", "--data", f"mmeb={golden}/eval"]
+    assert evaluate.main([*command, "--tasks", "TinyCls", "--output", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").rglob("*_score.json")] == [
+        "TinyCls_score.json"
+    ]
