@@ -1,6 +1,13 @@
 """All 78 tasks in one command: scored right, alike in every layout, on any number of devices, after kills."""
 
 import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
 import types
 from pathlib import Path
 
@@ -10,6 +17,9 @@ import pytest
 from ir_measures import Success, nDCG
 
 from llave_jax import evaluate
+from llave_jax.evaluation.benchmarks.mmeb_v2.benchmark import MmebV2
+from llave_jax.evaluation.cache import EmbeddingCache
+from llave_jax.evaluation.run import evaluate as evaluate_tasks
 from llave_jax.models.config import PRESETS
 from tests.evaluation.fake_encoder import HashEncoder
 from tests.evaluation.mmeb_v2.miniature import CATEGORIES, Miniature
@@ -52,6 +62,17 @@ def read_scores(output: Path) -> dict[str, dict[str, float]]:
     }
 
 
+def found_in(output: Path) -> dict[str, tuple]:
+    """Task -> its score file, and what was ranked."""
+    rankings = {
+        path.name.removesuffix("_pred.jsonl"): [
+            json.loads(line)["prediction"] for line in path.read_text().splitlines()
+        ]
+        for path in output.glob("*/*_pred.jsonl")
+    }
+    return {name: (values, rankings[name]) for name, values in read_scores(output).items()}
+
+
 def recomputed(path: Path) -> tuple[float, float]:
     """hit@1 and nDCG@5 of a predictions file by ir-measures."""
     qrels, run = {}, {}
@@ -66,16 +87,14 @@ def recomputed(path: Path) -> tuple[float, float]:
 
 
 def test_all_tasks_in_every_layout(encoder, tmp_path):
-    found = {}
-    for saved, archived in ((False, False), (True, True)):
-        data = Miniature(tmp_path / f"data {saved}", saved=saved, archived=archived).write()
-        output = tmp_path / f"out {saved}"
-        found[saved] = score(data, tmp_path / "model", output)
-    assert found[True] == found[False]
-    # Equal pictures and texts were encoded once, in the first layout.
-    assert len(encoder.keys) == 2 * len(set(encoder.keys))
+    data, output = Miniature(tmp_path / "data").write(), tmp_path / "out"
+    scores = score(data, tmp_path / "model", output)
+    other = Miniature(tmp_path / "other", saved=True, archived=True).write()
+    evaluate_tasks(HashEncoder(), MmebV2(other), output_dir=tmp_path / "other out")
+    assert found_in(tmp_path / "other out") == found_in(output)
+    # Equal pictures and texts are encoded once.
+    assert len(encoder.keys) == len(set(encoder.keys))
 
-    scores, output = found[False], tmp_path / "out False"
     means = {}
     for category, names in CATEGORIES.items():
         main = "ndcg_linear@5" if category.startswith("VD") else "hit@1"
@@ -103,3 +122,73 @@ def test_all_tasks_in_every_layout(encoder, tmp_path):
     }
     runs = json.loads((output / "run.json").read_text())
     assert runs["K700"]["frames"] == 8
+
+
+def test_an_evaluation_that_was_stopped_goes_on(tmp_path):
+    names = [name for names in CATEGORIES.values() for name in names[-2:]]
+    data = Miniature(tmp_path / "data").write(names)
+
+    def run(output: Path, encoder: HashEncoder) -> HashEncoder:
+        cache = EmbeddingCache(output / "embeddings", "model")
+        evaluate_tasks(encoder, MmebV2(data), names, output, cache=cache)
+        return encoder
+
+    whole = run(tmp_path / "whole", HashEncoder())
+    stopped = HashEncoder(fail_after=len(whole.keys) // 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", stopped)
+    assert 0 < len(read_scores(tmp_path / "out")) < len(names)
+    continued = run(tmp_path / "out", HashEncoder())
+    assert len(continued.keys) < len(whole.keys)
+    assert set(stopped.keys) | set(continued.keys) == set(whole.keys)
+    assert found_in(tmp_path / "out") == found_in(tmp_path / "whole")
+    assert len(read_scores(tmp_path / "out")) == len(names)
+
+
+def start(data: Path, model: Path, output: Path, devices: int, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "llave_jax.evaluate", "--model", str(model)]
+    command += ["--benchmark", "mmeb-v2", "--data", str(data), "--output", str(output), *flags]
+    xla = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        command,
+        cwd=Path(evaluate.__file__).parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_devices_processes_and_kills_change_nothing(golden_model, tmp_path):
+    """With a real, tiny model: one device, eight of a run that is killed, two processes with archives."""
+    model, data = golden_model.directory, Miniature(tmp_path / "data").write()
+    one = start(data, model, tmp_path / "one", 1)
+    said = one.communicate(timeout=900)[0]
+    assert one.returncode == 0, said
+    expected = found_in(tmp_path / "one")
+    assert len(expected) == 78
+
+    seed = random.SystemRandom().randrange(10**6)
+    draw, output = random.Random(seed), tmp_path / "eight"
+    process, done = start(data, model, output, 8), draw.randrange(60)
+    while process.poll() is None and len(read_scores(output)) <= done:
+        time.sleep(0.05)
+    time.sleep(draw.random())
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < len(read_scores(output)) < 78, f"seed {seed}"
+    process = start(data, model, output, 8)
+    said = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, f"seed {seed}: {said}"
+    assert found_in(output) == expected, f"seed {seed}"
+
+    data = Miniature(tmp_path / "archives", saved=True, archived=True).write()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ("--coordinator", place, "--num_processes", "2", "--process_id")
+    both = [start(data, model, tmp_path / "two", 2, *flags, str(number)) for number in range(2)]
+    outputs = [process.communicate(timeout=900)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert found_in(tmp_path / "two") == expected
