@@ -48,6 +48,7 @@ class Pixels:
             raise FileNotFoundError(f"image folder or archive {images} does not exist")
         self._roots = [data.root, *data.places(PIXELS)]
         self._stores: dict[Path, ImageStore] = {}
+        self._opened: dict[tuple[str, str], Path] = {}
 
     def find(self, spec: Spec, picture: str = "") -> Path | None:
         """The folder of a task's pictures, or of its videos' frames.
@@ -78,6 +79,9 @@ class Pixels:
           FileNotFoundError: there are neither pictures nor an archive of them; it has the command that fetches it.
           ValueError: the archive is damaged, incomplete, or leads out of its folder.
         """
+        # A task is read once more for the report, by the first process alone, which must not wait for others then.
+        if (spec.name, picture) in self._opened:
+            return self._opened[spec.name, picture]
         on_first_process(lambda: self._unpack_unless_there(spec, picture))
         self._stores.clear()  # Folders that were unpacked meanwhile may hold other archives.
         found = self.find(spec, picture)
@@ -87,6 +91,7 @@ class Pixels:
                 f"{spec.name}: {f'the picture {picture!r} of its first row' if picture else 'a folder of pictures'} was "
                 f"not found; looked in {places}. {self.advice(spec)}"
             )
+        self._opened[spec.name, picture] = found
         return found
 
     def store(self, spec: Spec, picture: str) -> ImageStore:
