@@ -175,6 +175,28 @@ def test_missing_data_are_one_line(model, tmp_path, capsys):
     assert re.search(r"^error: .*none does not exist", capsys.readouterr().err, flags=re.M)
 
 
+def test_paragraphs_of_videos_by_command(model, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    entries = {
+        f"v_{name}": {"sentences": ["A man. ", f" He {name}."]} for name in ("runs", "sits", "gone")
+    }
+    (data / "val_1.json").write_text(json.dumps(entries))
+    for name in ("v_runs.mp4", "sits.webm"):
+        (data / name).write_bytes(name.encode())
+    command = ["--model", model[0], "--benchmark", "activitynet", "--data", str(data)]
+    assert evaluate.main([*command, "--output", str(tmp_path / "out")]) == 0
+    scores = json.loads((tmp_path / "out/activitynet_score.json").read_text())
+    assert scores.keys() == {"text_to_video", "video_to_text"}
+    rows = (tmp_path / "out/activitynet_t2v_predictions.jsonl").read_text().splitlines()
+    assert [json.loads(row)["label"] for row in rows] == [["v_runs"], ["sits"]]
+    assert "A man. He runs." in rows[0]
+    (data / "val_1.json").write_text('{"v_runs": []}')
+    assert evaluate.main([*command, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"^error: .*val_1.json: 'v_runs': expected sentences", error, flags=re.M)
+
+
 def test_a_models_prompts_are_used_for_a_corpus(model, tmp_path):
     directory, encoder = model
     (tmp_path / "model/prompts.json").write_text('{"query": "Q: ", "passage": "D: "}')

@@ -3,6 +3,8 @@
 import json
 import pickle
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from llave_jax.evaluation import run
@@ -237,6 +239,48 @@ def test_didemo(tmp_path, caplog):
     assert results["didemo_t2v"].settings == {"missing_videos": 1}
 
 
+@pytest.mark.parametrize(
+    ("listed", "there"),
+    [
+        ("1@N0_a.3gp", "1@N0_a.3gp"),
+        ("1@N0_a.wmv", "1@N0_a.mp4"),
+        ("1@N0_a.MOV", "1@N0_a.MOV.mp4"),
+        ("1@N0_a", "1@N0_a"),
+        ("1@N0_a.asx", "1@N0_a.asx"),
+    ],
+)
+def test_names_of_downloaded_and_converted_videos(tmp_path, listed, there):
+    rows = [{"video": listed, "description": "a dog"}, {"video": "b", "description": "a cat"}]
+    (tmp_path / "test_data.json").write_text(json.dumps(rows))
+    # The file without a suffix is not a second "b".
+    for name in (there, "b.avi", "b"):
+        (tmp_path / name).write_bytes(name.encode())
+    dataset = didemo.read(tmp_path)
+    assert [path.name for path in dataset.videos] == [there, "b.avi"]
+    assert dataset.missing == 0
+
+
+sentences = st.text("ab. \t\n\u2028\xa0", min_size=1, max_size=8).filter(str.strip)
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 2), sentences), min_size=1, max_size=8))
+def test_a_paragraph_is_all_sentences_in_order(tmp_path_factory, told):
+    """Of rows of several videos in any order, and of the same sentences listed by video."""
+    root = tmp_path_factory.mktemp("data")
+    videos = list(dict.fromkeys(video for video, _ in told))
+    by_video = {video: [text for owner, text in told if owner == video] for video in videos}
+    rows = [{"video": f"v_{video}", "description": text} for video, text in told]
+    entries = {f"v_{video}": {"sentences": texts} for video, texts in by_video.items()}
+    (root / "test_data.json").write_text(json.dumps(rows))
+    (root / "val_1.json").write_text(json.dumps(entries))
+    make_videos(root, [f"v_{video}" for video in videos], ".mp4")
+    for dataset in (didemo.read(root), activitynet.read(root)):
+        assert [path.stem for path in dataset.videos] == [f"v_{video}" for video in videos]
+        for caption, texts in zip(dataset.captions, by_video.values(), strict=True):
+            assert caption.split(" ") == [word for text in texts for word in text.split()]
+
+
 def test_activitynet(tmp_path):
     entries = {
         "v_abc-1": {
@@ -268,17 +312,18 @@ def test_activitynet(tmp_path):
 def test_lsmdc(tmp_path):
     clips = ["1004_Juno_00.00.32.161-00.00.35.421", "1001_Flight_00.00.01.000-00.00.02.000"]
     table = "".join(
-        f"{clip}\t00:00:32\t00:00:35\t00.00.32\t00.00.35\tSOMEONE walks {n}.  \n"
+        f"{clip}\t00:00:32\t00:00:35\t00.00.32\t00.00.35\tSOMEONE walks\x85 {n}.  \n"
         for n, clip in enumerate(clips)
     )
     path = tmp_path / "LSMDC16_challenge_1000_publictect.csv"
-    path.write_text(table)
+    # A character that ends a line for str.splitlines, not for a file.
+    path.write_text(table, encoding="utf-8")
     for clip in clips:
         folder = tmp_path / clip.rsplit("_", 1)[0]
         folder.mkdir()
         (folder / f"{clip}.avi").write_bytes(clip.encode())
     dataset = lsmdc.read(tmp_path)
-    assert dataset.captions == ("SOMEONE walks 0.", "SOMEONE walks 1.")
+    assert dataset.captions == ("SOMEONE walks\x85 0.", "SOMEONE walks\x85 1.")
     assert [video.name for video in dataset.videos] == [f"{clip}.avi" for clip in clips]
     path.write_text(table + "clip\twithout\tcells\n")
     with pytest.raises(ValueError, match=r"publictect.csv: line 3: expected 6 cells with tabs"):

@@ -15,6 +15,7 @@ from llave_jax.evaluation.benchmarks.video_files import (
     match_videos,
     named,
     only,
+    paragraph,
     warn_of_size,
 )
 
@@ -72,8 +73,8 @@ def _paragraphs(path: Path) -> list[tuple[str, str]]:
             raise ValueError(
                 f"{path}: {video!r:.100}: expected sentences, a list of texts; found {entry!r:.200}"
             )
-        if paragraph := " ".join(filter(None, (sentence.strip() for sentence in sentences))):
-            rows.append((video, paragraph))
+        if caption := paragraph(sentences):
+            rows.append((video, caption))
     return rows
 
 

@@ -1,6 +1,7 @@
 """DiDeMo as paragraph retrieval: all sentences of a video together are one caption, as in CLIP4Clip's evaluation.
 
-Files are those of LocalizingMoments: `test_data.json`, and `test_list.txt` where a list of videos was made.
+Files are LocalizingMoments' `test_data.json` (1037 videos) and collaborative-experts' `test_list.txt`: the 1004 of them
+that published numbers belong to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from llave_jax.evaluation.benchmarks.video_files import (
     match_videos,
     named,
     only,
+    paragraph,
     warn_of_size,
 )
 
@@ -47,7 +49,7 @@ def read(data_dir: str | os.PathLike) -> VideoDataset:
         if listed is None or video in listed:
             paragraphs.setdefault(video, []).append(sentence)
     warn_of_size(source, len(paragraphs), VIDEOS, "the test split")
-    captions = [(video, " ".join(sentences)) for video, sentences in paragraphs.items()]
+    captions = [(video, paragraph(sentences)) for video, sentences in paragraphs.items()]
     return match_videos("didemo", data_dir, source, captions, may_lack=True)
 
 
@@ -61,9 +63,10 @@ def _sentences(path: Path) -> list[tuple[str, str]]:
     for number, row in enumerate(rows):
         fields = row if isinstance(row, dict) else {}
         if not all(
-            isinstance(fields.get(key), str) and fields[key] for key in ("video", "description")
+            isinstance(fields.get(key), str) and fields[key].strip()
+            for key in ("video", "description")
         ):
             raise ValueError(
                 f"{path}: row {number}: expected texts video and description, found {row!r:.200}"
             )
-    return [(row["video"], row["description"].strip()) for row in rows]
+    return [(row["video"], row["description"]) for row in rows]

@@ -39,7 +39,7 @@ def read(data_dir: str | os.PathLike) -> VideoDataset:
 
 def _rows(path: Path) -> list[tuple[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text in UTF-8: {error}") from error
     rows = []

@@ -20,7 +20,10 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".m4v")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v"),
+    *(".3gp", ".3g2", ".wmv", ".flv", ".mts", ".m2ts", ".ogv"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +174,9 @@ def match_videos(
 ) -> VideoDataset:
     """A data set of captions, with the video files found below a folder by their names.
 
+    A file is a video's if it has the video's name, with one of `VIDEO_SUFFIXES` added, or in place of the name's own.
+    Only where there is none, a file of that very name counts whatever its suffix, as downloads keep a site's names.
+
     Args:
       name: of the data set.
       root: the folder.
@@ -187,13 +193,17 @@ def match_videos(
       FileNotFoundError: videos are missing, or all are.
       ValueError: a video is there more than once, or there are no rows; it names them.
     """
+    rows = list(rows)
+    names = dict.fromkeys(video for video, _ in rows)
     files: dict[str, dict[str, Path]] = collections.defaultdict(dict)
+    others: dict[str, dict[str, Path]] = collections.defaultdict(dict)
     for path in all_files(root):
         if path.suffix.lower() in VIDEO_SUFFIXES:
             for called in {path.name, path.stem, path.stem.removeprefix(prefix)}:
                 files[called].setdefault(os.path.realpath(path), path)
-    rows = list(rows)
-    found = {video: _of_name(video, files) for video in dict.fromkeys(video for video, _ in rows)}
+        elif path.name in names:
+            others[path.name].setdefault(os.path.realpath(path), path)
+    found = {video: _of_name(video, files) or others.get(video, {}) for video in names}
     if not found:
         raise ValueError(f"{source}: names no videos")
     missing = [video for video, paths in found.items() if not paths]
@@ -228,6 +238,18 @@ def _of_name(video: str, files: Mapping[str, dict[str, Path]]) -> dict[str, Path
     if video in files:
         return files[video]
     return files.get(stem, {}) if dot and f".{suffix.lower()}" in VIDEO_SUFFIXES else {}
+
+
+def paragraph(sentences: Iterable[str]) -> str:
+    """The sentences of a video as one caption.
+
+    Args:
+      sentences: in their order.
+
+    Returns:
+      All of them, with one space wherever there is any space, as CLIP's tokenizer reads a text. It is empty if they are.
+    """
+    return " ".join(" ".join(sentences).split())
 
 
 def warn_of_size(source: Path, found: int, expected: int, split: str) -> None:
