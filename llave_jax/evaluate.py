@@ -15,11 +15,12 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from llave_jax.common import command_line, interrupts
 from llave_jax.common.files import remove_abandoned, write_text
@@ -32,7 +33,7 @@ from llave_jax.evaluation import comparison, mteb_run, report, run
 from llave_jax.evaluation.benchmarks.base import Benchmark, Options, describe
 from llave_jax.evaluation.benchmarks.mmeb import Mmeb
 from llave_jax.evaluation.benchmarks.registry import BENCHMARKS, open_benchmark
-from llave_jax.evaluation.cache import EmbeddingCache
+from llave_jax.evaluation.cache import EmbeddingCache, Encode
 from llave_jax.evaluation.comparison import (
     SUMMARY,
     Evaluation,
@@ -40,8 +41,9 @@ from llave_jax.evaluation.comparison import (
     from_summary,
     read_evaluations,
 )
-from llave_jax.evaluation.forms import read_forms, to_json
+from llave_jax.evaluation.forms import Form, read_forms, to_json
 from llave_jax.evaluation.results import Results
+from llave_jax.inputs.item import Item
 from llave_jax.parallel import peers, processes
 from llave_jax.weights import model_dir
 from llave_jax.weights.fingerprint import model_fingerprint
@@ -222,7 +224,7 @@ def evaluate(args: argparse.Namespace) -> str:
     Raises:
       ValueError, OSError: model or data are not what they should be.
     """
-    first, output = jax.process_index() == 0, Path(args.output)
+    output = Path(args.output)
     baselines: list[Evaluation] = []
     processes.on_first_process(lambda: baselines.extend(_baselines(args)))
     model = resolve_model(args.model)
@@ -237,7 +239,56 @@ def evaluate(args: argparse.Namespace) -> str:
         run.require_data(benchmark, tasks[name])
     lengths = [benchmark.max_length or 0 for benchmark in benchmarks.values()]
     lengths += [] if chosen is None else [chosen.max_length]
-    max_length = args.max_length or max(lengths, default=0) or None
+    opened = _open_model(args, model, args.max_length or max(lengths, default=0) or None)
+    found = {
+        name: run.evaluate(
+            *(opened.encode, benchmark, tasks[name], _folder(args, name)),
+            cache=opened.cache,
+            settings=opened.settings,
+            forms=opened.forms,
+        )
+        for name, benchmark in benchmarks.items()
+    }
+    tables = [
+        "\n\n".join(filter(None, (table, _compared(name, results, baselines))))
+        for name, results in found.items()
+        for table in [f"{name}\n\n{results.table()}" if len(found) > 1 else results.table()]
+    ]
+    if chosen is not None:
+        table = mteb_run.evaluate_mteb(
+            opened.embedder,
+            chosen,
+            _folder(args, "mteb"),
+            model=args.model,
+            directory=model,
+            settings=opened.settings,
+            cache=opened.cache,
+            batch_size=args.batch_size,
+        )
+        tables.append(table)
+    if opened.settings is None:
+        return "\n\n".join(tables)
+    computed_by = _computed_by(opened.settings)
+    for name, results in found.items():
+        _write(_folder(args, name), name, results, opened.settings)
+    entries = {name: (benchmarks[name], results) for name, results in found.items()}
+    if entries:
+        report.write_report(output / "report.html", entries, model=computed_by, baselines=baselines)
+    return "\n\n".join([*tables, f"Model: {computed_by}."])
+
+
+class _Opened(NamedTuple):
+    """The model of an evaluation, and what is kept of it: of the first process alone `settings` and a kept cache."""
+
+    embedder: Embedder
+    encode: Encode
+    cache: EmbeddingCache
+    settings: dict[str, Any] | None
+    forms: tuple[Form, ...]
+
+
+def _open_model(args: argparse.Namespace, model: Path, max_length: int | None) -> _Opened:
+    first = jax.process_index() == 0
     embedder = Embedder.from_pretrained(
         model, adapter=args.adapter, dtype=args.dtype, max_length=max_length
     )
@@ -249,7 +300,7 @@ def evaluate(args: argparse.Namespace) -> str:
     if first:
         fingerprint = model_fingerprint(model, embedder.model.dtype, embedder.config, args.adapter)
         cache = EmbeddingCache(
-            args.cache or output / "embeddings",
+            args.cache or Path(args.output) / "embeddings",
             fingerprint,
             model=args.model,
             truncate_dim=args.truncate_dim,
@@ -259,46 +310,10 @@ def evaluate(args: argparse.Namespace) -> str:
         if args.truncate_dim is not None:
             settings["truncate_dim"] = args.truncate_dim
 
-    def encode(items):
+    def encode(items: Sequence[Item]) -> np.ndarray:
         return embedder.encode(items, batch_size=args.batch_size, show_progress=first)
 
-    found = {}
-    for name, benchmark in benchmarks.items():
-        found[name] = run.evaluate(
-            *(encode, benchmark, tasks[name], _folder(output, name, benchmarks)),
-            cache=cache,
-            settings=settings,
-            forms=forms,
-        )
-    mteb_tables = []
-    if chosen is not None:
-        table = mteb_run.evaluate_mteb(
-            embedder,
-            chosen,
-            _folder(output, "mteb", [*benchmarks, "mteb"]),
-            model=args.model,
-            directory=model,
-            settings=settings,
-            cache=cache,
-            batch_size=args.batch_size,
-        )
-        mteb_tables.append(table)
-    several = len(found) > 1
-    tables = [f"{n}\n\n{r.table()}" if several else r.table() for n, r in found.items()]
-    tables = [
-        "\n\n".join(filter(None, (table, _compared(name, results, baselines))))
-        for table, (name, results) in zip(tables, found.items(), strict=True)
-    ]
-    tables += mteb_tables
-    if settings is None:
-        return "\n\n".join(tables)
-    computed_by = _computed_by(settings)
-    for name, results in found.items():
-        _write(_folder(output, name, benchmarks), name, results, settings)
-    entries = {name: (benchmarks[name], results) for name, results in found.items()}
-    if entries:
-        report.write_report(output / "report.html", entries, model=computed_by, baselines=baselines)
-    return "\n\n".join([*tables, f"Model: {computed_by}."])
+    return _Opened(embedder, encode, cache, settings, forms)
 
 
 def _baselines(args: argparse.Namespace) -> list[Evaluation]:
@@ -317,7 +332,7 @@ def _open(
 ) -> Benchmark:
     data = _data(name, args.data)
     if name == DIGITS:
-        output = _folder(Path(args.output), name, args.benchmark)
+        output = _folder(args, name)
         return Mmeb(digits.build(data or output / "digits") / "eval", infos=digits.INFOS)
     assert data is not None
     query, document = side_prompts(prompts or {})
@@ -345,9 +360,10 @@ def _data(name: str, places: Sequence[str] | None) -> Path | None:
     return others[0] / name if (others[0] / name).is_dir() else others[0]
 
 
-def _folder(output: Path, name: str, benchmarks: Iterable[str]) -> Path:
-    """Where a benchmark's files go: a folder of its own where there are several."""
-    return output / name if len(list(benchmarks)) > 1 else output
+def _folder(args: argparse.Namespace, name: str) -> Path:
+    """Where a benchmark's files go: a folder of its own where the command names several."""
+    several = len(args.benchmark) + bool(args.mteb) > 1
+    return Path(args.output) / name if several else Path(args.output)
 
 
 def _chosen_tasks(

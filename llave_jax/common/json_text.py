@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+T = TypeVar("T", list, dict)
 
 # Real files nest to a depth of about 10.
 MAX_DEPTH = 100
@@ -46,6 +49,29 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from error
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value)
+    return value
+
+
+def read_json_file(path: Path, kind: type[T]) -> T:
+    """Reads a JSON file.
+
+    Args:
+      path: of the file.
+      kind: of the value: `list` or `dict`.
+
+    Returns:
+      The value.
+
+    Raises:
+      ValueError: not JSON, as for `parse_json`, or a value of another kind; it names the file.
+    """
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, kind):
+        expected = "a list of rows" if kind is list else "an object"
+        raise ValueError(f"{path}: expected {expected}, found {type(value).__name__}")
     return value
 
 

@@ -233,11 +233,6 @@ def check_shared(evaluations: Sequence[Evaluation], names: Sequence[str]) -> Non
             )
 
 
-def is_rank(metric: str) -> bool:
-    """Whether a metric is a rank from 1, of which less is better."""
-    return metrics.parse(metric)[0] in ("median rank", "mean rank")
-
-
 def signed(difference: float | None, scale: float = 100) -> str:
     """A difference with its sign: "+1.2", "-0.3", "0.0", or "-" for None.
 
@@ -291,7 +286,7 @@ def task_rows(own: Scores, others: Mapping[str, Scores], label: str = THIS_RUN) 
     for name, task in _all_tasks([own, *others.values()]).items():
         for metric in [task.metric] if own.averages else task.metrics:
             found = [scores.value(name, metric) for scores in (own, *others.values())]
-            rows.append([name, metric, *_cells(found, 1 if is_rank(metric) else 100)])
+            rows.append([name, metric, *_cells(found, 1 if metrics.is_rank(metric) else 100)])
     return rows
 
 

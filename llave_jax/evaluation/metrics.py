@@ -119,6 +119,15 @@ def parse(name: str) -> tuple[str, int]:
     raise ValueError(f"there is no metric {name!r}; known are {known}")
 
 
+def is_rank(name: str) -> bool:
+    """Whether a metric is a rank from 1, of which less is better, and not a share.
+
+    Args:
+      name: of the metric.
+    """
+    return parse(name)[0] in _BY_RANK[1:]
+
+
 def measure(names: Sequence[str], ranking: Ranking, *, all_tied: bool = False) -> dict[str, float]:
     """Metrics of a ranking.
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from llave_jax.common.files import write_text
 from llave_jax.common.tables import percent
+from llave_jax.evaluation import metrics, report_examples
 from llave_jax.evaluation import report_drawing as drawing
-from llave_jax.evaluation import report_examples
 from llave_jax.evaluation import report_html as html
 from llave_jax.evaluation.benchmarks.base import Benchmark
 from llave_jax.evaluation.comparison import (
@@ -25,7 +25,6 @@ from llave_jax.evaluation.comparison import (
     Scores,
     average_rows,
     from_summary,
-    is_rank,
     minus,
     of_benchmark,
     signed,
@@ -207,7 +206,7 @@ def _coloured(
     head, *body = rows
     coloured: list[list[str | Cell]] = [list(head)]
     for row in body:
-        less_is_better = metric_column is not None and is_rank(row[metric_column])
+        less_is_better = metric_column is not None and metrics.is_rank(row[metric_column])
         cells: list[str | Cell] = []
         for name, cell in zip(head, row, strict=True):
             gain = name == "difference" and cell[0] in "+-" and len(cell) > 1

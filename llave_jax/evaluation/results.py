@@ -280,5 +280,4 @@ def _average(
 
 
 def _cell(metric: str, value: float | None) -> str:
-    is_rank = metrics.parse(metric)[0] in ("median rank", "mean rank")
-    return percent(value, 1 if is_rank else 100)
+    return percent(value, 1 if metrics.is_rank(metric) else 100)

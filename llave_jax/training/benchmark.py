@@ -121,7 +121,7 @@ def _metric_table(summaries: Mapping[str, Mapping], last: Mapping[str, Mapping])
     rows = [["metric", *summaries]]
     for task, entry in last.items():
         for name in entry["metrics"]:
-            scale = 1 if metrics.parse(name)[0] in ("median rank", "mean rank") else 100
+            scale = 1 if metrics.is_rank(name) else 100
             values = [
                 percent(summary[task]["metrics"].get(name), scale) if task in summary else "-"
                 for summary in summaries.values()

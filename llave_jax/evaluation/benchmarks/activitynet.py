@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
-from llave_jax.common.json_text import parse_json
+from llave_jax.common.json_text import read_json_file
 from llave_jax.evaluation.benchmarks.video_files import (
     VideoDataset,
     match_videos,
@@ -55,19 +54,9 @@ def read(data_dir: str | os.PathLike) -> VideoDataset:
     return match_videos("activitynet", data_dir, source, names, may_lack=True, prefix="v_")
 
 
-def _read_json(path: Path, kind: type) -> Any:
-    try:
-        values = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, kind):
-        raise ValueError(f"{path}: expected a {kind.__name__}, found {type(values).__name__}")
-    return values
-
-
 def _paragraphs(path: Path) -> list[tuple[str, str]]:
     rows = []
-    for video, entry in _read_json(path, dict).items():
+    for video, entry in read_json_file(path, dict).items():
         sentences = entry.get("sentences") if isinstance(entry, dict) else None
         if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
             raise ValueError(
@@ -79,7 +68,7 @@ def _paragraphs(path: Path) -> list[tuple[str, str]]:
 
 
 def _ids(path: Path) -> list[str]:
-    ids = _read_json(path, list)
+    ids = read_json_file(path, list)
     if bad := [value for value in ids if not isinstance(value, str)]:
         raise ValueError(f"{path}: expected a list of texts, found {bad[0]!r:.100} among them")
     return ids

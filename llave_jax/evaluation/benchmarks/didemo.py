@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llave_jax.common.json_text import parse_json
+from llave_jax.common.json_text import read_json_file
 from llave_jax.evaluation.benchmarks.video_files import (
     VideoDataset,
     match_videos,
     named,
     only,
     paragraph,
+    read_words,
     warn_of_size,
 )
 
@@ -40,9 +41,7 @@ def read(data_dir: str | os.PathLike) -> VideoDataset:
     data_dir = Path(data_dir)
     tables = {path: _sentences(path) for path in named(data_dir, "test_data.json")}
     source, rows = only(tables, data_dir, "a test_data.json")
-    lists = {
-        path: path.read_text(encoding="utf-8").split() for path in named(data_dir, "test_list.txt")
-    }
+    lists = {path: read_words(path) for path in named(data_dir, "test_list.txt")}
     listed = set(only(lists, data_dir, "a test_list.txt")[1]) if lists else None
     paragraphs: dict[str, list[str]] = {}
     for video, sentence in rows:
@@ -54,12 +53,7 @@ def read(data_dir: str | os.PathLike) -> VideoDataset:
 
 
 def _sentences(path: Path) -> list[tuple[str, str]]:
-    try:
-        rows = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__}")
+    rows = read_json_file(path, list)
     for number, row in enumerate(rows):
         fields = row if isinstance(row, dict) else {}
         if not all(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet
 
-from llave_jax.common.json_text import parse_json
+from llave_jax.common.json_text import read_json_file
 from llave_jax.common.paths import is_plain_name
 from llave_jax.data.image_store import ImageStore
 from llave_jax.evaluation import output, published
@@ -268,13 +268,7 @@ def read_rows(data_dir: str | os.PathLike, name: str) -> Rows:
         rows = [row for part in parts for row in _read_parquet(part)]
         source = data_dir / name
     elif json_path.is_file():
-        try:
-            rows = parse_json(json_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{json_path}: not JSON: {error}") from error
-        if not isinstance(rows, list):
-            raise ValueError(f"{json_path}: expected a list of rows, found {type(rows).__name__}")
-        source = json_path
+        rows, source = read_json_file(json_path, list), json_path
     else:
         raise FileNotFoundError(
             f"dataset {name!r}: neither {data_dir / name}/test-*.parquet nor {json_path} exists; "

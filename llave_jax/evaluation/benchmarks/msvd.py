@@ -12,6 +12,7 @@ from llave_jax.evaluation.benchmarks.video_files import (
     match_videos,
     named,
     only,
+    read_words,
 )
 
 
@@ -30,9 +31,7 @@ def read(data_dir: str | os.PathLike) -> VideoDataset:
       FileNotFoundError, ValueError: files are missing, malformed or ambiguous; it names them.
     """
     data_dir = Path(data_dir)
-    lists = {
-        path: path.read_text(encoding="utf-8").split() for path in named(data_dir, "test_list.txt")
-    }
+    lists = {path: read_words(path) for path in named(data_dir, "test_list.txt")}
     list_path, names = only(lists, data_dir, "a test_list.txt")
     tables, refused = {}, []
     for path in named(data_dir, "*.pkl"):

@@ -111,6 +111,24 @@ def named(root: Path, pattern: str) -> list[Path]:
     return [path for path in all_files(root) if fnmatch.fnmatch(path.name, pattern)]
 
 
+def read_words(path: Path) -> list[str]:
+    """What a list of names holds.
+
+    Args:
+      path: of a text file.
+
+    Returns:
+      Its words.
+
+    Raises:
+      ValueError: it is not text in UTF-8; it names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8: {error}") from error
+
+
 def different(contents: dict[Path, list]) -> dict[Path, list]:
     """The files without those whose content is that of an earlier one.
 

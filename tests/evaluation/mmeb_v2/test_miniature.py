@@ -148,6 +148,8 @@ def test_an_evaluation_that_was_stopped_goes_on(tmp_path):
 def start(data: Path, model: Path, output: Path, devices: int, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "llave_jax.evaluate", "--model", str(model)]
     command += ["--benchmark", "mmeb-v2", "--data", str(data), "--output", str(output), *flags]
+    # The tiny model has 20 tokens a frame. Batches with room for a real one's frames would take minutes here.
+    command += ["--max-length", "2048"]
     xla = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         command,
@@ -162,45 +164,32 @@ def start(data: Path, model: Path, output: Path, devices: int, *flags: str) -> s
 @pytest.mark.slow
 def test_devices_processes_and_kills_change_nothing(golden_model, tmp_path):
     """With a real, tiny model: one device, eight of a run that is killed, two processes with archives."""
-    model = golden_model.directory
-    names = [name for names in CATEGORIES.values() for name in names[:2]]
-    data = Miniature(tmp_path / "data").write(names)
-    chosen = ("--tasks", ",".join(names))
-    one = start(data, model, tmp_path / "one", 1, *chosen)
+    model, data = golden_model.directory, Miniature(tmp_path / "data").write()
+    one = start(data, model, tmp_path / "one", 1)
     said = one.communicate(timeout=900)[0]
     assert one.returncode == 0, said
     expected = found_in(tmp_path / "one")
-    assert expected.keys() == set(names)
+    assert len(expected) == 78
 
     seed = random.SystemRandom().randrange(10**6)
     draw, output = random.Random(seed), tmp_path / "eight"
-    process, done = start(data, model, output, 8, *chosen), draw.randrange(16)
+    process, done = start(data, model, output, 8), draw.randrange(60)
     while process.poll() is None and len(read_scores(output)) <= done:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert 0 < len(read_scores(output)) < len(names), f"seed {seed}"
-    process = start(data, model, output, 8, *chosen)
+    assert 0 < len(read_scores(output)) < 78, f"seed {seed}"
+    process = start(data, model, output, 8)
     said = process.communicate(timeout=900)[0]
     assert process.returncode == 0, f"seed {seed}: {said}"
     assert found_in(output) == expected, f"seed {seed}"
 
-    # Two processes wait for each other at each task.
-    few = [names[0] for names in CATEGORIES.values()]
-    data = Miniature(tmp_path / "archives", saved=True, archived=True).write(few)
+    data = Miniature(tmp_path / "archives", saved=True, archived=True).write()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = (
-        "--tasks",
-        ",".join(few),
-        "--coordinator",
-        place,
-        "--num_processes",
-        "2",
-        "--process_id",
-    )
+    flags = ("--coordinator", place, "--num_processes", "2", "--process_id")
     both = [start(data, model, tmp_path / "two", 1, *flags, str(number)) for number in range(2)]
     outputs = [process.communicate(timeout=900)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert found_in(tmp_path / "two") == {name: expected[name] for name in few}
+    assert found_in(tmp_path / "two") == expected

@@ -20,7 +20,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import yaml
 
-from llave_jax.common.json_text import LINE_TOO_LONG, json_lines, parse_json
+from llave_jax.common.json_text import LINE_TOO_LONG, json_lines, parse_json, read_json_file
 from llave_jax.common.paths import OutsideRoot, below
 
 # The first kind that a folder has is read.
@@ -242,11 +242,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     if head.startswith(_POINTER):
         raise _unreadable(path, "JSON", ValueError("not JSON"))
     if head.lstrip().startswith(b"["):
-        try:
-            rows = parse_json(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from error
-        for number, row in enumerate(rows):
+        for number, row in enumerate(read_json_file(path, list)):
             if not isinstance(row, dict):
                 raise ValueError(f"{path}: row {number}: expected an object, found {row!r:.100}")
             yield row
