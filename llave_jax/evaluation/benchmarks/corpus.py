@@ -46,20 +46,23 @@ class Corpus(Benchmark):
     Args:
       data_dir: with the three files.
       options: prompts go before the texts of queries and documents.
+
+    Raises:
+      FileNotFoundError, ValueError: as for `read_task`.
     """
 
     suite = Suite(NAME, (INFO,))
 
     def __init__(self, data_dir: str | os.PathLike, options: Options | None = None):
-        self._data, self._options = Path(data_dir), options or Options()
+        self._task = read_task(data_dir, options)
 
     def names(self) -> list[str]:
         """The one task."""
         return [NAME]
 
     def read(self, name: str) -> Task:
-        """Reads the files. See `read_task`."""
-        return read_task(self._data, self._options)
+        """The task, as it was read."""
+        return self._task
 
     def write(self, directory: Path, task: Task, result: Result) -> None:
         """Writes `retrieval_score.json` and `retrieval_run.tsv` (TREC's form)."""
