@@ -210,7 +210,16 @@ def open_sources(config: Config, data_path: Path) -> tuple[PairSource, PairSourc
     if source.left_out:
         left_out = listed(source.left_out)
         log.info("skipped %d rows: %s (%s)", len(left_out), EMPTY_SIDE, by_subset(left_out))
-    return split_held_out(source, data.held_out) if data.held_out else (source, None)
+    if not data.held_out:
+        return source, None
+    training, held_out = split_held_out(source, data.held_out)
+    if len(held_out) and not len(training):
+        raise ValueError(
+            f"{data.path}: all {len(held_out)} rows are held out, none is left to train on: by the hash of its content, "
+            f"with copies on one side, a row is held out with a chance of {data.held_out}; add rows, or give "
+            "--config.data.held_out=0"
+        )
+    return training, held_out
 
 
 def measure_data(config: Config, source: PairSource, builder: SequenceBuilder) -> PairSizes:

@@ -99,6 +99,7 @@ def test_batches_of_other_pairs_are_as_full_as_planned(seed, pairs):
     assert packing.carried_twice < 0.05
 
 
+@pytest.mark.slow
 @settings(max_examples=2, deadline=None, phases=NO_SHRINKING)
 @given(st.integers(0, 99), st.booleans())
 def test_more_pairs_get_more_room(seed, by_modality):

@@ -166,6 +166,7 @@ def test_a_budget_that_is_too_small_is_said(tree, tokenizer, tmp_path):
     assert re.search(r"TOO SMALL .* need crops \d+", report)
 
 
+@pytest.mark.slow
 def test_a_planned_batch_is_shown_with_the_flags_that_set_it_by_hand(tree, tokenizer, tmp_path):
     config = run_config(tree, tokenizer)
     for field in (

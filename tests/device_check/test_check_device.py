@@ -41,6 +41,7 @@ def _any(kernel):
     return lambda *inputs, causal, **_: kernel(*inputs, causal=causal)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_broken_fails_the_device_and_is_named(one_run):
     status, text = one_run
     assert status == 1
@@ -100,6 +101,7 @@ def test_golden_numbers_are_those_of_any_mesh(half_of_the_devices):
     assert max(row.values["errors"].values()) < golden.FLOAT32_BOUND / 2
 
 
+@pytest.mark.slow
 def test_a_model_that_is_a_little_wrong_is_not_golden(monkeypatch):
     """In bfloat16, whose bounds are the widest: one layer's attention sees a block less."""
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])

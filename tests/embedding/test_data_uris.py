@@ -2,8 +2,8 @@
 
 import base64
 import json
-import os
 
+import numpy as np
 import pytest
 
 from llave_jax import Embedder, embed, inspect_data
@@ -15,7 +15,8 @@ ADVICE = "a data URI; expected a path: write the image to a file and name that"
 
 @pytest.fixture(scope="module")
 def uri():
-    return "data:image/png;base64," + base64.b64encode(os.urandom(5 << 20)).decode()
+    content = np.random.default_rng(0).bytes(5 << 20)
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def test_in_python(uri, tmp_path, golden_model):

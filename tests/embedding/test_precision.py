@@ -30,6 +30,7 @@ def test_bfloat16_embeddings_are_close_to_float32(golden, golden_model):
     assert cosines.min() < 1 - 1e-5
 
 
+@pytest.mark.slow
 def test_evaluation_says_its_precision(golden, golden_model, tmp_path, capsys):
     model = str(golden_model.directory)
     command = ["--model", model, "--benchmark", "mmeb", "--subsets", "TinyCls"]

@@ -37,6 +37,7 @@ def check_recorded_results(golden, output):
         np.testing.assert_allclose(scores, arrays[f"{name}/scores"], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_recorded_results_in_python(golden, golden_model, tmp_path, devices):
     axes = {"data": -1, "fsdp": 1, "tensor": 1}

@@ -355,6 +355,7 @@ def test_captions_that_count_as_one_answer_are_shown_together(tmp_path):
     assert "• caption 1 • caption 4 #" in text
 
 
+@pytest.mark.slow
 def test_78_tasks_fit_a_page(tmp_path):
     # Noise is what JPEG is worst at.
     pages = [Item("page", images=(noise(n, (400, 550)),), name=f"page {n}") for n in range(6)]

@@ -67,6 +67,7 @@ def alone(sequences, embed, golden_model):
     return rows
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(data=st.data())
 def test_packing_changes_nothing(data, sequences, alone, embed, golden_model):

@@ -74,6 +74,7 @@ def merged(model, base, adapters):
     return flat
 
 
+@pytest.mark.slow
 def test_embeddings_and_gradients_are_those_of_merged_weights(golden_model, batch):
     model, base, adapters = adapted(golden_model)
     direction = jax.random.normal(jax.random.key(3), (golden_model.config.text.hidden_size,))
@@ -141,7 +142,8 @@ def test_dropout_is_a_function_of_its_key_and_scales_up_what_it_keeps(golden_mod
     assert len(np.unique(np.asarray(keys), axis=0)) == golden_model.config.text.num_layers
 
 
-@pytest.mark.parametrize("remat", [pytest.param("attention", marks=pytest.mark.slow), "both"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["attention", "both"])
 def test_dropout_is_the_same_where_it_is_computed_again(golden_model, texts, remat):
     def gradient(remat):
         pattern = "language_model/.*"

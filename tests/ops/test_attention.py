@@ -71,6 +71,7 @@ def compiled_attention(implementation, causal):
     return jax.jit(functools.partial(attention, causal=causal, implementation=implementation))
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1),
     length=st.sampled_from([1, 40]),
@@ -93,6 +94,7 @@ def test_plain_forms_are_the_formula(seed, length, repeats, causal, implementati
     np.testing.assert_allclose(alone, formula(*inputs, one_segment, causal), atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_xla_in_blocks_is_xla(causal, monkeypatch):
     rng = np.random.default_rng(0)
@@ -154,6 +156,7 @@ def test_kernel_is_the_reference(kernel, length, heads, groups, head_dim, causal
     assert_is_the_reference(KERNELS[kernel], inputs, segments, causal=causal, interpret=True)
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1),
     length=st.sampled_from([64, 333]),

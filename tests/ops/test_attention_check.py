@@ -193,6 +193,7 @@ def test_embedder_does_not_use_a_broken_kernel(device, golden_model, caplog):
     np.testing.assert_array_equal(model.encode(items), expected)
 
 
+@pytest.mark.slow
 def test_train_does_not_use_a_broken_kernel(device, golden_model, tmp_path, caplog):
     sides = {"qry_image_path": "", "pos_image_path": ""}
     rows = [{"qry": f"which is {i}?", "pos_text": f"it is {i}", **sides} for i in range(16)]

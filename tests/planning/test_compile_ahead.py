@@ -357,6 +357,7 @@ def compile_tiny(config, *arguments):
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_tiny_model_compiles_for_a_tpu_slice(tiny_config):
     pytest.importorskip("libtpu", reason="needs the libtpu wheel: pip install llave_jax[tpu]")
     done = compile_tiny(tiny_config, "--topology=v4:2x2x1")

@@ -313,6 +313,7 @@ def test_a_bad_step_is_skipped_counted_and_counted_on(place, tmp_path, bad_rates
     assert count_skipped(read_metrics(tmp_path), 4) == (2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "message"),
     [("max_in_a_row", "2 in a row"), ("max_in_all", "2 in all")],

@@ -159,6 +159,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_trains(make_workdir, monkeypatch):
     """The same text, with its shardings and the donation of the state."""
     config = quickstart(mesh__data=2, mesh__fsdp=-1, batch__micro_batches=2)

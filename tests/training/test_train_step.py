@@ -183,6 +183,7 @@ def test_three_steps_of_the_reference(mesh, reference, golden_model, run_once):
         assert np.linalg.norm(actual - expected) < 5e-3 * change, (path, layer)
 
 
+@pytest.mark.slow
 def test_a_marker_without_an_image_is_trained_on(golden, golden_model):
     """The loss over the recorded embeddings, with WebQA's kind of query among them."""
     queries = ("quirk_token_without_image", "image_wide", "text_caption", "image_tiny")
@@ -216,6 +217,7 @@ def test_frozen_parameters_do_not_move(golden_model, run_once):
         assert (path in result.gradient) == changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "r",
     [

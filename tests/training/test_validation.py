@@ -13,12 +13,13 @@ import pytest
 
 from llave_jax import Embedder, train
 from llave_jax.common.extras import MissingPackage
+from llave_jax.config import default_config
 from llave_jax.data.sources import open_source, split_held_out
 from llave_jax.inputs import video_decode
 from llave_jax.loss.focal import Focal
 from llave_jax.loss.hardness import Hardness
 from llave_jax.parallel import sharding
-from llave_jax.training import benchmark, validation
+from llave_jax.training import benchmark, setup, validation
 from llave_jax.training.metrics import read_metrics
 from llave_jax.training.validation import SCORES, pool_scores
 from tests.evaluation.fake_encoder import HashEncoder
@@ -333,3 +334,12 @@ def test_what_a_benchmark_needs_is_looked_for_before_the_first_step(place, tmp_p
     with pytest.raises(MissingPackage, match=r"need PyAV: pip install 'llave_jax\[video"):
         train.train(make_config(place, {"eval.benchmark": f"msvd:{tmp_path}"}), tmp_path)
     assert not read_metrics(tmp_path)
+
+
+def test_rows_that_are_all_held_out_are_said(tmp_path):
+    row = {"qry": "a", "qry_image_path": "", "pos_text": "b", "pos_image_path": ""}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    config = default_config()
+    config.data.path, config.data.held_out = str(tmp_path / "rows.json"), 0.999
+    with pytest.raises(ValueError, match=r"rows.json: all 1 rows are held out, none is left"):
+        setup.open_sources(config, tmp_path / "rows.json")

@@ -352,6 +352,7 @@ def test_without_a_network(environment, tmp_path):
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_goes_on(hub, environment, tmp_path):
     hub.repo("lab/large", llave(tmp_path))
     hub.cut = 100_000
