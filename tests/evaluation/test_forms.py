@@ -14,7 +14,9 @@ from llave_jax.evaluation.benchmarks.corpus import Corpus
 from llave_jax.evaluation.benchmarks.mmeb import Mmeb
 from llave_jax.evaluation.cache import Embedded, EmbeddingCache
 from llave_jax.evaluation.forms import Form, read_forms, rows, to_json
-from llave_jax.evaluation.scoring import rank
+from llave_jax.evaluation.scoring import rank, score_task
+from llave_jax.evaluation.task import Task, TaskInfo
+from llave_jax.inputs.item import Item
 from llave_jax.training import benchmark
 from tests.evaluation.fake_encoder import HashEncoder
 from tests.evaluation.mmeb_eval_tree import score_mmeb
@@ -118,6 +120,54 @@ def test_rows_rank_their_own_stored_candidates(golden, form):
         assert scores[list(pool).index(answers.ranking[row, 0])] == pytest.approx(
             scores.max(), abs=1e-6
         )
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_pool_is_a_search_of_its_own(form):
+    """More candidates than binary vectors have rescored: which are depends on the pool, not on all candidates."""
+    queries, candidates = draw(0, 6, 16), draw(1, 300, 16)
+    rng = np.random.default_rng(2)
+    pools = [np.sort(rng.permutation(300)[:180]).astype(np.int32) for _ in range(6)]
+    task = Task(
+        TaskInfo("t", "m", metric="hit@1"),
+        [Item("q")] * 6,
+        [Item("c")] * 300,
+        [pool[:1] for pool in pools],
+        pools=pools,
+        metrics=("hit@1",),
+    )
+    embedded = (Embedded(vectors, np.arange(len(vectors))) for vectors in (queries, candidates))
+    _, answers = rank(task, *embedded, form)
+    stored = form.stored(candidates)
+    for row, pool in enumerate(pools):
+        asked = queries[row, : form.dim] / np.linalg.norm(queries[row, : form.dim])
+        scores = form.scores(asked[None], stored[pool], 10)[0]
+        np.testing.assert_allclose(answers.all_scores[row], scores, atol=1e-6)
+
+
+def test_stored_vectors_are_calibrated_on_candidates_alone():
+    queries, candidates = draw(0, 6, 16), draw(1, 50, 16)
+    # Far from all candidates in one dimension.
+    queries[:, 3] += 9
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    candidates[:, 3] /= 50
+    candidates /= np.linalg.norm(candidates, axis=1, keepdims=True)
+    vectors = {f"q{n}": v for n, v in enumerate(queries)} | {
+        f"c{n}": v for n, v in enumerate(candidates)
+    }
+    form = Form(16, "int8")
+    task = Task(
+        TaskInfo("t", "m", metric="hit@1"),
+        [Item(f"q{n}") for n in range(6)],
+        [Item(f"c{n}") for n in range(50)],
+        [np.array([n], np.int32) for n in (queries @ form.stored(candidates).T).argmax(1)],
+        metrics=("hit@1",),
+    )
+
+    def encode(items):
+        return np.stack([vectors[item.text] for item in items])
+
+    assert score_task(encode, task, EmbeddingCache(), [form]).forms[form] == {"hit@1": 1.0}
 
 
 def test_a_corpus_in_every_form(task):

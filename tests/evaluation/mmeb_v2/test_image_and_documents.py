@@ -153,7 +153,8 @@ ASKED = [
 
 
 def test_documents_with_graded_relevance(tmp_path):
-    qrels = [(5, 7, 1), (5, 30, 2), (5, 7, 2), (5, 1, 0), (2, 1, 1), (9, 1, 1)]
+    # The larger of two scores counts, whichever comes first.
+    qrels = [(5, 7, 1), (5, 30, 2), (5, 7, 2), (5, 30, 1), (5, 1, 0), (2, 1, 1), (9, 1, 1)]
     documents(tmp_path, *ESG, PAGES, ASKED, qrels)
     task = MmebV2(tmp_path).read("ViDoRe_esg_reports_v2_multilingual")
     prompt = "Find a document image that matches the given query: "
