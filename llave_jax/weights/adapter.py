@@ -1,12 +1,13 @@
 """Adapters (LoRA) of a model on disk: what each adds to a weight, and weights with that added.
 
-Owns the sum W + scale * A B, in float32 and layer by layer. Which base and which adapters a path stands for is
+Owns the sum W + scale * A B, layer by layer, each part to the bit as in the whole. Which base and which adapters a path stands for is
 `adapted.py`; PEFT's format is `peft_format.py`; adapters in training are `models/lora.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from llave_jax.models.config import LlaveConfig
 from llave_jax.models.lora import Lora
 from llave_jax.models.parameters import LORA_A, LORA_B, adapter_shapes, weight_at
 from llave_jax.weights.safetensors_io import CheckpointError, check_finite
+
+# A layer's sum is made in pieces, as it takes 8 bytes a value while it is made.
+_VALUES_AT_ONCE = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Adapter:
           part: which part, a slice for each axis of the layer; empty: all of it.
 
         Returns:
-          The sum, computed in float32 and cast to the dtype of `weight`; `weight` itself if nothing is added.
+          The sum with the precision of float32, cast to the dtype of `weight`; `weight` itself if nothing is added.
+          A part equals that part of the whole to the bit, so that hosts may read any parts.
         """
         delta = self.deltas.get((path, layer))
         if delta is None:
@@ -66,8 +71,38 @@ class Adapter:
             count = a.ndim - 1
             a, b = a[tuple(part[:count])], b[(slice(None), *part[count:])]
         rank = b.shape[0]
-        added = (a.reshape(-1, rank) * np.float32(delta.scale)) @ b.reshape(rank, -1)
-        return (weight.astype(np.float32) + added.reshape(weight.shape)).astype(weight.dtype)
+        a, b = a.reshape(-1, rank), b.reshape(rank, -1)
+        bits = (53 - math.ceil(math.log2(rank))) // 2
+        a, b = _on_a_grid(a, 1, bits), _on_a_grid(b, 0, bits)
+        added = np.empty(weight.shape, weight.dtype)
+        rows, sums = weight.reshape(len(a), b.shape[1]), added.reshape(len(a), b.shape[1])
+        at_once = max(1, _VALUES_AT_ONCE // max(1, b.shape[1]))
+        for start in range(0, len(rows), at_once):
+            some = slice(start, start + at_once)
+            sums[some] = (rows[some].astype(np.float64) + delta.scale * (a[some] @ b)).astype(
+                np.float32
+            )
+        return added
+
+
+def _on_a_grid(factor: np.ndarray, axis: int, bits: int) -> np.ndarray:
+    """A factor of a product over `axis` whose sums are exact in float64, and so equal in any order.
+
+    A matrix product adds in an order that depends on the shapes and on the CPU. Here each row (or column) is rounded to
+    integers of `bits` bits times a power of two. Products then have 2 * bits bits and sums of `rank` of them
+    2 * bits + log2(rank), which float64's 53 hold.
+
+    Args:
+      factor: float32 [rows, rank] or [rank, columns].
+      axis: of the rank.
+      bits: with the rank up to 32, as many as float32 has or one less.
+
+    Returns:
+      float64, same shape.
+    """
+    exponent = np.frexp(np.abs(factor).max(axis, keepdims=True))[1]
+    step = np.ldexp(1.0, exponent - bits)
+    return np.rint(factor / step) * step
 
 
 def adapter_of(

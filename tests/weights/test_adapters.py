@@ -2,9 +2,12 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llave_jax import convert, embed, index
 from llave_jax.embedding.embedder import Embedder
@@ -14,6 +17,7 @@ from llave_jax.models.parameters import adapter_shapes
 from llave_jax.parallel import sharding
 from llave_jax.training.checkpoint_writer import CheckpointWriter
 from llave_jax.weights import adapted, hf_names, model_dir, peft_format
+from llave_jax.weights.adapter import Adapter, Delta
 from llave_jax.weights.export_source import ExportSource
 from llave_jax.weights.fingerprint import model_fingerprint, weights_fingerprint
 from llave_jax.weights.from_hf import convert_from_hf
@@ -129,3 +133,31 @@ def test_what_is_embedded_with_an_adapter_is_known_by_it(places, golden_model, t
     with Index.open(tmp_path / "index") as opened:
         vector = load_model(opened, None).encode(TEXTS[0])
         np.testing.assert_allclose(vector, expected[0], atol=1e-5)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 90),
+    st.tuples(st.integers(1, 70), st.integers(1, 40)),
+    st.sampled_from([np.float32, ml_dtypes.bfloat16]),
+    st.data(),
+)
+def test_parts_are_those_of_the_whole_to_the_bit(seed, rank, shape, dtype, data):
+    rng = np.random.default_rng(seed)
+    spread = np.exp(3 * rng.normal(size=shape[0]))[:, None]
+    a = (rng.normal(size=(shape[0], rank)) * spread).astype(np.float32)
+    b = rng.normal(size=(rank, shape[1])).astype(np.float32)
+    weight = rng.normal(size=shape).astype(dtype)
+    added = Adapter({("kernel", None): Delta(a, b, 1.7)})
+    whole = added.add("kernel", None, weight)
+    exact = weight.astype(np.float64) + 1.7 * (a.astype(np.float64) @ b.astype(np.float64))
+    # What float32 and then the dtype of the weight round away.
+    terms = np.abs(weight.astype(np.float64)) + 1.7 * (np.abs(a) @ np.abs(b)).astype(np.float64)
+    largest = 1.7 * rank * np.abs(a).max(1)[:, None] * np.abs(b).max(0)
+    error = 2**-23 * (terms + largest) + ml_dtypes.finfo(dtype).eps * np.abs(exact)
+    assert (np.abs(whole.astype(np.float64) - exact) <= error).all()
+    ends = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
+    part = tuple(slice(start, stop) for start, stop in ends)
+    of_part = added.add("kernel", None, weight[part], part)
+    np.testing.assert_array_equal(of_part, whole[part])
+    assert of_part.dtype == whole.dtype == dtype
