@@ -1,22 +1,21 @@
 """Tests run on the CPU with 8 simulated devices, whatever the machine has."""
 
 import os
+from pathlib import Path
+
+from tests.xla_flags import xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-
-from pathlib import Path
 
 # What one test compiles is there for all others: other processes, commands that tests start, later runs.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
 os.environ["LLAVE_JAX_CACHE"] = str(Path(__file__).parents[1] / ".pytest_cache" / "llave_jax")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Tests compile more than they compute. .ci/run repeats some with all optimisations.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
 import dataclasses
 from typing import Any

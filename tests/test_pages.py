@@ -18,6 +18,7 @@ import pytest
 from tests.pages import reduction, stand_ins
 from tests.pages.blocks import PAGES, ROOT, Block, indented, marks, read
 from tests.weights import hub as hubs
+from tests.xla_flags import xla_flags
 
 HUB_NAMES = ("zhibinlan/LLaVE-0.5B",)
 RUN = ("bash", "python")
@@ -92,11 +93,9 @@ def environment(tmp_path_factory):
             "HF_ENDPOINT": hub.endpoint,
             "HF_HOME": str(folder / "hf"),
             "LLAVE_JAX_CACHE": str(folder / "cache"),
-            # They compile more than they compute, in the slow suite too.
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "XLA_FLAGS": xla_flags(1),
         }
-        for name in ("XLA_FLAGS", "HF_HUB_OFFLINE", "HF_TOKEN"):
+        for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
             given.pop(name, None)
         yield given
 

@@ -354,7 +354,7 @@ class TestResume:
         processes=st.integers(1, 2),
     )
     @hypothesis.example(runs=[(2, 3), (0, 1), (1, 2)], processes=2)
-    @hypothesis.settings(max_examples=6)
+    @hypothesis.settings(max_examples=2)
     def test_stopping_anywhere_with_workers_changes_nothing(self, builder, runs, processes):
         source = Pairs({"a": 60, "b": 45}, broken=(5,))
         assert_epoch(source, builder, runs, processes=processes)

@@ -21,6 +21,7 @@ from llave_jax.training import skipped_rows
 from tests.data.mmeb_tree import make_tree
 from tests.data.test_sources import row, train_on, write_rows
 from tests.training.test_processes import free_port
+from tests.xla_flags import xla_flags
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
     command = [sys.executable, "-m", "llave_jax.train", f"--config={config}"]
     command += [f"--workdir={tmp_path / 'run'}", f"--coordinator=127.0.0.1:{free_port()}"]
     command += ["--num_processes=2", "--process_id"]
-    flags = "--xla_force_host_platform_device_count=1"
+    flags = xla_flags(1)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     processes = [
         subprocess.Popen(

@@ -27,6 +27,7 @@ from llave_jax.inputs.content import item_key
 from llave_jax.inputs.item import as_item
 from tests.evaluation.fake_encoder import hash_vector
 from tests.training.test_processes import free_port
+from tests.xla_flags import xla_flags
 
 SIZE = 16
 
@@ -790,7 +791,7 @@ def test_several_processes(golden_model, embedder, case):
         port = free_port()
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": xla_flags(2),
         }
         jobs = []
         for i in range(2):

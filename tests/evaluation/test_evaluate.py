@@ -21,6 +21,7 @@ from llave_jax.models.config import PRESETS
 from llave_jax.parallel import sharding
 from tests.evaluation.fake_encoder import HashEncoder
 from tests.evaluation.mmeb_eval_tree import score_mmeb
+from tests.xla_flags import xla_flags
 
 
 def check_recorded_results(golden, output):
@@ -62,7 +63,7 @@ def test_recorded_results_with_two_processes(golden, golden_model, tmp_path):
     command = [sys.executable, "-m", "llave_jax.evaluate", "--benchmark", "mmeb"]
     command += ["--model", str(golden_model.directory), "--data", str(golden / "eval")]
     command += ["--output", str(tmp_path / "out"), "--coordinator", f"127.0.0.1:{port}"]
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = xla_flags(2)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     processes = [
         subprocess.Popen(

@@ -156,7 +156,9 @@ def test_a_kept_connection(url):
 def test_a_client_that_does_not_read(url):
     def answered():
         text = httpx.get(url + "/metrics", timeout=20).text
-        return sum(float(n) for n in re.findall(r'requests_total\{route="show_metrics".*\} (\S+)', text))
+        return sum(
+            float(n) for n in re.findall(r'requests_total\{route="show_metrics".*\} (\S+)', text)
+        )
 
     requests = 6000
     whole = len(httpx.get(url + "/metrics").content) * requests

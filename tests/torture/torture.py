@@ -35,6 +35,7 @@ import psutil
 from tensorboardX.proto import event_pb2
 
 from llave_jax.weights.run_params import saved_tree
+from tests.xla_flags import xla_flags
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -91,7 +92,7 @@ def command(config: Path, workdir: Path) -> list[str]:
 def start(config: Path, workdir: Path) -> subprocess.Popen:
     """Starts the run, in a process group of its own."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    environment["XLA_FLAGS"] = xla_flags(2)
     log = open(workdir.with_suffix(".log"), "ab")  # noqa: SIM115  # The process keeps it.
     return subprocess.Popen(
         command(config, workdir),

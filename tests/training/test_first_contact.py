@@ -20,6 +20,7 @@ from llave_jax.weights.run_params import latest_params
 from tests.data import mmeb_tree
 from tests.evaluation import mmeb_eval_tree
 from tests.weights.convert_checkpoints import golden_config, write_hf
+from tests.xla_flags import xla_flags
 
 ROOT = Path(__file__).parents[2]
 # What a CPU can do: 24 pairs a step, a row of the longest sequence for 6 of them.
@@ -30,7 +31,7 @@ CPU_BATCH = {
     "batch.tokens_per_pair": 680.0,
 }
 DEVICES = 2
-ROWS = 12
+ROWS = 6
 STEPS = len(mmeb_tree.TEMPLATES) * ROWS // CPU_BATCH["batch.pairs"]
 EMPTY_ROWS = {"WebQA": 2, "MSCOCO_i2t": 1}
 
@@ -42,7 +43,7 @@ def run(*command):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "XLA_FLAGS": xla_flags(DEVICES),
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(

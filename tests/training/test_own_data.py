@@ -17,6 +17,7 @@ from llave_jax.data.sources import open_source, split_held_out
 from llave_jax.parallel import sharding
 from llave_jax.training.metrics import read_metrics
 from llave_jax.weights import model_dir
+from tests.xla_flags import xla_flags
 
 ROOT = Path(__file__).parents[2]
 # What the command names, below the folder in which it is run.
@@ -94,7 +95,7 @@ def test_the_readmes_command_gets_a_better_recall(devices, golden_model, tmp_pat
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(

@@ -18,6 +18,7 @@ import pytest
 from llave_jax.parallel import sharding
 from llave_jax.training.metrics import read_metrics
 from llave_jax.weights import model_dir
+from tests.xla_flags import xla_flags
 
 STEPS = 20
 # Rounding in another order of summation, carried through 20 steps of Adam.
@@ -65,7 +66,7 @@ def run_job(commands, devices):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(root),
     }
     options = {"env": environment, "cwd": root, "stderr": subprocess.PIPE, "text": True}
@@ -178,7 +179,7 @@ def start_tiny(tmp_path, place, flags=((), ()), folders=None):
     command += [f"--workdir={tmp_path / 'run'}", f"--coordinator=127.0.0.1:{free_port()}"]
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": xla_flags(1),
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     return [

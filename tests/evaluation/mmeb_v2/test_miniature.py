@@ -23,6 +23,7 @@ from llave_jax.evaluation.run import evaluate as evaluate_tasks
 from llave_jax.models.config import PRESETS
 from tests.evaluation.fake_encoder import HashEncoder
 from tests.evaluation.mmeb_v2.miniature import CATEGORIES, Miniature
+from tests.xla_flags import xla_flags
 
 MODALITIES = {"I": "image", "V": "video", "VD": "visdoc"}
 
@@ -150,7 +151,7 @@ def start(data: Path, model: Path, output: Path, devices: int, *flags: str) -> s
     command += ["--benchmark", "mmeb-v2", "--data", str(data), "--output", str(output), *flags]
     # The tiny model has 20 tokens a frame. Batches with room for a real one's frames would take minutes here.
     command += ["--max-length", "2048"]
-    xla = f"--xla_force_host_platform_device_count={devices}"
+    xla = xla_flags(devices)
     return subprocess.Popen(
         command,
         cwd=Path(evaluate.__file__).parents[1],
