@@ -34,6 +34,7 @@ HELP = """
 import json, os, re, runpy, sys, tempfile, traceback
 import absl.flags, flax.linen, grain.python, jax, matplotlib.pyplot, ml_collections, optax
 import orbax.checkpoint, pyarrow.parquet, sklearn.metrics, tensorboardX, transformers
+import llave_jax.embedding.embedder, llave_jax.evaluation.run, llave_jax.training.setup
 said = {}
 
 def ask(program, *flags):

@@ -20,8 +20,8 @@ from llave_jax.training.metrics import read_metrics
 from llave_jax.weights import model_dir
 from tests.xla_flags import xla_flags
 
-STEPS = 20
-# Rounding in another order of summation, carried through 20 steps of Adam.
+STEPS = 8
+# Rounding in another order of summation, carried through the steps of Adam.
 LOSS_TOLERANCE = 1e-4
 PARAMETER_TOLERANCE = 1e-3
 
@@ -34,7 +34,8 @@ def get_config():
     config.log_every = 1
     config.eval.benchmark = None
     config.checkpoint.every = 1000
-    config.data.held_out = 0.01
+    config.batch.pairs = 16
+    config.data.held_out = 0.002
     return config
 """
 ENCODE = """
@@ -121,7 +122,6 @@ def single(tmp):
 @pytest.mark.parametrize(
     ("name", "mesh", "devices", "processes"),
     [
-        ("data", {"data": 8}, 8, 1),
         ("fsdp", {"data": 2, "fsdp": 4}, 8, 1),
         ("tensor", {"data": 2, "fsdp": 2, "tensor": 2}, 8, 1),
         ("two_processes", {"data": 2, "fsdp": 2}, 2, 2),
@@ -140,8 +140,7 @@ def test_trajectory_is_that_of_one_device(tmp, single, name, mesh, devices, proc
         assert error < PARAMETER_TOLERANCE * np.linalg.norm(expected), path
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_encoding_is_that_of_one_process(tmp, single, processes):
+def test_encoding_is_that_of_one_process(tmp, single):
     def encode(count):
         port, out = free_port(), tmp / f"vectors_{count}"
         arguments = [f"127.0.0.1:{port}", str(count)]
@@ -156,7 +155,7 @@ def test_encoding_is_that_of_one_process(tmp, single, processes):
 
     (expected,) = encode(1)
     assert expected.shape[0] == 30
-    for vectors in encode(processes):
+    for vectors in encode(3):
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
 
 
