@@ -27,6 +27,7 @@ APPENDED = {
     "--config.batch.micro_batches=2 --config.model.inputs.max_length=512",
     # Embeddings of the stand-ins have 64 numbers.
     ("-m llave_jax.evaluate", "--dims 64,256"): "--dims=16,64",
+    ("-m llave_jax.evaluate", "results/v2"): "--max-length=2048 --tasks=MSVD,ImageNet-1K,ViDoRe_arxivqa",
     ("tools/prepare_data.py", ""): "--num-workers=1",
     # The stand-in's embeddings do not have the size of a released model's.
     ("tools/check_example.py", ""): "--size=0.5B",
@@ -43,6 +44,7 @@ STATUS = {"tools/check_example.py": 1}
 # What a block needs that cannot be run has one of these words. A mark at a block without them is stale.
 OUTSIDE = (
     *("gcloud", "gcsfuse", "xpk", "sbatch", "docker", "hf download", "pytest", "launch/tpu_vm.sh"),
+    "mteb:",
     *("tools/compile_ahead.py", "benchmarks/gpu_kernels.py", "benchmarks/tpu_kernels.py"),
     *("configs/gpu_h100.py", "sentence_transformers", "vllm", "--library", "--url", "--engine ray"),
     "openai",  # which a server has to answer
