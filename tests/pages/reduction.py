@@ -27,7 +27,10 @@ APPENDED = {
     "--config.batch.micro_batches=2 --config.model.inputs.max_length=512",
     # Embeddings of the stand-ins have 64 numbers.
     ("-m llave_jax.evaluate", "--dims 64,256"): "--dims=16,64",
-    ("-m llave_jax.evaluate", "results/v2"): "--max-length=2048 --tasks=MSVD,ImageNet-1K,ViDoRe_arxivqa",
+    (
+        "-m llave_jax.evaluate",
+        "results/v2",
+    ): "--max-length=2048 --tasks=MSVD,ImageNet-1K,ViDoRe_arxivqa",
     ("tools/prepare_data.py", ""): "--num-workers=1",
     # The stand-in's embeddings do not have the size of a released model's.
     ("tools/check_example.py", ""): "--size=0.5B",
