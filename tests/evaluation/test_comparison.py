@@ -1,6 +1,7 @@
 """Evaluations beside one another: what is compared, what is not, and what cannot be read."""
 
 import json
+import re
 
 import pytest
 
@@ -131,3 +132,18 @@ def test_the_tool(tmp_path, capsys):
     assert compare_evaluations.main(command) == 2
     assert "nothing: no summary.json here" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_lower_rank_is_a_gain_on_the_page(tmp_path):
+    """And a lower score is a loss."""
+    folders = []
+    for name, score, rank in (("mine", 0.25, 3.0), ("base", 0.5, 4.5)):
+        content = summary("msvd", v2t=score, averages={})
+        content["tasks"]["v2t"]["metrics"] |= {"precision@1": score, "median rank": rank}
+        folders.append(write(tmp_path / name, content))
+    command = ["--evaluation", folders[0], "--baseline", folders[1]]
+    assert compare_evaluations.main([*command, "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    cells = re.findall(r'<td class="([^"]*)"[^>]*>(-[\d.]+)</td>', page)
+    kinds = {value: {"good", "bad"} & set(names.split()) for names, value in cells}
+    assert kinds == {"-25.0": {"bad"}, "-1.5": {"good"}}

@@ -1,6 +1,7 @@
 """The trainer as its users run it: continues exactly, stops on bad losses, says what is wrong."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from llave_jax import Embedder, train
 from llave_jax.config import default_config
 from llave_jax.data.measure import measure_subset, mixed_sizes
+from llave_jax.digits import dataset as digits
 from llave_jax.inputs.packing import Planner
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.parallel import sharding
@@ -44,6 +46,14 @@ def quickstart(**changes) -> ConfigDict:
         {key.replace("__", "."): value for key, value in changes.items()}
     )
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits():
+    """A tenth of the benchmark: what is trained and scored here is how runs behave, not how well they learn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "Sizes", functools.partial(digits.Sizes, train=600, eval=40))
+        yield
 
 
 @pytest.fixture(scope="module")

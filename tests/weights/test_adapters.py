@@ -161,3 +161,21 @@ def test_parts_are_those_of_the_whole_to_the_bit(seed, rank, shape, dtype, data)
     of_part = added.add("kernel", None, weight[part], part)
     np.testing.assert_array_equal(of_part, whole[part])
     assert of_part.dtype == whole.dtype == dtype
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 45))
+def test_the_order_of_the_sum_does_not_matter(seed, rank):
+    """Of terms of many sizes that nearly cancel."""
+    rng = np.random.default_rng(seed)
+    a = (rng.normal(size=(9, rank)) * np.exp(4 * rng.normal(size=rank))).astype(np.float32)
+    b = rng.normal(size=(rank, 5)).astype(np.float32)
+    a = np.concatenate([a, a * np.float32(1 + 2**-20)], 1)
+    b = np.concatenate([b, -b])
+    weight = np.zeros((9, 5), np.float32)
+    order = rng.permutation(2 * rank)
+    sums = [
+        Adapter({("kernel", None): Delta(a[:, by], b[by], 1.0)}).add("kernel", None, weight)
+        for by in (np.arange(2 * rank), order)
+    ]
+    np.testing.assert_array_equal(*sums)
+    assert np.isfinite(sums[0]).all()
