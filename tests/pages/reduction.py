@@ -19,7 +19,10 @@ from pathlib import Path
 # A program, with the config that it is given or without -> what is appended. All that match apply.
 APPENDED = {
     ("-m llave_jax.train", ""): "--config.steps=2 --config.log_every=1 --config.data.num_workers=0",
-    ("-m llave_jax.train", "configs/quickstart.py"): "--config.eval.benchmark=None",
+    (
+        "-m llave_jax.train",
+        "configs/quickstart.py",
+    ): f"--config={Path(__file__).parent}/quickstart.py --config.eval.benchmark=None",
     ("-m llave_jax.train", "configs/finetune.py"): "--config.batch.pairs=8",
     ("-m llave_jax.train", "configs/matryoshka.py"): "--config.batch.pairs=8 "
     "'--config.loss.dims=(16,64)'",

@@ -7,7 +7,8 @@ from tests.torture import torture
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_is_the_run_left_alone(tmp_path):
-    outcome = torture.compare(tmp_path / "runs", kills=3, steps=60, seed=0)
+    # With this seed the processes live long: on two idle cores they were killed at steps 10, 14 and 29.
+    outcome = torture.compare(tmp_path / "runs", kills=3, steps=40, seed=1303)
     # On a fast machine the run may be complete before the last of them.
     assert sum(outcome.kills.values()) >= 2
     assert outcome.differences == []

@@ -27,6 +27,10 @@ PARAMETER_TOLERANCE = 1e-3
 
 CONFIG = """
 from configs.quickstart import get_config as quickstart
+from llave_jax.digits import dataset
+from tests.few_digits import FEW
+
+dataset.Sizes = FEW
 
 
 def get_config():
@@ -35,7 +39,7 @@ def get_config():
     config.eval.benchmark = None
     config.checkpoint.every = 1000
     config.batch.pairs = 16
-    config.data.held_out = 0.002
+    config.data.held_out = 0.02
     return config
 """
 ENCODE = """

@@ -1,7 +1,6 @@
 """The trainer as its users run it: continues exactly, stops on bad losses, says what is wrong."""
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 from llave_jax import Embedder, train
 from llave_jax.config import default_config
 from llave_jax.data.measure import measure_subset, mixed_sizes
-from llave_jax.digits import dataset as digits
+from llave_jax.digits import dataset
 from llave_jax.inputs.packing import Planner
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.parallel import sharding
@@ -30,6 +29,7 @@ from llave_jax.training.run_files import record_config
 from llave_jax.training.setup import model_config
 from llave_jax.training.watch import Watch
 from llave_jax.weights import model_dir
+from tests.few_digits import FEW
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -50,9 +50,8 @@ def quickstart(**changes) -> ConfigDict:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_digits():
-    """A tenth of the benchmark: what is trained and scored here is how runs behave, not how well they learn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "Sizes", functools.partial(digits.Sizes, train=600, eval=40))
+        patch.setattr(dataset, "Sizes", FEW)
         yield
 
 
