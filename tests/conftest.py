@@ -31,9 +31,11 @@ jaxtyping.install_import_hook(
     ["llave_jax.loss", "llave_jax.models", "llave_jax.ops"], "beartype.beartype"
 )
 
+from llave_jax.digits import dataset
 from llave_jax.models.config import LlaveConfig
 from llave_jax.weights import model_dir
 from llave_jax.weights.from_hf import convert_from_hf
+from tests.few_digits import FEW
 
 # Compilation makes the first example slow, and the machines are shared: no deadlines.
 hypothesis.settings.register_profile("llave", deadline=None, derandomize=True)
@@ -68,6 +70,14 @@ def golden_model(golden, tmp_path_factory) -> GoldenModel:
         params=model_dir.load_params(directory),
         tokenizer=model_dir.load_tokenizer(directory),
     )
+
+
+@pytest.fixture(scope="module")
+def few_digits():
+    """The bundled benchmark is built with few rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "Sizes", FEW)
+        yield
 
 
 def pytest_collection_modifyitems(items):

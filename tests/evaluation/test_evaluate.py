@@ -144,18 +144,13 @@ def test_another_model_does_not_use_the_same_embeddings(model, golden, tmp_path)
     assert len(encoder.keys) == 2 * count
 
 
-def test_digits_are_built_on_first_use(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(digits.Sizes, "__init__", _small_sizes(digits.Sizes.__init__))
+def test_digits_are_built_on_first_use(model, tmp_path, few_digits):
     directory, _ = model
     output = tmp_path / "out"
     evaluate.main(["--model", directory, "--benchmark", "digits", "--output", str(output)])
     for name in digits.SUBSETS:
         assert (output / f"{name}_score.json").exists()
     assert "Not scored" not in (output / "table.txt").read_text()
-
-
-def _small_sizes(init):
-    return lambda self, train=20, eval=40: init(self, train, eval)
 
 
 def test_data_is_needed(model, tmp_path, capsys):
@@ -234,8 +229,7 @@ def test_flags_that_are_not_of_mteb(capsys):
         assert f"{flags[0]} does not concern mteb's tasks" in capsys.readouterr().err
 
 
-def test_tasks_of_one_of_two_benchmarks(model, golden, tmp_path, monkeypatch):
-    monkeypatch.setattr(digits.Sizes, "__init__", _small_sizes(digits.Sizes.__init__))
+def test_tasks_of_one_of_two_benchmarks(model, golden, tmp_path, few_digits):
     command = ["--model", model[0], "--benchmark", "digits,mmeb", "--data", f"mmeb={golden}/eval"]
     assert evaluate.main([*command, "--tasks", "TinyCls", "--output", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out").rglob("*_score.json")] == [

@@ -330,8 +330,9 @@ def compare(output: Path, kills: int, steps: int, seed: int) -> Outcome:
     undisturbed = output / "undisturbed"
     began = time.monotonic()
     run = start(config, undisturbed)
-    while not steps_done(undisturbed) and not wait(run, 0.1):
-        continue
+    while not steps_done(undisturbed) and time.monotonic() < began + PATIENCE:
+        if wait(run, 0.1):
+            break
     # Programs are compiled once. Later starts come to a checkpoint sooner, and half of their lives are longer.
     life = 1.25 * (time.monotonic() - began)
     if not wait(run, 6 * PATIENCE) or run.returncode:

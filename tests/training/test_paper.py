@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 
 from llave_jax import convert, train
-from llave_jax.digits import dataset
 from llave_jax.evaluation import published
 from llave_jax.models.llave import Llave, abstract_params
 from llave_jax.parallel import sharding
 from llave_jax.training import batch_shape, optim, setup
 from llave_jax.training.metrics import read_metrics
 from llave_jax.weights import model_dir
-from tests.few_digits import FEW
 from tests.pages.blocks import read
 
 # ml_collections loads config files in a way that Python 3.12 does away with.
@@ -135,9 +133,9 @@ def test_numbers_are_the_published_ones():
         assert values == (
             ["-"] * 3 if row is None else [str(row.ind), str(row.ood), str(row.overall)]
         )
-    for name, by_loss in published.SIMILARITY.items():
+    for dataset, by_loss in published.SIMILARITY.items():
         cells = [" / ".join(f"{mean:.2f}" for mean in by_loss[k]) for k in ("InfoNCE", "LLaVE")]
-        assert [name, *cells] in rows
+        assert [dataset, *cells] in rows
     for name, title in (("msrvtt", "MSR-VTT"), ("msvd", "MSVD")):
         recalls = "/".join(map(str, published.LLAVE_7B_VIDEO[name]))
         assert f"{title} {recalls}" in PAGE
@@ -214,7 +212,7 @@ def by_workdir(*names):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(few_digits, tmp_path_factory):
     """(losses, initial parameters, parameters) of a run, by the name of its workdir; made once."""
     digits_root = tmp_path_factory.mktemp("digits")
     done = {}
@@ -223,11 +221,9 @@ def trained(tmp_path_factory):
         if name not in done:
             config = small(by_workdir(name)[0])
             workdir = tmp_path_factory.mktemp(name)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(dataset, "Sizes", FEW)
-                setup.locate_data(config, digits_root)
-                (workdir / "digits").symlink_to(digits_root / "digits")
-                train.train(config, workdir)
+            setup.locate_data(config, digits_root)
+            (workdir / "digits").symlink_to(digits_root / "digits")
+            train.train(config, workdir)
             losses = [line["loss"] for line in read_metrics(workdir) if "loss" in line]
             after = sharding.flatten(jax.tree.map(np.asarray, model_dir.load_params(workdir)))
             done[name] = losses, after

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from llave_jax import Embedder, train
 from llave_jax.config import default_config
 from llave_jax.data.measure import measure_subset, mixed_sizes
-from llave_jax.digits import dataset
 from llave_jax.inputs.packing import Planner
 from llave_jax.inputs.sequence import SequenceBuilder
 from llave_jax.parallel import sharding
@@ -29,7 +28,6 @@ from llave_jax.training.run_files import record_config
 from llave_jax.training.setup import model_config
 from llave_jax.training.watch import Watch
 from llave_jax.weights import model_dir
-from tests.few_digits import FEW
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -48,15 +46,8 @@ def quickstart(**changes) -> ConfigDict:
     return config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_digits():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "Sizes", FEW)
-        yield
-
-
 @pytest.fixture(scope="module")
-def digits_data(tmp_path_factory):
+def digits_data(few_digits, tmp_path_factory):
     """The benchmark's files, built once."""
     workdir = tmp_path_factory.mktemp("data")
     setup.locate_data(quickstart(), workdir)
