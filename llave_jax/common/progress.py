@@ -14,8 +14,9 @@ _LINE_SECONDS = 30.0
 class Progress:
     """Counts units of work and shows how many are done, how fast, and how much time is left.
 
-    Use as a context manager. On a terminal it is a tqdm bar; elsewhere a line to stderr every half minute
-    and at the end.
+    Use as a context manager. On a terminal it is a tqdm bar; elsewhere a line to stderr every half minute, with the
+    rate since the line before (what was slow at the start, such as compiling, says nothing of the rest), and one at
+    the end with that of all.
 
     Args:
       total: number of units; None if it is not known.
@@ -37,6 +38,7 @@ class Progress:
         self._total, self._label, self._unit = total, label, unit
         self._initial = self._done = initial
         self._start = self._last = time.monotonic()
+        self._last_done = initial
         self._note = ""
         self._plain = enabled and not sys.stderr.isatty()
         self._bar = tqdm(
@@ -54,7 +56,8 @@ class Progress:
     def __exit__(self, *exc) -> None:
         self._bar.close()
         if self._plain:
-            self._line(self._note)
+            seconds = time.monotonic() - self._start
+            self._line(self._done - self._initial, seconds, f"{_clock(seconds)} in all", self._note)
 
     def skip(self, count: int) -> None:
         """Count units that an earlier run has done: they do not enter the rate.
@@ -64,6 +67,7 @@ class Progress:
         """
         self._initial += count
         self._done += count
+        self._last_done += count
         self._start = time.monotonic()
         if not self._bar.disable:
             self._bar.initial += count
@@ -85,23 +89,22 @@ class Progress:
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         now = time.monotonic()
-        if self._plain and now - self._last >= _LINE_SECONDS:
-            self._last = now
-            self._line(note)
+        done, seconds = self._done - self._last_done, now - self._last
+        if self._plain and done and seconds >= _LINE_SECONDS:
+            time_said = f"{_clock(now - self._start)} in all"
+            if self._total is not None and self._done < self._total:
+                time_said = f"{_clock((self._total - self._done) * seconds / done)} left"
+            self._line(done, seconds, time_said, note)
+            self._last, self._last_done = now, self._done
 
-    def _line(self, note: str = "") -> None:
-        seconds = time.monotonic() - self._start
-        rate = (self._done - self._initial) / seconds if seconds > 0 else 0.0
+    def _line(self, done: int, seconds: float, time_said: str, note: str) -> None:
+        rate = done / seconds if seconds > 0 else 0.0
         text = f"{self._label}: {self._done}"
         if self._total is not None:
             text += f" of {self._total}"
         shown = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
         text += f" {self._unit}, {shown}/s"
-        if self._total is not None and rate > 0 and self._done < self._total:
-            text += f", {_clock((self._total - self._done) / rate)} left"
-        else:
-            text += f", {_clock(seconds)} in all"
-        print(f"{text}  {note}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{text}, {time_said}  {note}".rstrip(), file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
